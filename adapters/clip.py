@@ -1,0 +1,152 @@
+"""CLIP: a vision and a text tower that meet in one embedding (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from adapters._images import prepare_images
+from adapters._loading import Checkpoint, model_info
+from adapters._text import check_tokenizer, pad, tokenise
+from adapters._vit import find_stack
+from grounding.adapter import TOKEN_TARGETS, Adapter, ModelInfo
+from grounding.errors import TextError
+from grounding.recorder import Recorder
+from grounding.text import Span, Tokens
+from grounding.types import Inputs, Sites, Targets
+
+TEXT_BATCH = 64
+
+
+class ClipAdapter(Adapter):
+    """`CLIPModel` with its processor (or `tokenizer` and `image_processor` apart).
+
+    Target `similarity`: the cosine of picture and text. A part of a caption is scored by leave-one-out, cosine with the
+    whole caption minus cosine with its tokens masked (positions stay), or `alone`, as a text of its own. Every such
+    target is one direction in the joint embedding, `data["seeds"]` (K, E): score = <seed, normalised image embedding>.
+    """
+
+    kinds = ("similarity",)
+
+    def __init__(
+        self, model: CLIPModel, processor: Any = None, *, tokenizer: Any = None, image_processor: Any = None,
+        info: ModelInfo | None = None,
+    ) -> None:
+        self.model = model
+        # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
+        self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
+        self.image_processor = image_processor or processor.image_processor
+        check_tokenizer(self.tokenizer)
+        self.info = info or model_info(model, self.image_processor)
+
+    @classmethod
+    def from_checkpoint(cls, source: Checkpoint) -> ClipAdapter:
+        """The adapter of a checkpoint."""
+        image_processor, tokenizer = source.image_processor(), source.tokenizer()
+        model = source.model(CLIPModel)
+        return cls(model, tokenizer=tokenizer, image_processor=image_processor, info=source.info(model, image_processor))
+
+    @cached_property
+    def sites(self) -> Sites:
+        """The default tap is the input of the last block's attention: its output is dead, only the CLS is read."""
+        stack = find_stack(self.model, "vision_model")
+        return Sites(stacks={"vision": stack}, tap=stack.inputs[-1], readout="cls", prefix=1)
+
+    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
+        """Pixel values (B, 3, H, W), token ids and mask (T, L) padded to the longest text."""
+        pictures = prepare_images(self, images, patch=self.model.config.vision_config.patch_size)
+        found = [tokenise(self.tokenizer, text, self._limit) for own in texts for text in own]
+        ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
+        return Inputs(
+            pictures=pictures.pictures,
+            geometry=pictures.geometry,
+            tokens=tuple(tokens for tokens, _ in found),
+            text_image=tuple(b for b, own in enumerate(texts) for _ in own),
+            tensors={"pixel_values": pictures.pixel_values, "input_ids": ids, "attention_mask": mask},
+            warnings=pictures.warnings,
+            text_warnings=tuple(warnings for _, warnings in found),
+        )
+
+    def targets(
+        self, inputs: Inputs, spans: Sequence[Sequence[Span]], kind: str | None = None,
+        token_target: str = TOKEN_TARGETS[0],
+    ) -> Targets:
+        """One direction in the joint embedding per span."""
+        kind = self.check_kind(kind, token_target)
+        flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
+        whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
+        seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
+        alone = [k for k, (_, span) in enumerate(flat) if span.kind != "caption" and self._alone(span, token_target)]
+        left_out = [k for k, (_, span) in enumerate(flat) if not self._alone(span, token_target)]
+        for k, (text, span) in enumerate(flat):
+            if span.kind == "caption":
+                seeds[k] = whole[text]
+        if alone:
+            seeds[alone] = self._embed_alone([self._piece(inputs.tokens[flat[k][0]], flat[k][1]) for k in alone])
+        if left_out:
+            texts = [flat[k][0] for k in left_out]
+            mask = inputs.tensors["attention_mask"][texts].clone()
+            for row, k in enumerate(left_out):
+                mask[row, list(flat[k][1].positions)] = 0
+            seeds[left_out] = whole[texts] - self.embed_texts(inputs.tensors["input_ids"][texts], mask)
+        owner = torch.tensor([text for text, _ in flat])
+        return Targets(
+            kind=kind,
+            image=torch.tensor(inputs.text_image)[owner],
+            text=owner,
+            spans=tuple(span for _, span in flat),
+            data={"seeds": seeds},
+            token_target=token_target,
+        )
+
+    def forward(self, inputs: Inputs, targets: Targets | None) -> Float[Tensor, "K"] | None:
+        """<seed, normalised image embedding> per target."""
+        pixels = inputs.tensors["pixel_values"]
+        size = self.model.config.vision_config.image_size
+        other_size = tuple(pixels.shape[-2:]) != (size, size)
+        out = self.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=other_size)
+        if targets is None:
+            return None
+        image = F.normalize(out.pooler_output, dim=-1)[targets.image.to(pixels.device)]
+        return (image * targets.data["seeds"].to(image.dtype)).sum(-1)
+
+    def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
+        """Normalised text embeddings, as the model itself computes them."""
+        with Recorder(self.model):
+            parts = [
+                self.model.get_text_features(input_ids=i, attention_mask=m).pooler_output
+                for i, m in zip(ids.split(TEXT_BATCH), mask.split(TEXT_BATCH), strict=True)
+            ]
+            return F.normalize(torch.cat(parts), dim=-1)
+
+    @property
+    def _limit(self) -> int:
+        return min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
+
+    @property
+    def _pad_id(self) -> int:
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+    @staticmethod
+    def _alone(span: Span, token_target: str) -> bool:
+        return span.alone or token_target == "alone"
+
+    def _piece(self, tokens: Tokens, span: Span) -> list[int]:
+        """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
+        if not span.positions:
+            raise TextError(f"{span.label!r} lies in the part of the text that the model does not read")
+        first, last = tokens.visible[0], tokens.visible[-1]
+        inner = [tokens.ids[i] for i in span.positions]
+        return [*tokens.ids[:first], *inner, *tokens.ids[last + 1 :]]
+
+    def _embed_alone(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "K E"]:
+        return self.embed_texts(*pad(sequences, self._pad_id, self.device))

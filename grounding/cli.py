@@ -1,0 +1,281 @@
+"""What all commands share: their options, one line per failure with the right exit code, a table. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grounding.errors import GroundingError
+    from grounding.explanation import EntryMap, Explanation
+    from grounding.layers import Layer
+
+EXIT_INTERRUPTED = 130
+LABEL_WIDTH = 32
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model` and how it is loaded."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="ID|DIR", help="Hugging Face id or folder (default: the embedded demo model)")
+    group.add_argument("--revision", help="branch, tag or commit of the model")
+    group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device (default: %(default)s)")
+    group.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU")
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+
+def explain_options(parser: argparse.ArgumentParser) -> None:
+    """What is explained, and by which methods."""
+    group = parser.add_argument_group("what is explained")
+    group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
+    group.add_argument("--token-target", choices=["leave-one-out", "alone"], default="leave-one-out",
+                       help="a part of the caption is scored by what the whole loses without it, or as a text of its own")
+    group.add_argument("--tokens", nargs="*", metavar="TOKEN",
+                       help="only these tokens, by text or index; none after it: no tokens (default: all)")
+    group.add_argument("--words", action="store_true", help="words in place of tokens (sub-word pieces joined)")
+    group.add_argument("--phrase", action="append", default=[], metavar="TEXT",
+                       help="part of the caption, scored alone; repeatable")
+    group = parser.add_argument_group("methods")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: gradcam rollout relevance")
+    group.add_argument("--option", action="append", default=[], metavar="METHOD.OPTION=VALUE",
+                       help="e.g. gradcam.threshold=0.1 or rollout.fusion=max; repeatable")
+    group.add_argument("--layer", action="append", default=[], metavar="LAYER",
+                       help="tap of Grad-CAM: block index (-2: its output; -1.in: input of its attention) or a module "
+                       "path; repeated: one column each")
+    group.add_argument("--average-layers", action="store_true", help="join repeated --layer into one column")
+    group.add_argument("--attention-layer", type=int, metavar="N", help="block of the method `attention`")
+    group.add_argument("--head", type=int, metavar="N", help="head of the method `attention` (default: their mean)")
+    group.add_argument("--list-layers", action="store_true", help="list the taps with output shapes, and stop")
+
+
+def figure_options(parser: argparse.ArgumentParser) -> None:
+    """How maps are drawn."""
+    group = parser.add_argument_group("figure")
+    group.add_argument("--layout", choices=["rows", "panels"], help="side by side, or original | heat map | overlay")
+    group.add_argument("--scale", choices=["entry", "caption", "fixed"], help="which maps share a colour scale")
+    group.add_argument("--fixed", nargs=2, type=float, metavar=("LOW", "HIGH"), help="limits of --scale fixed")
+    group.add_argument("--cmap", metavar="NAME", help="matplotlib colour map (default: magma)")
+    group.add_argument("--opacity", type=float, help="of the heat over the picture, 0 to 1")
+    group.add_argument("--background", choices=["picture", "edges"], help="what lies under the heat")
+    group.add_argument("--grid", action="store_true", help="draw the patch grid")
+    group.add_argument("--signed", action="store_true", help="raw signed maps in diverging colours, zero in the middle")
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Where results go."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", metavar="DIR", help="default: outputs/<picture>-<model>/")
+    group.add_argument("--write", nargs="*", choices=["png", "npz", "json"], default=["png", "npz", "json"],
+                       help="files to write (default: all; none after it: none)")
+    group.add_argument("--format", choices=["text", "json"], default="text", help="what is printed")
+    group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
+    group.add_argument("-q", "--quiet", action="store_true", help="no warnings on stderr")
+
+
+def figure_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """The figure options that were given; what was left out is the library's default."""
+    names = ("layout", "scale", "cmap", "opacity", "background")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.fixed is not None:
+        given |= {"fixed": tuple(args.fixed), "scale": "fixed"}
+    return given | {name: True for name in ("grid", "signed") if getattr(args, name)}
+
+
+def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `explain`; `--attention-layer` and `--head` ask for raw attention besides.
+
+    Raises OptionError for a malformed `--option`.
+    """
+    from grounding.errors import OptionError
+    from grounding.methods import DEFAULT_METHODS
+    from grounding.plan import Selection
+
+    options: dict[str, Any] = {}
+    for item in args.option:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise OptionError(f"--option {item!r}: expected METHOD.OPTION=VALUE, e.g. gradcam.threshold=0.1")
+        options[key] = value
+    attention = {"attention.layer": args.attention_layer, "attention.head": args.head}
+    attention = {key: value for key, value in attention.items() if value is not None}
+    methods = [*(args.methods or DEFAULT_METHODS), *(["attention"] if attention else [])]
+    tokens = True if args.tokens is None else args.tokens
+    return {
+        "methods": methods,
+        "options": options | attention,
+        "layers": args.layer,
+        "average_layers": args.average_layers,
+        "select": Selection(tokens=tokens, words=args.words, phrases=args.phrase),
+        "target": args.target,
+        "token_target": args.token_target,
+        "seed": args.seed,
+    }
+
+
+def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path]:
+    """Where each picture's files go, checked before any work. Raises OSError or GroundingError.
+
+    Several pictures of the same name get a number; with `--output`, several pictures get a folder each inside it.
+    """
+    from grounding.export import check_output, slug
+
+    model = slug(Path(args.model).name if args.model else "demo-clip")
+    names: list[str] = []
+    for image in images:
+        name = f"{slug(Path(image).stem)}-{model}"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    root = Path(args.output or "outputs")
+    folders = [root] if args.output and len(images) == 1 else [root / name for name in names]
+    if args.write:
+        for folder in folders:
+            check_output(folder)
+    return folders
+
+
+class Report:
+    """What a command prints and writes: each explanation as it comes, files at once, the paths last."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.status = 0
+        self.written: list[Path] = []
+        self.documents: list[dict[str, Any]] = []
+
+    def add(self, explanation: Explanation, folder: Path) -> None:
+        """Write the files of one explanation and print its table (or keep its JSON for the end)."""
+        from grounding.export import to_json
+
+        if not self.args.quiet:
+            warn(explanation)
+        files = explanation.save(folder, self.args.write, **figure_keywords(self.args)) if self.args.write else {}
+        self.written += files.values()
+        if self.args.format == "json":
+            self.documents.append(to_json(explanation, files))
+            return
+        print(headline(explanation), explanation_table(explanation), "", sep="\n")
+
+    def failed(self, error: GroundingError) -> None:
+        """One picture could not be explained: say so, go on with the others."""
+        self.status = max(self.status, fail(error, verbose=self.args.verbose))
+
+    def end(self) -> int:
+        """Print what remains; return the exit code."""
+        if self.args.format == "json":
+            documents = self.documents[0] if len(self.documents) == 1 and not self.status else self.documents
+            print(json.dumps(documents, indent=2, allow_nan=False))
+        elif self.written:
+            print("wrote", *self.written)
+        return self.status
+
+
+def headline(explanation: Explanation) -> str:
+    """Picture, model and target in one line."""
+    from grounding.text import visible_text
+
+    name = explanation.picture.path or "picture"
+    size = f"{explanation.picture.width} x {explanation.picture.height}"
+    return visible_text(
+        f"{name} ({size}), {explanation.model['type']} {explanation.model['id']}, target {explanation.target}, "
+        f"parts of the caption: {explanation.token_target}"
+    )
+
+
+def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Do the work; a failure is one line on stderr and an exit code, with the traceback only where `-v` asks for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows escapes in place of an error
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty() or args.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        status = work(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader left (`| head`): nothing more to say, not even while Python shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError) as error:
+        return fail(error, verbose=args.verbose)
+    return status
+
+
+def fail(error: BaseException, *, verbose: bool = False) -> int:
+    """Print one line about an error (or its traceback) and return the exit code that goes with it."""
+    from grounding.text import visible_text
+
+    if verbose:
+        traceback.print_exception(error)
+    words = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {visible_text(words)}", file=sys.stderr)
+    return int(getattr(error, "exit_code", 1))
+
+
+def warn(explanation: Explanation) -> None:
+    """What the reader of an explanation must know, on stderr."""
+    from grounding.text import visible_text
+
+    for warning in explanation.warnings:
+        print(f"warning: {visible_text(warning)}", file=sys.stderr)
+
+
+def explanation_table(explanation: Explanation) -> str:
+    """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels."""
+    from grounding.text import visible_text
+
+    rows = [["entry", "kind", "score"]]
+    for column in explanation.columns.values():
+        rows[0] += [f"{column.key} peak", "box"]
+    for i, entry in enumerate(explanation.entries):
+        row = [visible_text(entry.label), entry.kind, f"{entry.score:+.4f}"]
+        for key, column in explanation.columns.items():
+            row += ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
+        rows.append(row)
+    return table(rows)
+
+
+def _cells(found: EntryMap) -> list[str]:
+    if not found.status:
+        return ["no evidence", "-"]
+    peak, box = found.peak, found.box
+    return [
+        "-" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
+        "-" if box is None else ", ".join(map(str, box)),
+    ]
+
+
+def layer_table(layers: Sequence[Layer]) -> str:
+    """Path, short name, output shape and liveness of each tap."""
+    rows = [["layer", "short", "output", "tap"]]
+    rows += [
+        [layer.path, layer.alias, " x ".join(map(str, layer.shape)),
+         "default" if layer.default else "live" if layer.live else "dead"]
+        for layer in layers
+    ]
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, a rule under the head; wide characters counted as two."""
+    short = [[_ellipsis(cell) if i == 0 and len(rows[0]) > 4 else cell for i, cell in enumerate(row)] for row in rows]
+    widths = [max(_width(row[i]) for row in short) for i in range(len(short[0]))]
+    lines = ["  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in short]
+    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 160), *lines[1:]])
+
+
+def _ellipsis(text: str) -> str:
+    return text if len(text) <= LABEL_WIDTH else text[: LABEL_WIDTH - 1] + "\u2026"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)

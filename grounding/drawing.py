@@ -1,0 +1,202 @@
+"""Pixels of one panel: picture, heat, hatching, patch grid, peak and box. RGB uint8 arrays (height, width, 3).
+
+"Panel pixels" are those of the array that is drawn on: the whole picture at another size, (x, y), origin top-left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from matplotlib import colormaps, get_data_path
+from PIL import Image, ImageDraw, ImageFont
+
+from grounding.errors import OptionError
+from grounding.geometry import Geometry
+from grounding.registry import did_you_mean
+
+BACKGROUNDS = ("picture", "edges")
+Background = Literal["picture", "edges"]
+
+# Red is high, white is zero, blue is low.
+DIVERGING = "RdBu_r"
+DIVERGING_NAMES = frozenset(
+    "PiYG PRGn BrBG PuOr RdGy RdBu RdYlBu RdYlGn Spectral coolwarm bwr seismic berlin managua vanimo".split()
+)
+
+# How much of its own colour the picture keeps under the heat: colour then means heat, and the picture is still known.
+SATURATION = 0.25
+# Grey that the unseen area and a map without evidence are mixed with, and how much of the picture stays.
+FADE_TO, FADED = 208, 0.45
+
+Rgb = UInt8[np.ndarray, "height width 3"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a map is drawn; see `grounding.render.figure`. Raises OptionError for values that cannot be drawn."""
+
+    cmap: str = "magma"
+    opacity: float = 0.6
+    grid: bool = False
+    peak: bool = True
+    box: bool = True
+    background: Background = "picture"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        colour_table(self.cmap)
+        if not 0 <= self.opacity <= 1:
+            raise OptionError(f"opacity must be from 0 to 1, got {self.opacity}")
+        if self.background not in BACKGROUNDS:
+            raise OptionError(f"unknown background {self.background!r} (there are: {', '.join(BACKGROUNDS)})")
+
+    @property
+    def diverging(self) -> str:
+        """The colour map of signed maps drawn with their sign: `cmap` if it is a diverging one."""
+        return self.cmap if self.cmap.removesuffix("_r") in DIVERGING_NAMES else DIVERGING
+
+
+@lru_cache(maxsize=16)
+def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
+    """256 RGB colours of a matplotlib colour map, the colour of the highest value last. Raises OptionError."""
+    if name not in colormaps:
+        known = sorted(colormaps)
+        hint = did_you_mean(name, known) or "; for example magma, viridis, gray, jet"
+        raise OptionError(f"unknown colour map {name!r}{hint}")
+    table = colormaps[name](np.linspace(0, 1, 256), bytes=True)[:, :3].copy()
+    table.flags.writeable = False
+    return table
+
+
+def fit(width: int, height: int, longest: int, stretch: float = 8.0) -> tuple[int, int]:
+    """(height, width) of a panel whose longer side is `longest`; a picture thinner than 1 : `stretch` is widened."""
+    ratio = min(max(width / height, 1 / stretch), stretch)
+    return (max(1, round(longest / ratio)), longest) if ratio >= 1 else (longest, max(1, round(longest * ratio)))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Rgb:
+    """The picture as RGB at `size` (height, width)."""
+    height, width = size
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if rgb.size != (width, height):
+        # Large photographs are reduced by whole steps first: twice as good as needed, several times as fast.
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(rgb, dtype=np.uint8)
+
+
+def grey(rgb: Rgb) -> UInt8[np.ndarray, "height width"]:
+    """Luminance."""
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+
+
+def ground(rgb: Rgb, background: Background) -> Rgb:
+    """What the heat is laid over: the picture with muted colours, or its edges (Canny), dark on white."""
+    luminance = grey(rgb)
+    if background == "edges":
+        smooth = cv2.GaussianBlur(luminance, (0, 0), max(0.8, max(rgb.shape[:2]) / 500))
+        edges = cv2.dilate(cv2.Canny(smooth, 40, 110), np.ones((2, 2), np.uint8))
+        return np.repeat((255 - (edges > 0) * np.uint8(215))[..., None], 3, axis=2)
+    return cv2.addWeighted(rgb, SATURATION, np.repeat(luminance[..., None], 3, axis=2), 1 - SATURATION, 0)
+
+
+def faded(rgb: Rgb) -> Rgb:
+    """The picture in pale grey: no colour, so nothing in it can be taken for heat."""
+    pale = np.round(grey(rgb) * FADED + FADE_TO * (1 - FADED)).astype(np.uint8)
+    return np.repeat(pale[..., None], 3, axis=2)
+
+
+def colours(unit: Float[np.ndarray, "height width"], name: str) -> Rgb:
+    """Values in [0, 1] in a colour map's colours; NaN is drawn as 0 (and hatched by who knows better)."""
+    return colour_table(name)[np.round(np.nan_to_num(unit) * 255).astype(np.uint8)]
+
+
+def blend(below: Rgb, above: Rgb, opacity: float) -> Rgb:
+    """The same opacity everywhere: equal heat shows as an equal change, wherever it lies."""
+    return cv2.addWeighted(above, opacity, below, 1 - opacity, 0)
+
+
+def hatch(rgb: Rgb, faint: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
+    """`faint` with diagonal lines where nothing was seen: light and dark side by side, to show on every ground."""
+    if not unseen.any():
+        return rgb
+    height, width = unseen.shape
+    step = max(6, round(max(height, width) / 36))
+    phase = (np.arange(height)[:, None] + np.arange(width)[None, :]) % step
+    stroke = max(1, round(step / 8))
+    lines = np.where((phase < stroke)[..., None], np.uint8(70), faint)
+    lines = np.where(((phase >= stroke) & (phase < 2 * stroke))[..., None], np.uint8(250), lines)
+    return np.where(unseen[..., None], lines, rgb).astype(np.uint8)
+
+
+def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
+    """Outlines of the patches that saw the picture, in half-transparent lines, light on dark and dark on light."""
+    height, width = rgb.shape[:2]
+    fx, fy = width / geometry.width, height / geometry.height
+    mask = np.zeros((height, width), np.uint8)
+    for row, column in zip(*np.nonzero(geometry.seen_cells), strict=True):
+        cell = geometry.cell_box(int(row), int(column))
+        if cell is not None:
+            x0, y0, x1, y1 = cell[0] * fx, cell[1] * fy, cell[2] * fx, cell[3] * fy
+            cv2.rectangle(mask, (round(x0), round(y0)), (round(x1), round(y1)), 255, _stroke(rgb, 700))
+    contrast = np.where(grey(rgb) < 128, np.uint8(255), np.uint8(0))[..., None]
+    mixed = cv2.addWeighted(rgb, 0.6, np.repeat(contrast, 3, axis=2), 0.4, 0)
+    return np.where(mask[..., None] > 0, mixed, rgb)
+
+
+def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
+    """A half-open box, panel pixels, as a white line in a black one."""
+    x0, y0, x1, y1 = box
+    drawn = np.ascontiguousarray(rgb)
+    line = _stroke(rgb, 260)
+    # Drawn inwards, so that a box at the picture's edge keeps its whole line.
+    inset = line + line // 2
+    corners = (x0 + inset, y0 + inset), (max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset))
+    cv2.rectangle(drawn, *corners, (0, 0, 0), 3 * line)
+    cv2.rectangle(drawn, *corners, (255, 255, 255), line)
+    return drawn
+
+
+def draw_peak(rgb: Rgb, point: tuple[float, float]) -> Rgb:
+    """A ring with a dot at a point, panel pixels; white in black, to show on every ground."""
+    drawn = np.ascontiguousarray(rgb)
+    longest = max(rgb.shape[:2])
+    line, radius = _stroke(rgb, 260), max(3, round(longest / 38))
+    # cv2 counts from pixel centres; four more bits keep the mark where it belongs between pixels.
+    centre = (round((point[0] - 0.5) * 16), round((point[1] - 0.5) * 16))
+    for colour, thickness, dot in (((0, 0, 0), 3 * line, 2.2 * line), ((255, 255, 255), line, 1.2 * line)):
+        cv2.circle(drawn, centre, radius * 16, colour, thickness, cv2.LINE_AA, shift=4)
+        cv2.circle(drawn, centre, round(dot * 16), colour, -1, cv2.LINE_AA, shift=4)
+    return drawn
+
+
+def _stroke(rgb: Rgb, parts: int) -> int:
+    return max(1, round(max(rgb.shape[:2]) / parts))
+
+
+def draw_note(rgb: Rgb, text: str) -> Rgb:
+    """A line of text on a white plate in the middle, as large as fits; a panel too small for it stays as it is."""
+    height, width = rgb.shape[:2]
+    for size in range(max(8, round(max(height, width) / 18)), 7, -1):
+        font = _font(size)
+        left, top, right, bottom = font.getbbox(text)
+        if right - left + size <= width and bottom - top + size <= height:
+            break
+    else:
+        return rgb
+    image = Image.fromarray(rgb)
+    pen = ImageDraw.Draw(image)
+    x, y = (width - (right - left)) / 2, (height - (bottom - top)) / 2
+    pen.rectangle((x - size / 2, y - size / 2, x + right - left + size / 2, y + bottom - top + size / 2), fill="white")
+    pen.text((x - left, y - top), text, font=font, fill=(60, 60, 60))
+    return np.asarray(image)
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)

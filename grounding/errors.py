@@ -1,0 +1,56 @@
+"""What can go wrong for a reason the user can act on: one line each.
+
+`status` is what a batch run records for the picture, `exit_code` what a command ends with: 1 could not do it, 2 was
+asked for something that does not exist.
+"""
+
+from __future__ import annotations
+
+
+class GroundingError(ValueError):
+    """Base of all errors that a command prints as one line."""
+
+    status = "failed_input"
+    exit_code = 1
+
+
+class TextError(GroundingError):
+    """A caption, token or phrase that cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownNameError(GroundingError):
+    """A name that no table entry answers to; the message lists what there is and the nearest match."""
+
+    exit_code = 2
+
+
+class OptionError(GroundingError):
+    """A method option that does not exist or has the wrong type."""
+
+    exit_code = 2
+
+
+class ModelError(GroundingError):
+    """A checkpoint that cannot be loaded, or a model that cannot do what was asked of it."""
+
+    status = "failed_model"
+
+
+class LayerError(ModelError):
+    """A layer that does not exist, is no tap, or is dead (its gradient is exactly zero)."""
+
+    exit_code = 2
+
+
+class TargetError(ModelError):
+    """A target that this architecture does not have."""
+
+    exit_code = 2
+
+
+class NumericError(GroundingError):
+    """NaN or Inf in scores, attention or gradients. Never replaced by zero."""
+
+    status = "failed_numeric"

@@ -1,0 +1,190 @@
+"""The result: frozen, holding raw signed patch maps; everything in original pixels is derived on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from grounding import maps as mapping
+from grounding.errors import GroundingError, TextError
+from grounding.geometry import Geometry
+from grounding.images import Picture
+from grounding.maps import Status
+from grounding.method import THRESHOLD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is explained: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
+
+    `score` is the explained scalar, `kind` the entry's, `piece` the position in the model's sequence of a token.
+    """
+
+    label: str
+    kind: str
+    start: int
+    end: int
+    score: float
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MapColumn:
+    """One method at one layer: raw maps (entries, rows, columns), or (1, rows, columns) where all entries share one.
+
+    `text_conditioned` is False where the method cannot see the text; `status` has one item per stored map.
+    """
+
+    key: str
+    method: str
+    title: str
+    layer: str | None
+    options: Mapping[str, Any]
+    signed: bool
+    text_conditioned: bool
+    maps: Float[np.ndarray, "entries rows columns"]
+    status: tuple[Status, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether one map stands for all entries."""
+        return not self.text_conditioned
+
+    def index(self, entry: int) -> int:
+        """The place of an entry's map in `maps` and `status`."""
+        return 0 if self.shared else entry
+
+
+@dataclass(frozen=True, eq=False)
+class EntryMap:
+    """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`."""
+
+    entry: Entry
+    column: MapColumn
+    raw: Float[np.ndarray, "rows columns"]
+    status: Status
+    geometry: Geometry
+
+    @property
+    def view(self) -> Float[np.ndarray, "rows columns"]:
+        """The part that speaks for the entry, on the patch grid: >= 0."""
+        threshold = self.column.options.get(THRESHOLD, 0.0)
+        return mapping.view(self.raw, signed=self.column.signed, threshold=threshold)
+
+    def heat(self, size: tuple[int, int] | None = None) -> Float[np.ndarray, "height width"]:
+        """The view in original pixels (or at `size` = (height, width) of the same field of view), NaN where unseen."""
+        return self.geometry.to_original(self.view, size=size)
+
+    @property
+    def peak(self) -> tuple[float, float] | None:
+        """Centre of the strongest seen patch, (x, y) in original pixels; None for a degenerate map."""
+        return mapping.peak(self.raw, self.geometry) if self.status else None
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Largest region above half of the range: (x0, y0, x1, y1) in original pixels; None for a degenerate map."""
+        return mapping.box(self.heat()) if self.status else None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Raw minimum and maximum over the seen patches."""
+        values = self.raw[self.geometry.seen_cells]
+        return (float(values.min()), float(values.max())) if values.size else (float("nan"), float("nan"))
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What one picture and one text give: entries, maps per method, geometry, warnings and provenance.
+
+    `columns` maps a method's key to its maps. `target` is the kind of scalar explained, `token_target` how a part of
+    the caption was scored, `provenance` everything needed to make it again.
+    """
+
+    picture: Picture
+    caption: str
+    entries: tuple[Entry, ...]
+    columns: Mapping[str, MapColumn]
+    geometry: Geometry
+    target: str
+    token_target: str | None
+    model: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float | None:
+        """The score of the caption's own entry, where it has one."""
+        return next((e.score for e in self.entries if e.kind in ("caption", "image", "class")), None)
+
+    def index(self, which: int | str, occurrence: int = 0) -> int:
+        """The place of an entry, by index or by label (case ignored). Raises TextError listing what there is."""
+        if isinstance(which, int):
+            if -len(self.entries) <= which < len(self.entries):
+                return which % len(self.entries)
+            raise TextError(f"entry {which} is not in 0 to {len(self.entries) - 1}")
+        hits = [i for i, entry in enumerate(self.entries) if entry.label.lower() == which.lower()]
+        if occurrence >= len(hits):
+            listing = ", ".join(f"{i}:{entry.label!r}" for i, entry in enumerate(self.entries))
+            raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")
+        return hits[occurrence]
+
+    def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> EntryMap:
+        """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
+        key = next(iter(self.columns)) if column is None else column
+        if key not in self.columns:
+            raise GroundingError(f"no method {key!r} in this explanation (it has: {', '.join(self.columns)})")
+        entry, chosen = self.index(which, occurrence), self.columns[key]
+        place = chosen.index(entry)
+        return EntryMap(self.entries[entry], chosen, chosen.maps[place], chosen.status[place], self.geometry)
+
+    def __getitem__(self, which: int | str) -> EntryMap:
+        return self.map(which)
+
+    def __iter__(self) -> Iterator[EntryMap]:
+        return (self.map(i) for i in range(len(self.entries)))
+
+    def figure(self, **options: Any) -> Figure:
+        """The side-by-side figure; options as in `grounding.render.figure`."""
+        from grounding.render import figure
+
+        return figure(self, **options)
+
+    def show(self, **options: Any) -> None:
+        """Show the figure (in a notebook, or in a window where there is one)."""
+        import matplotlib.pyplot as plt
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        made = self.figure(**options)
+        manager = plt.figure().canvas.manager
+        if manager is None:
+            FigureCanvasAgg(made)
+            return
+        manager.canvas.figure = made
+        made.set_canvas(manager.canvas)
+        plt.show()
+
+    def save(self, directory: str | Path, write: Sequence[str] = ("png", "npz", "json"), **options: Any) -> dict[str, Path]:
+        """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written.
+
+        `write` chooses among png, npz, json; `options` go to the figure. Raises OSError.
+        """
+        from grounding.export import save
+
+        return save(self, directory, write, **options)
+
+    @staticmethod
+    def load(directory: str | Path) -> Explanation:
+        """The inverse of `save` with json and npz. Raises GroundingError for a folder that is none of ours."""
+        from grounding.export import load
+
+        return load(directory)

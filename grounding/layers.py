@@ -1,0 +1,82 @@
+"""Which layers can be tapped: found by running the model once, not by believing its names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from grounding.adapter import Adapter
+from grounding.engine import trace
+from grounding.errors import LayerError
+from grounding.method import Method
+from grounding.plan import Column
+from grounding.recorder import Recorder
+from grounding.types import Inputs
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose output is a patch grid. `alias` is its short name, `live` whether the score depends on its patches."""
+
+    path: str
+    shape: tuple[int, ...]
+    live: bool
+    default: bool
+    alias: str = ""
+
+
+def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
+    """All layers whose output folds to the patch grid, in the order they run, tried on one picture and one text."""
+    inputs = adapter.prepare([image], [[text]])
+    targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]])
+    shapes = _foldable(adapter, inputs)
+    recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
+    column = Column("", "", recording, {}, paths=tuple(shapes))
+    [(chunk, _, _)] = list(trace(adapter, inputs, targets, [column]))
+    aliases = _aliases(adapter)
+    grid = adapter.grid(inputs)
+    return tuple(
+        Layer(
+            path, shape, bool(adapter.to_grid(chunk.gradients[path], grid).any()), path == adapter.sites.tap,
+            aliases.get(path, ""),
+        )
+        for path, shape in shapes.items()
+    )
+
+
+def _foldable(adapter: Adapter, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """Path -> output shape of every module that ran once and whose output is a patch grid."""
+    found: dict[str, tuple[int, ...]] = {}
+    twice: set[str] = set()
+    grid = adapter.grid(inputs)
+
+    def look(path: str, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        with contextlib.suppress(LayerError):
+            if isinstance(tensor, Tensor) and adapter.to_grid(tensor, grid) is not None:
+                twice.update({path} & found.keys())
+                found[path] = tuple(tensor.shape)
+
+    with Recorder(adapter.model), contextlib.ExitStack() as hooks:
+        for path, module in _modules(adapter.model):
+            handle = module.register_forward_hook(lambda _m, _a, out, p=path: look(p, out))
+            hooks.callback(handle.remove)
+        adapter.forward(inputs, None)
+    return {path: shape for path, shape in found.items() if path not in twice}
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in model.named_modules() if path)
+
+
+def _aliases(adapter: Adapter) -> dict[str, str]:
+    aliases = {}
+    for name, stack in adapter.sites.stacks.items():
+        prefix = "" if name == "vision" else f"{name}:"
+        for paths, part in ((stack.blocks, ""), (stack.inputs, ".in")):
+            aliases |= {path: f"{prefix}{i}{part}" for i, path in enumerate(paths)}
+    return aliases

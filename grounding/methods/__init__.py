@@ -1,0 +1,16 @@
+"""All methods by name. To add one: a function in a file here (or an entry point `grounding.methods`) and one line."""
+
+from grounding.registry import Registry
+
+METHODS = Registry(
+    "method",
+    {
+        "gradcam": "grounding.methods.cam:gradcam",
+        "rollout": "grounding.methods.attention:rollout",
+        "relevance": "grounding.methods.attention:relevance",
+        "gradient_rollout": "grounding.methods.attention:gradient_rollout",
+        "attention": "grounding.methods.attention:raw_attention",
+    },
+    group="grounding.methods",
+)
+DEFAULT_METHODS = ("gradcam", "rollout", "relevance")

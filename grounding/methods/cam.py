@@ -1,0 +1,47 @@
+"""Class activation maps: patch features of one layer, weighted by what the score's gradient says of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from grounding.errors import OptionError
+from grounding.method import method
+from grounding.trace import Trace
+
+
+@method("Grad-CAM", {"activations", "shift"}, signed=True)
+def gradcam(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -> Float[Tensor, "k rows columns"]:
+    """Grad-CAM (Selvaraju et al. 2017, eq. 1-2): sum_d w_d F_pd with w_d = mean_p d score / d F_pd.
+
+    Raw and signed: the paper's final ReLU is a matter of the view (option `threshold`). `token_centred` takes the
+    mean over patches off the features first, `smooth` blurs the map with a Gaussian of that many patches.
+    Cost: one backward from the score to the tap per target.
+    """
+    features = trace.activations()
+    if token_centred:
+        features = features - features.mean((1, 2), keepdim=True)
+    weights = trace.shift() / (features.shape[1] * features.shape[2])
+    return smoothed(einsum(features, weights, "k r c d, k d -> k r c"), smooth)
+
+
+def smoothed(maps: Float[Tensor, "k rows columns"], sigma: float) -> Float[Tensor, "k rows columns"]:
+    """The maps blurred by a Gaussian of `sigma` patches (0: as they are), edges mirrored. Raises OptionError."""
+    if sigma < 0 or not math.isfinite(sigma):
+        raise OptionError(f"option gradcam.smooth: expected a width in patches, 0 or more, got {sigma}")
+    if sigma == 0:
+        return maps
+    for axis in (1, 2):
+        # A mirror cannot reach further than the map goes.
+        radius = min(math.ceil(3 * sigma), maps.shape[axis] - 1)
+        x = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+        kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+        rows = rearrange(maps.movedim(axis, -1), "k other n -> (k other) 1 n")
+        rows = F.conv1d(F.pad(rows, (radius, radius), mode="reflect"), (kernel / kernel.sum())[None, None])
+        maps = rearrange(rows, "(k other) 1 n -> k other n", k=maps.shape[0]).movedim(-1, axis)
+    return maps

@@ -1,0 +1,116 @@
+"""One map over its picture: from an `EntryMap` to pixels."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from grounding import maps as mapping
+from grounding.drawing import (
+    FADE_TO, Rgb, Style, blend, colours, draw_box, draw_grid, draw_note, draw_peak, faded, ground, hatch, resized,
+)  # fmt: skip
+from grounding.errors import OptionError
+from grounding.explanation import EntryMap
+from grounding.geometry import Geometry
+
+Limits = tuple[float, float]
+
+
+def with_sign(entry_map: EntryMap, style: Style) -> bool:
+    """Whether a map is drawn around zero, negative values included."""
+    return style.signed and entry_map.column.signed
+
+
+def drawn_values(entry_map: EntryMap, style: Style) -> Float[np.ndarray, "rows columns"]:
+    """What is drawn of a map, on the patch grid; NaN where no patch was seen."""
+    values = entry_map.raw if with_sign(entry_map, style) else entry_map.view
+    return np.where(entry_map.geometry.seen_cells, values, np.nan)
+
+
+def limits_of(
+    entry_maps: list[EntryMap], style: Style, scale: mapping.Scale = "entry", fixed: Limits | None = None
+) -> Limits:
+    """The values at the ends of the colour map that these maps share; maps without evidence have no say.
+
+    A map drawn with its sign has them at the same distance from zero. Equal limits mean: nothing to draw.
+    """
+    telling = [m for m in entry_maps if m.status]
+    low, high = mapping.limits([drawn_values(m, style) for m in telling], scale, fixed)
+    if scale != "fixed" and any(with_sign(m, style) for m in telling):
+        reach = max(abs(low), abs(high))
+        return -reach, reach
+    return low, high
+
+
+class Painter:
+    """Draws maps of one picture at one size, (height, width); the work on the picture is done once.
+
+    `image` is the whole upright picture, at any resolution. Raises OptionError where its shape is not the geometry's.
+    """
+
+    def __init__(self, image: Image.Image, geometry: Geometry, size: tuple[int, int], style: Style) -> None:
+        if image.size != (geometry.width, geometry.height):
+            raise OptionError(
+                f"the picture has {image.width} x {image.height} pixels, the map belongs to one of "
+                f"{geometry.width} x {geometry.height}"
+            )
+        self.geometry, self.size, self.style = geometry, size, style
+        self.picture: Rgb = resized(image, size)
+
+    @cached_property
+    def _ground(self) -> Rgb:
+        return ground(self.picture, self.style.background)
+
+    @cached_property
+    def _pale(self) -> Rgb:
+        return faded(self.picture)
+
+    def overlay(self, entry_map: EntryMap, limits: Limits) -> Rgb:
+        """The heat over the picture."""
+        if not _has_evidence(entry_map, limits):
+            return self._without_evidence(self._pale)
+        tint = self._tint(entry_map, limits)
+        return self._marked(blend(self._ground, tint, self.style.opacity), self._pale, entry_map)
+
+    def heat(self, entry_map: EntryMap, limits: Limits) -> Rgb:
+        """The heat alone, in the colour map's own colours."""
+        plain = np.full((*self.size, 3), FADE_TO, np.uint8)
+        if not _has_evidence(entry_map, limits):
+            return self._without_evidence(plain)
+        return self._marked(self._tint(entry_map, limits), plain, entry_map)
+
+    def _tint(self, entry_map: EntryMap, limits: Limits) -> Rgb:
+        if with_sign(entry_map, self.style):
+            values = self.geometry.to_original(entry_map.raw, size=self.size)
+            return colours(mapping.rescale(values, *limits), self.style.diverging)
+        return colours(mapping.rescale(entry_map.heat(self.size), *limits), self.style.cmap)
+
+    def _without_evidence(self, pale: Rgb) -> Rgb:
+        return draw_note(hatch(pale, pale, self._unseen), "no evidence")
+
+    @cached_property
+    def _unseen(self) -> np.ndarray:
+        unseen = np.ones(self.size, bool)
+        unseen[self.geometry.seen_slices(self.size)] = False
+        return unseen
+
+    def _marked(self, panel: Rgb, pale: Rgb, entry_map: EntryMap) -> Rgb:
+        panel = hatch(panel, pale, self._unseen)
+        if self.style.grid:
+            panel = draw_grid(panel, self.geometry)
+        # At the panel's own size: the box in original pixels costs a second for a large photograph.
+        box = mapping.box(entry_map.heat(self.size)) if self.style.box else None
+        if box is not None:
+            panel = draw_box(panel, box)
+        peak = entry_map.peak if self.style.peak else None
+        if peak is not None:
+            height, width = self.size
+            panel = draw_peak(panel, (peak[0] * width / self.geometry.width, peak[1] * height / self.geometry.height))
+        return panel
+
+
+def _has_evidence(entry_map: EntryMap, limits: Limits) -> bool:
+    return bool(entry_map.status) and limits[1] > limits[0]

@@ -1,0 +1,125 @@
+"""What is to be computed: entries of a caption, columns of the figure. Decided before the model runs, so that a wrong
+name or option costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grounding.adapter import Adapter
+from grounding.errors import OptionError, UnknownNameError
+from grounding.method import Method
+from grounding.methods import DEFAULT_METHODS, METHODS
+from grounding.text import Span, Tokens
+from grounding.trace import TAP_SIGNALS, Trace
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), words, phrases."""
+
+    caption: bool = True
+    tokens: bool | Sequence[str] = True
+    words: bool = False
+    phrases: Sequence[str] = ()
+
+    def spans(self, tokens: Tokens) -> tuple[Span, ...]:
+        """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
+        chosen: list[Span] = [tokens.caption()] if self.caption else []
+        if isinstance(self.tokens, bool):
+            # Words stand in for tokens unless tokens are asked for by name.
+            chosen += tokens.tokens() if self.tokens and not self.words else ()
+        else:
+            chosen += tokens.choose(self.tokens, tokens.tokens())
+        if self.words:
+            chosen += tokens.words()
+        chosen += [tokens.phrase(phrase) for phrase in self.phrases]
+        return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One method with its options at its layers: one column of the figure, one key in every file."""
+
+    key: str
+    name: str
+    method: Method
+    options: Mapping[str, Any]
+    layer: str | None = None
+    paths: tuple[str, ...] = ()
+
+    def maps(self, trace: Trace) -> Tensor:
+        """Raw maps (k, rows, columns). Several layers are averaged, each divided by its largest absolute value first."""
+        options = {k: v for k, v in self.options.items() if k in self.method.own_options}
+        if not self.paths:
+            return self.method(trace.at(None, self.method.needs), **options)
+        layers = [self.method(trace.at(path, self.method.needs), **options) for path in self.paths]
+        if len(layers) == 1:
+            return layers[0]
+        return torch.stack([m / m.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
+                            for m in layers]).mean(0)
+
+
+def columns(
+    adapter: Adapter,
+    methods: Sequence[str] | None = None,
+    layers: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    average_layers: bool = False,
+) -> tuple[Column, ...]:
+    """The columns of an explanation.
+
+    `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
+    Raises UnknownNameError, OptionError, LayerError.
+    """
+    names = list(dict.fromkeys(methods or DEFAULT_METHODS))
+    given = _options_by_method(options or {}, names)
+    made: list[Column] = []
+    for name in names:
+        method: Method = METHODS[name]
+        chosen = method.options(given.get(name, {}), name)
+        if not method.reads_tap:
+            made.append(Column(name, name, method, chosen))
+            continue
+        taps = {layer: adapter.resolve(layer) for layer in layers} or {"": adapter.resolve(None)}
+        if average_layers and len(taps) > 1:
+            key = f"{name}@{'+'.join(taps)}"
+            made.append(Column(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values())))
+            continue
+        for layer, path in taps.items():
+            key = f"{name}@{layer}" if len(taps) > 1 else name
+            made.append(Column(key, name, method, chosen, path, (path,)))
+    return tuple(made)
+
+
+def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Taps and attention modules to record -> whether their gradient is needed: the union over all columns."""
+    taps: dict[str, bool] = {}
+    attention: dict[str, bool] = {}
+    for column in plan:
+        needs = column.method.needs
+        gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
+        taps |= {path: taps.get(path, False) or gradient for path in column.paths}
+        if needs & {"attention", "attention_gradient"}:
+            gradient = "attention_gradient" in needs
+            paths = adapter.stack("vision").attention
+            attention |= {path: attention.get(path, False) or gradient for path in paths}
+    return taps, attention
+
+
+def _options_by_method(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    split: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        name, dot, option = key.partition(".")
+        if not dot or not option:
+            raise OptionError(f"option {key!r}: expected method.option=value, e.g. gradcam.threshold=0.1")
+        if name not in METHODS:
+            raise UnknownNameError(f"option {key!r}: no method {name!r} (there are: {', '.join(METHODS)})")
+        if name not in names:
+            raise OptionError(f"option {key!r}: method {name!r} is not among those asked for ({', '.join(names)})")
+        split.setdefault(name, {})[option] = value
+    return split

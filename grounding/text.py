@@ -1,0 +1,176 @@
+"""Tokens, words and phrases as character spans of the text the user typed: [start, end), in code points."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from grounding.errors import TextError
+
+# How a word is made from sub-word pieces; said in --help and in the documentation.
+WORD_RULE = (
+    "a word is a run of letters and digits (inner apostrophes and hyphens included) or a run of other visible signs; "
+    "a piece belongs to the word its first character lies in"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One entry: a part of a text. `positions` are its tokens' places in the model's sequence, special tokens counted.
+
+    `kind` is caption, token, word, phrase, class or image. `alone` marks a span that is scored as a text of its own.
+    """
+
+    kind: str
+    label: str
+    start: int
+    end: int
+    positions: tuple[int, ...] = ()
+    token_id: int | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised text. `ids`, `offsets` and `special` run over the model's sequence, special tokens included.
+
+    `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: tuple[bool, ...]
+    dropped: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """Positions of the tokens that stand for text."""
+        return tuple(i for i, special in enumerate(self.special) if not special)
+
+    def span(self, kind: str, start: int, end: int) -> Span:
+        """The span of characters [start, end) with the positions of all tokens that touch it."""
+        touching = tuple(
+            i for i in self.visible if min(end, self.offsets[i][1]) > max(start, self.offsets[i][0])
+        )
+        return Span(kind, self.text[start:end], start, end, touching)
+
+    def caption(self) -> Span:
+        """The whole text."""
+        return replace(self.span("caption", 0, len(self.text)), alone=True)
+
+    def tokens(self) -> tuple[Span, ...]:
+        """One span per visible token. A piece without characters of its own shows its neighbour's (byte-level parts)."""
+        return tuple(
+            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i])
+            for i in self.visible
+        )
+
+    def words(self) -> tuple[Span, ...]:
+        """One span per occurrence of a word that has tokens; see WORD_RULE."""
+        spans = word_spans(self.text)
+        pieces: dict[tuple[int, int], list[int]] = {}
+        for i in self.visible:
+            start = self.offsets[i][0]
+            home = next((span for span in spans if span[0] <= start < span[1]), None)
+            if home is not None:
+                pieces.setdefault(home, []).append(i)
+        return tuple(
+            Span("word", self.text[start:end], start, end, tuple(positions),
+                 self.ids[positions[0]] if len(positions) == 1 else None)
+            for (start, end), positions in pieces.items()
+        )
+
+    def phrase(self, phrase: str, occurrence: int = 0) -> Span:
+        """The given occurrence of `phrase` in the text (case ignored), to be scored alone.
+
+        Raises TextError where the phrase is empty or does not occur.
+        """
+        wanted = phrase.strip()
+        if not wanted:
+            raise TextError("a phrase is empty: give some of the caption's words")
+        start = -1
+        for _ in range(occurrence + 1):
+            start = _fold(self.text).find(_fold(wanted), start + 1)
+            if start < 0:
+                raise TextError(f"phrase {phrase!r} does not occur in the caption {self.text!r}")
+        return replace(self.span("phrase", start, start + len(wanted)), alone=True)
+
+    def choose(self, wanted: Sequence[str], spans: Sequence[Span]) -> tuple[Span, ...]:
+        """The `spans` that are asked for, by text (every occurrence, case ignored) or by index.
+
+        Raises TextError for one that is not there, with the list of what there is.
+        """
+        chosen: list[int] = []
+        for name in wanted:
+            hits = [i for i, span in enumerate(spans) if _fold(span.label) == _fold(name)]
+            if not hits and name.isdecimal() and int(name) < len(spans):
+                hits = [int(name)]
+            if not hits:
+                listing = ", ".join(f"{i}:{span.label!r}" for i, span in enumerate(spans))
+                raise TextError(f"{name!r} is not in the caption; it has {listing}")
+            chosen += hits
+        return tuple(spans[i] for i in sorted(set(chosen)))
+
+
+def _fold(text: str) -> str:
+    """Lower case, one character for one: character offsets stay as they are (casefold may change the length)."""
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+def _continues(character: str) -> bool:
+    """Combining marks, joiners and variation selectors belong to the character before them."""
+    return unicodedata.category(character) in {"Mn", "Mc", "Me", "Cf"}
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def word_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """Character spans of the words of `text`, in order: see WORD_RULE."""
+    spans: list[tuple[int, int]] = []
+    start, kind = 0, ""
+    for i, character in enumerate(text):
+        here = _kind(text, i, character, kind)
+        if here != kind:
+            if kind:
+                spans.append((start, i))
+            start, kind = i, here
+    if kind:
+        spans.append((start, len(text)))
+    return tuple(spans)
+
+
+def _kind(text: str, i: int, character: str, before: str) -> str:
+    """"word", "sign" or "" (blank) for the character at i, given the kind of the one before it."""
+    if before and _continues(character):
+        return before
+    if _is_letter(character):
+        return "word"
+    if character.isspace() or _continues(character):
+        return ""
+    inner = before == "word" and character in "'’-" and i + 1 < len(text) and _is_letter(text[i + 1])
+    return "word" if inner else "sign"
+
+
+def check_text(text: object) -> str:
+    """The text, if it can be used. Raises TextError where it is no string, empty or blank."""
+    if not isinstance(text, str):
+        raise TextError(f"a caption must be text, got {type(text).__name__}")
+    if not text.strip():
+        raise TextError("the caption is empty: give at least one word")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(f"the caption is not valid Unicode at character {error.start}") from None
+    return text
+
+
+def visible_text(text: str) -> str:
+    """`text` safe to print on one line: control characters, bidirectional controls and line ends are escaped."""
+    return "".join(c if c.isprintable() or c in "\u200d\ufe0f" else c.encode("unicode_escape").decode() for c in text)

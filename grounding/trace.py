@@ -1,0 +1,87 @@
+"""What one pass left behind for a chunk of targets: the only thing a method looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from grounding.types import Targets
+
+if TYPE_CHECKING:
+    from grounding.adapter import Adapter
+
+SIGNALS = frozenset({"activations", "shift", "patch_gradient", "attention", "attention_gradient"})
+TAP_SIGNALS = frozenset({"activations", "shift", "patch_gradient"})
+GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The signals of k targets, of different pictures each, at one tap. Reading an undeclared one is an error.
+
+    The stored tensors have the pictures of the batch first (B); the readers below give one row per target (k).
+    """
+
+    adapter: Adapter
+    targets: Targets
+    grid: tuple[int, int]
+    needs: frozenset[str]
+    outputs: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    weights: Mapping[str, Sequence[Tensor]]
+    weight_gradients: Mapping[str, Sequence[Tensor]]
+    tap: str | None = None
+
+    def at(self, tap: str | None, needs: frozenset[str]) -> Trace:
+        """The same record seen by one method at one tap."""
+        return replace(self, tap=tap, needs=needs)
+
+    def activations(self) -> Float[Tensor, "k rows columns D"]:
+        """Patch features at the tap."""
+        return self.adapter.to_grid(self._rows("activations", self.outputs), self.grid)
+
+    def patch_gradient(self) -> Float[Tensor, "k rows columns D"]:
+        """d score / d features, per patch."""
+        return self.adapter.to_grid(self._rows("patch_gradient", self.gradients), self.grid)
+
+    def shift(self) -> Float[Tensor, "k D"]:
+        """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
+        return self.adapter.to_grid(self._rows("shift", self.gradients), self.grid).sum((1, 2))
+
+    def attentions(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
+        """Attention weights of a stack, first block to last."""
+        self._declared("attention")
+        return [_precise(weights[self.targets.image]) for weights in self.weights[stack]]
+
+    def attention_gradients(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
+        """d score / d attention weights of a stack, first block to last."""
+        self._declared("attention_gradient")
+        return [_precise(gradient[self.targets.image]) for gradient in self.weight_gradients[stack]]
+
+    def readout_row(self) -> Float[Tensor, "k N"]:
+        """How much each token of the vision stack's output is read: where chains of attention start."""
+        return self.adapter.readout_row(self)
+
+    def patches(self, row: Float[Tensor, "k N"]) -> Float[Tensor, "k rows columns"]:
+        """A row over the vision stack's tokens as a patch map: prefix dropped, folded, the count checked."""
+        return rearrange(self.adapter.to_grid(row[..., None], self.grid), "k r c 1 -> k r c")
+
+    def _rows(self, signal: str, record: Mapping[str, Tensor]) -> Tensor:
+        self._declared(signal)
+        assert self.tap is not None
+        return _precise(record[self.tap][self.targets.image])
+
+    def _declared(self, signal: str) -> None:
+        if signal not in self.needs:
+            raise RuntimeError(f"a method reads {signal!r} but declares only {sorted(self.needs)}")
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Off the graph; half precision as float32, so that sums over patches and chains of layers keep their digits."""
+    tensor = tensor.detach()
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()

@@ -1,0 +1,104 @@
+"""The losses of training. Each takes the same `Forward` and gives a scalar; a stage weighs them by name.
+
+Axis letters: B pictures, P queries, N patches, D embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import CLIPModel
+
+from batches import Batch
+from text import EOS, IMAGE_SIZE, PAD
+
+
+class Heads(nn.Module):
+    """Scales and offsets that only the losses need; they are not part of the exported model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phrase_scale = nn.Parameter(torch.tensor(10.0))
+        self.phrase_bias = nn.Parameter(torch.tensor(-4.0))
+        self.patch_scale = nn.Parameter(torch.tensor(10.0))
+        self.background = nn.Parameter(torch.tensor(3.0))
+
+
+@dataclass
+class Forward:
+    """What one forward pass of the model gives to the losses; all embeddings have length 1."""
+
+    image: torch.Tensor  # (B, D)
+    captions: torch.Tensor  # (2 B, D)
+    queries: torch.Tensor  # (P, D)
+    patches: torch.Tensor  # (B, N, D) hidden_states[-2] through the projection
+    temperature: torch.Tensor  # scalar, exp(logit_scale)
+
+
+def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
+    """(n, D) embeddings of length 1."""
+    mask = (ids != PAD).long()
+    pooled = model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+    return functional.normalize(model.text_projection(pooled).float(), dim=-1)
+
+
+def forward(model: CLIPModel, batch: Batch) -> Forward:
+    vision = model.vision_model(pixel_values=batch.normalised(), output_hidden_states=True)
+    image = functional.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
+    inner = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:])
+    patches = functional.normalize(model.visual_projection(inner).float(), dim=-1)
+    return Forward(
+        image=image,
+        captions=embed_text(model, batch.captions),
+        queries=embed_text(model, batch.queries),
+        patches=patches,
+        temperature=model.logit_scale.exp().clamp(max=60.0),
+    )
+
+
+def contrast_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+    """CLIP's contrast in both directions; the swapped captions are extra negatives for the pictures."""
+    count = len(out.image)
+    labels = torch.arange(count)
+    logits = out.temperature * out.image @ out.captions.T  # (B, 2 B)
+    by_text = functional.cross_entropy(logits[:, :count].T, labels)
+    return 0.5 * (functional.cross_entropy(logits, labels) + by_text)
+
+
+def phrase_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+    """Is the phrase true of the picture? Sigmoid loss; true pairs, swaps of the picture and the rest weigh alike."""
+    logits = heads.phrase_scale * (out.image @ out.queries.T) + heads.phrase_bias  # (B, P)
+    loss = functional.binary_cross_entropy_with_logits(logits, batch.present.float(), reduction="none")
+    easy = ~(batch.present | batch.hard)
+    return loss[batch.present].mean() + 0.5 * loss[batch.hard].mean() + 0.5 * loss[easy].mean()
+
+
+def patch_targets(batch: Batch, patches: int) -> torch.Tensor:
+    """(B, N) index of the query whose entity's box holds the patch centre, -1 for background."""
+    side = round(patches**0.5)
+    centre = (torch.arange(side) + 0.5) * IMAGE_SIZE / side
+    x, y = centre.repeat(side), centre.repeat_interleave(side)  # row-major
+    x0, y0, x1, y1 = (edge[..., None] for edge in batch.boxes.unbind(-1))  # (B, 4, 1)
+    inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)  # (B, 4, N)
+    query = batch.entity_query[..., None].expand_as(inside).masked_fill(~inside, -1)
+    return query.max(dim=1).values
+
+
+def box_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+    """Each patch is classified among all fully named entities of the batch and background."""
+    targets = patch_targets(batch, out.patches.shape[1])
+    logits = heads.patch_scale * (out.patches @ out.queries.T)  # (B, N, P)
+    logits = logits.masked_fill(~batch.full, -1e4)
+    background = (heads.patch_scale * heads.background / 10).expand(*logits.shape[:2], 1)
+    logits = torch.cat([logits, background], dim=-1)
+    filled = torch.where(targets < 0, logits.shape[-1] - 1, targets)
+    loss = functional.cross_entropy(logits.flatten(0, 1), filled.flatten(), reduction="none").view_as(targets)
+    return loss[targets >= 0].mean() + 0.5 * loss[targets < 0].mean()
+
+
+LOSSES = {"contrast": contrast_loss, "phrase": phrase_loss, "box": box_loss}
+# The first end token is where CLIP pools; a model with another end token would be pooled at position 0.
+assert EOS != 2

@@ -1,0 +1,54 @@
+"""The shipped validation and test scenes: which ones there are, from fixed seeds, and the picture made for show."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from vocabulary import HELD_OUT, Entity
+from world import Placed, Scene, sample_scene
+
+SHORT_SIDE = 320
+ASPECTS = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 2.0, 1 / 2)
+SEEDS = {"val": 101, "test": 202}
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How many scenes of 1, 2, 3 and 4 entities a split has, and every how many scenes one has a held-out entity."""
+
+    counts: dict[int, int]
+    held_out_every: int | None
+
+
+PLANS = {
+    "val": SplitPlan({1: 12, 2: 28, 3: 40, 4: 40}, held_out_every=None),
+    "test": SplitPlan({1: 16, 2: 44, 3: 160, 4: 159}, held_out_every=4),
+}
+
+
+def split_scenes(split: str) -> dict[str, Scene]:
+    """Scene by id, in the order of the split file; the test split begins with the default scene."""
+    plan, rng = PLANS[split], random.Random(SEEDS[split])
+    counts = [count for count, times in plan.counts.items() for _ in range(times)]
+    rng.shuffle(counts)
+    scenes = {DEFAULT_ID: default_scene()} if split == "test" else {}
+    for index, count in enumerate(counts):
+        held_out = plan.held_out_every is not None and index % plan.held_out_every == 0
+        require = HELD_OUT[index // plan.held_out_every % len(HELD_OUT)] if held_out else None
+        scenes[f"{split}_{index:03d}"] = sample_scene(rng, count, rng.choice(ASPECTS), held_out, require)
+    return scenes
+
+
+DEFAULT_ID = "test_default"
+
+
+def default_scene() -> Scene:
+    """A man in a red jacket among near-misses: a man in a blue jacket, a woman in a red jacket, and a dog."""
+    placed = (
+        Placed(Entity("man", "blue", "jacket"), 0.16, 0.80, 0.52, False),
+        Placed(Entity("woman", "red", "jacket"), 0.82, 0.84, 0.50, False),
+        Placed(Entity("man", "red", "jacket"), 0.50, 0.86, 0.53, False),
+        Placed(Entity("dog", "brown"), 0.50, 0.98, 0.10, True),
+    )
+    return Scene("beach", placed, seed=7, aspect=3 / 2)

@@ -1,0 +1,54 @@
+"""Show which part of a picture makes an image-text model connect it with a caption.
+
+python scripts/ground.py --caption "man in red jacket"
+python scripts/ground.py --image photo.jpg --model openai/clip-vit-base-patch16 --caption "a dog on a sofa"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from grounding import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--image", nargs="+", metavar="FILE", help="pictures (default: the embedded demo scene)")
+    made.add_argument("--caption", metavar="TEXT", help="the text to ground")
+    cli.model_options(made)
+    cli.explain_options(made)
+    cli.figure_options(made)
+    cli.output_options(made)
+    return made
+
+
+def ground(args: argparse.Namespace) -> int:
+    """Explain every picture; a failing one costs its own line and the exit code, never the others' results."""
+    from adapters import load
+    from grounding.demo import demo_picture
+    from grounding.engine import explain
+    from grounding.images import ImageError
+    from grounding.layers import list_layers
+    from grounding.text import check_text
+
+    caption = check_text(args.caption if args.caption is not None or not args.list_layers else "picture")
+    images = args.image or [str(demo_picture())]
+    folders = cli.output_folders(args, images)
+    keywords = cli.explain_keywords(args)
+    adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    if args.list_layers:
+        print(cli.layer_table(list_layers(adapter, images[0], caption)))
+        return 0
+    report = cli.Report(args)
+    for image, folder in zip(images, folders, strict=True):
+        try:
+            report.add(explain(adapter, image, caption, **keywords), folder)
+        except ImageError as error:
+            report.failed(error)
+    return report.end()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(ground, parser().parse_args()))

@@ -1,0 +1,41 @@
+"""Shared fixtures. Shapes and types of public signatures are checked at run time, in tests only."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test but the `network` ones may wait for a hub
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["grounding", "adapters"], "beartype.beartype")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=sorted(tiny.FACTORIES))
+def any_adapter(request):
+    """Each architecture once, tiny, with random weights."""
+    return tiny.FACTORIES[request.param]()
+
+
+@pytest.fixture
+def clip():
+    return tiny.clip_adapter()
+
+
+@pytest.fixture
+def picture():
+    """A picture that is neither square nor flat."""
+    return noise(90, 60)
+
+
+def noise(width, height, seed=0):
+    """A picture of smooth random colours."""
+    small = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,79 @@
+"""Slow float64 oracles, written from the papers' definitions with loops, and a tutorial-style recorder for CLIP.
+
+Nothing here uses the project's engine: own forward, own hooks, one full backward per target.
+"""
+
+import numpy as np
+import torch
+
+
+class Tutorial:
+    """What a well-made tutorial does for one picture: a full forward and backward per target, hooks on a live model."""
+
+    def __init__(self, model, pixels):
+        self.model, self.pixels = model, pixels
+        model.set_attn_implementation("eager")
+
+    def run(self, seed, layer):
+        """(features, gradient) (N, D) at `layer`, [(attention, gradient)] (H, N, N) per block, for one target."""
+        kept = {}
+        handle = self.model.get_submodule(layer).register_forward_hook(lambda m, a, out: kept.update(f=out))
+        self.model.zero_grad()
+        out = self.model.vision_model(self.pixels, output_attentions=True)
+        handle.remove()
+        kept["f"].retain_grad()
+        for attention in out.attentions:
+            attention.retain_grad()
+        image = self.model.visual_projection(out.pooler_output)
+        score = (image / image.norm(dim=-1, keepdim=True))[0] @ seed
+        score.backward()
+        gradient = torch.zeros_like(kept["f"]) if kept["f"].grad is None else kept["f"].grad
+        pairs = [(a[0].detach().numpy(), a.grad[0].numpy()) for a in out.attentions]
+        return float(score), kept["f"][0].detach().numpy(), gradient[0].numpy(), pairs
+
+
+def text_embedding(model, tokenizer, text, hidden=()):
+    """Normalised CLIP embedding of a text, with the tokens at positions `hidden` masked."""
+    encoded = tokenizer(text, return_tensors="pt")
+    mask = encoded["attention_mask"].clone()
+    mask[0, list(hidden)] = 0
+    with torch.no_grad():
+        out = model.get_text_features(encoded["input_ids"], attention_mask=mask).pooler_output[0]
+    return out / out.norm()
+
+
+def gradcam(features, gradient):
+    """Selvaraju et al. 2017, eq. 1-2, before the ReLU: features, gradient (P, D) -> (P,)."""
+    patches, width = features.shape
+    weights = [sum(gradient[p, d] for p in range(patches)) / patches for d in range(width)]
+    return np.array([sum(weights[d] * features[p, d] for d in range(width)) for p in range(patches)])
+
+
+def rollout(attentions, fusion=np.mean, discard=0.0):
+    """Abnar & Zuidema 2020: the product of row-normalised (A + I), last block leftmost: (N, N)."""
+    joint = np.eye(attentions[0].shape[-1])
+    for attention in attentions:
+        fused = fusion(attention, axis=0)
+        for row in fused:
+            row[np.argsort(row, kind="stable")[: int(discard * len(row))]] = 0
+        with_identity = fused + np.eye(len(fused))
+        joint = np.array([row / row.sum() for row in with_identity]) @ joint
+    return joint
+
+
+def gradient_rollout(pairs):
+    """Rollout of the head mean of the positive part of A * G."""
+    return rollout([np.maximum(a * g, 0).mean(0, keepdims=True) for a, g in pairs])
+
+
+def relevance(pairs, start=0):
+    """Chefer et al. 2021, the self-attention rule: R = I; R = R + mean_h (G * A)+ R per block: (N, N)."""
+    relevancy = np.eye(pairs[0][0].shape[-1])
+    for attention, gradient in pairs[start:]:
+        relevancy = relevancy + np.maximum(gradient * attention, 0).mean(0) @ relevancy
+    return relevancy
+
+
+def attention_gradcam(attention, gradient):
+    """Attention Grad-CAM: the head mean of A * (G)+ : (N, N)."""
+    return (attention * np.maximum(gradient, 0)).mean(0)

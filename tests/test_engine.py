@@ -1,0 +1,280 @@
+"""The engine, the adapter's contract and text handling of an adapter, over all architectures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import ADAPTERS
+from grounding import Selection, explain
+from grounding.engine import one_per_picture, trace
+from grounding.errors import GroundingError, LayerError, ModelError, TargetError, TextError
+from grounding.layers import list_layers
+from grounding.plan import columns
+from grounding.types import Sites
+from tests import tiny
+from tests.conftest import noise
+from tests.tolerances import ORACLE, SINGLE, close
+
+CAPTION = "a man in a red jacket"
+
+
+def test_every_architecture_in_the_table_is_tested():
+    assert set(ADAPTERS) <= set(tiny.FACTORIES)
+
+
+def prepared(adapter, captions=(CAPTION,)):
+    inputs = adapter.prepare([noise(90, 60)], [list(captions)])
+    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.tokens]
+    return inputs, adapter.targets(inputs, spans)
+
+
+def test_scores_equal_the_engines(any_adapter):
+    inputs, targets = prepared(any_adapter)
+    found = explain(any_adapter, noise(90, 60), CAPTION)
+    assert any_adapter.scores(inputs, targets).tolist() == pytest.approx([e.score for e in found.entries])
+
+
+def test_activations_and_attentions_are_uniform(any_adapter):
+    inputs, _ = prepared(any_adapter)
+    rows, columns_ = any_adapter.grid(inputs)
+    assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns_)
+    attentions = any_adapter.attentions(inputs)
+    assert len(attentions) == len(any_adapter.sites.stacks["vision"].blocks)
+    tokens = any_adapter.sites.prefix + rows * columns_
+    for weights in attentions:
+        assert weights.shape[2:] == (tokens, tokens)
+        assert weights.sum(-1).numpy() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_is_recorded_however_the_model_was_loaded(implementation, picture):
+    adapter = tiny.clip_adapter(attention=implementation)
+    expected = adapter.model.vision_model
+    found = adapter.attentions(adapter.prepare([picture], [[CAPTION]]))
+    adapter.model.set_attn_implementation("eager")
+    pixels = adapter.prepare([picture], [[CAPTION]]).tensors["pixel_values"]
+    for mine, theirs in zip(found, expected(pixels, output_attentions=True).attentions, strict=True):
+        close(mine.detach(), theirs.detach())
+
+
+def test_shift_gradient_equals_score_from(any_adapter):
+    """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
+    inputs, targets = prepared(any_adapter)
+    for layer in (None, "0", "-1.in"):
+        tap = any_adapter.resolve(layer)
+        plan = columns(any_adapter, ["gradcam"], [tap])
+        shift = torch.zeros(len(targets), any_adapter.activations(inputs, tap).shape[-1], dtype=torch.float64)
+        shift.requires_grad_(True)
+        scores = any_adapter.score_from(tap, inputs, targets, shift)
+        (expected,) = torch.autograd.grad(scores.sum(), shift)
+        found = torch.cat([chunk.at(tap, frozenset({"shift"})).shift()
+                           for chunk, _, _ in trace(any_adapter, inputs, targets, plan)])
+        close(found, expected)
+
+
+def test_shift_gradient_equals_finite_differences(any_adapter):
+    inputs, targets = prepared(any_adapter)
+    tap = any_adapter.sites.tap
+    width = any_adapter.activations(inputs).shape[-1]
+    direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = 1e-5 * direction.repeat(len(targets), 1)
+    with torch.no_grad():
+        slope = (any_adapter.score_from(tap, inputs, targets, step)
+                 - any_adapter.score_from(tap, inputs, targets, -step)) / 2e-5
+    plan = columns(any_adapter, ["gradcam"])
+    found = torch.cat([chunk.at(tap, frozenset({"shift"})).shift() @ direction
+                       for chunk, _, _ in trace(any_adapter, inputs, targets, plan)])
+    close(found, slope.detach(), 1e-5)
+
+
+def test_single_precision_agrees_with_double():
+    double, single = (tiny.clip_adapter(dtype=d) for d in (torch.float64, torch.float32))
+    a, b = (explain(adapter, noise(90, 60), CAPTION) for adapter in (double, single))
+    for key in a.columns:
+        close(b.columns[key].maps, a.columns[key].maps, SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_and_resembles(dtype):
+    double, half = (tiny.clip_adapter(dtype=d) for d in (torch.float64, dtype))
+    a, b = (explain(adapter, noise(90, 60), CAPTION) for adapter in (double, half))
+    for key in a.columns:
+        assert np.corrcoef(a.columns[key].maps[0].ravel(), b.columns[key].maps[0].ravel())[0, 1] > 0.9
+
+
+def test_non_square_input_of_another_size(picture):
+    """Position encodings are interpolated where the processor gives another size than the model was trained at."""
+    adapter = tiny.clip_adapter()
+    adapter.image_processor = tiny.clip_processor(crop_size={"height": 24, "width": 40}, size={"height": 24, "width": 40})
+    found = explain(adapter, picture, CAPTION)
+    assert found.columns["gradcam"].maps.shape[1:] == (3, 5)
+    assert found.geometry.seen == (0, 0, 90, 60)
+
+
+def test_dead_tap_is_an_error_that_names_a_live_one(clip, picture):
+    for layer in ("-1", "vision_model.encoder.layers.2.layer_norm2"):
+        with pytest.raises(LayerError, match=r"dead.*use 'vision_model.encoder.layers.2.layer_norm1'"):
+            explain(clip, picture, CAPTION, layers=[layer])
+
+
+def test_list_layers_tells_live_from_dead(any_adapter, picture):
+    layers = {layer.path: layer for layer in list_layers(any_adapter, picture, CAPTION)}
+    assert sum(layer.default for layer in layers.values()) == 1
+    assert next(layer for layer in layers.values() if layer.default).live
+    for layer in layers.values():
+        if layer.live:
+            explain(any_adapter, picture, CAPTION, methods=["gradcam"], layers=[layer.path])
+        else:
+            with pytest.raises(LayerError, match="dead"):
+                explain(any_adapter, picture, CAPTION, methods=["gradcam"], layers=[layer.path])
+
+
+def test_list_layers_knows_the_short_names(clip, picture):
+    layers = {layer.alias: layer for layer in list_layers(clip, picture, CAPTION)}
+    assert not layers["2"].live
+    assert layers["1"].live
+    assert layers["2.in"].default
+    assert layers["2.in"].shape == (1, 17, 32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("-9", "3 blocks, -3 to 2"),
+        ("fusion:-1", "no stack 'fusion'"),
+        ("vision_model.encoder.layerz.1", "vision_model.encoder has layers"),
+        ("text_model.encoder.layers.0", "took no part|no patch grid"),
+        ("visual_projection", "no patch grid"),
+    ],
+)
+def test_wrong_layers_are_refused(clip, picture, layer, words):
+    with pytest.raises(LayerError, match=words):
+        explain(clip, picture, CAPTION, layers=[layer])
+
+
+def test_wrong_targets_name_what_there_is(any_adapter, picture):
+    with pytest.raises(TargetError, match=r"no target 'simularity'; did you mean 'similarity'"):
+        explain(any_adapter, picture, CAPTION, target="simularity")
+    with pytest.raises(TargetError, match="it has: leave-one-out, alone"):
+        explain(any_adapter, picture, CAPTION, token_target="left")
+
+
+def test_token_counts_are_checked_with_numbers(clip):
+    with pytest.raises(LayerError, match=r"\(1, 18, 4\).*1 prefix tokens \+ 4 x 4 patches = 17"):
+        clip.to_grid(torch.zeros(1, 18, 4), (4, 4))
+
+
+def test_text_independent_maps_are_stored_once_and_said(any_adapter, picture):
+    found = explain(any_adapter, picture, CAPTION)
+    assert found.columns["rollout"].maps.shape[0] == 1
+    assert not found.columns["rollout"].text_conditioned
+    assert found.columns["gradcam"].maps.shape[0] == len(found.entries)
+    assert any("does not see the text" in w for w in found.warnings)
+    other = explain(any_adapter, picture, "two dogs", methods=["rollout"])
+    assert np.array_equal(found.columns["rollout"].maps, other.columns["rollout"].maps)
+
+
+def test_a_target_without_text_says_so(picture):
+    found = explain(tiny.mean_adapter(), picture, CAPTION, target="norm")
+    assert not any(column.text_conditioned for column in found.columns.values())
+    assert found.columns["gradcam"].maps.shape[0] == 1
+
+
+def test_a_readout_without_an_answer_is_refused(clip, picture):
+    sites = clip.sites
+    clip.__dict__["sites"] = replace(sites, readout="attention_pool")
+    assert isinstance(clip.sites, Sites)
+    with pytest.raises(ModelError, match="must answer readout_row"):
+        explain(clip, picture, CAPTION, methods=["rollout"])
+
+
+def test_lists_give_lists_of_the_same_nesting(clip):
+    a, b = noise(50, 40, 1), noise(60, 60, 2)
+    assert explain(clip, a, "red car").caption == "red car"
+    assert [e.caption for e in explain(clip, a, ["red car", "two dogs"])] == ["red car", "two dogs"]
+    assert [e.caption for e in explain(clip, [a, b], "red car")] == ["red car", "red car"]
+    nested = explain(clip, [a, b], [["red car"], ["two dogs", "a bus"]], batch_size=1)
+    assert [[e.caption for e in found] for found in nested] == [["red car"], ["two dogs", "a bus"]]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "words"),
+    [([], "x", "no picture"), ([1, 2], ["x"], "2 pictures but 1 texts"), (["p"], [[]], "empty list of texts")],
+)
+def test_wrong_pairings_are_refused(clip, images, texts, words):
+    with pytest.raises(GroundingError, match=words):
+        explain(clip, images, texts)
+
+
+def test_batches_have_each_picture_once():
+    assert one_per_picture([0, 0, 1, 0, 1, 2]) == [[0, 2, 5], [1, 4], [3]]
+
+
+# ---------------------------------------------------------------- texts of a CLIP
+
+
+def test_leave_one_out_masks_and_alone_is_a_text_of_its_own(clip, picture):
+    from tests.oracles import text_embedding
+
+    inputs = clip.prepare([picture], [["red car"]])
+    image = clip.model.get_image_features(inputs.tensors["pixel_values"]).pooler_output[0].detach()
+    image = image / image.norm()
+    count = len(inputs.tokens[0].visible)
+    whole = text_embedding(clip.model, clip.tokenizer, "red car")
+    found = explain(clip, picture, "red car", methods=["rollout"])
+    expected = [whole @ image] + [
+        (whole - text_embedding(clip.model, clip.tokenizer, "red car", [i + 1])) @ image for i in range(count)
+    ]
+    close([e.score for e in found.entries], torch.stack(expected))
+    alone = explain(clip, picture, "red car", methods=["rollout"], token_target="alone", select=Selection(words=True))
+    assert [e.label for e in alone.entries] == ["red car", "red", "car"]
+    close(alone.entries[1].score, text_embedding(clip.model, clip.tokenizer, "red") @ image)
+
+
+def test_a_long_text_is_cut_with_its_end_token_and_said(clip, picture):
+    text = " ".join(f"word{i}" for i in range(30))
+    found = explain(clip, picture, text)
+    tokens = clip.prepare([picture], [[text]]).tokens[0]
+    assert len(tokens) == tiny.LIMIT
+    assert tokens.ids[-1] == clip.tokenizer.eos_token_id
+    assert text.endswith(tokens.dropped)
+    assert any("longer than the model's 24 tokens" in w and "word29" in w for w in found.warnings)
+    with pytest.raises(TextError, match="does not read"):
+        explain(clip, picture, text, select=Selection(phrases=["word29"]))
+
+
+def test_literal_special_tokens_are_ordinary_characters(clip, picture):
+    found = explain(clip, picture, "red <|endoftext|> car")
+    assert "<|endoftext|>" in "".join(e.label for e in found.entries[1:])
+    assert any("read as ordinary characters" in w for w in found.warnings)
+    tokens = clip.prepare([picture], [["red <|endoftext|> car"]]).tokens[0]
+    assert tokens.ids.count(clip.tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_empty_texts_are_refused(any_adapter, picture, text):
+    with pytest.raises(TextError, match="empty"):
+        explain(any_adapter, picture, text)
+
+
+def test_tokens_by_name_and_repeated_words(clip, picture):
+    found = explain(clip, picture, "red car and red bus", select=Selection(words=True))
+    assert [e.label for e in found.entries].count("red") == 2
+    first, second = (found.map("red", occurrence=i) for i in (0, 1))
+    assert (first.entry.start, second.entry.start) == (0, 12)
+    assert not np.array_equal(first.raw, second.raw)
+    with pytest.raises(TextError, match=r"'blue' is not in the caption; it has 0:"):
+        explain(clip, picture, CAPTION, select=Selection(tokens=["blue"]))
+    with pytest.raises(TextError, match="does not occur"):
+        explain(clip, picture, CAPTION, select=Selection(phrases=["green hat"]))
+
+
+def test_padding_gets_no_map_and_changes_nothing(clip):
+    short, long = "red car", "the quick brown fox jumps over"
+    together = explain(clip, [noise(50, 40, 1)], [[short, long]])[0]
+    for text, found in zip((short, long), together, strict=True):
+        alone = explain(clip, noise(50, 40, 1), text)
+        assert [e.label for e in found.entries] == [e.label for e in alone.entries]
+        close(found.columns["relevance"].maps, alone.columns["relevance"].maps, ORACLE)

@@ -1,0 +1,186 @@
+"""No trace is left on the user's model: after success, after an error anywhere, after Ctrl-C."""
+
+import gc
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from grounding import METHODS, explain
+from grounding.errors import NumericError
+from grounding.layers import list_layers
+from tests.conftest import noise
+
+CAPTION = "a man in a red jacket"
+
+
+def snapshot(model):
+    """Everything the state contract names, as comparable values."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return {
+        "values": {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]},
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "hooks": {
+            n: (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks), list(m._backward_pre_hooks))
+            for n, m in model.named_modules()
+        },
+        "attention": [getattr(c, "_attn_implementation", None) for c in configs.values()],
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+        "pil": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def unchanged(before, after):
+    return [name for name in before if not same(before[name], after[name])] == []
+
+
+def disturb(model):
+    """A state nobody would choose, so that restoring to a default is caught: mixed modes, frozen parts, gradients."""
+    model.train()
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 == 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+        parameter.grad = torch.full_like(parameter, 0.5) if i % 4 == 0 else None
+
+
+class Break(torch.autograd.Function):
+    """Identity whose backward fails."""
+
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ctx.error
+
+
+def break_forward(model, error):
+    def fail(module, args, output):
+        raise error
+
+    return last_leaf(model).register_forward_hook(fail)
+
+
+def break_backward(model, error):
+    return last_leaf(model).register_forward_hook(
+        lambda module, args, out: Break.apply(out if torch.is_tensor(out) else out[0], error)
+    )
+
+
+def last_leaf(model):
+    """A module that runs behind every tap: the last block's last linear layer."""
+    blocks = model.get_submodule("vision_model.encoder.layers") if hasattr(model, "vision_model") else model.blocks
+    return [m for m in blocks[-1].modules() if isinstance(m, torch.nn.Linear)][-1]
+
+
+@pytest.mark.parametrize(
+    ("breaker", "error"),
+    [
+        (None, None),
+        (break_forward, RuntimeError("forward failed")),
+        (break_forward, KeyboardInterrupt()),
+        (break_backward, RuntimeError("backward failed")),
+        (break_backward, KeyboardInterrupt()),
+    ],
+)
+def test_model_is_as_before(any_adapter, breaker, error):
+    explain(any_adapter, noise(50, 40), CAPTION)  # warm-up: transformers installs capture hooks for good
+    disturb(any_adapter.model)
+    handle = breaker(any_adapter.model, error) if breaker else None
+    before = snapshot(any_adapter.model)
+    methods = list(METHODS)
+    if error is None:
+        explain(any_adapter, noise(50, 40), CAPTION, methods=methods)
+        list_layers(any_adapter, noise(50, 40), CAPTION)
+    else:
+        with pytest.raises(type(error)):
+            explain(any_adapter, noise(50, 40), CAPTION, methods=methods)
+    assert unchanged(before, snapshot(any_adapter.model))
+    if handle:
+        handle.remove()
+
+
+def test_snapshot_notices_what_it_should(any_adapter):
+    """The comparison itself: each kind of change is seen."""
+    model = any_adapter.model
+    before = snapshot(model)
+    assert unchanged(before, snapshot(model))
+    parameter = next(model.parameters())
+    changes = [
+        (lambda: parameter.requires_grad_(False), lambda: parameter.requires_grad_(True)),
+        (lambda: setattr(parameter, "grad", torch.ones_like(parameter)), lambda: setattr(parameter, "grad", None)),
+        (lambda: model.train(), lambda: model.eval()),
+        (lambda: setattr(model.config, "_attn_implementation", "eager"), None),
+    ]
+    for change, undo in changes:
+        change()
+        assert not unchanged(before, snapshot(model))
+        if undo:
+            undo()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_works_under_the_callers_gradient_mode(any_adapter, context):
+    plain = explain(any_adapter, noise(50, 40), CAPTION)
+    with context():
+        found = explain(any_adapter, noise(50, 40), CAPTION)
+    for key, column in plain.columns.items():
+        assert np.array_equal(column.maps, found.columns[key].maps)
+
+
+def test_train_mode_and_frozen_parameters_change_no_number(any_adapter):
+    plain = explain(any_adapter, noise(50, 40), CAPTION)
+    any_adapter.model.train()
+    any_adapter.model.requires_grad_(False)
+    found = explain(any_adapter, noise(50, 40), CAPTION)
+    assert [e.score for e in found.entries] == [e.score for e in plain.entries]
+    assert all(np.array_equal(c.maps, found.columns[k].maps) for k, c in plain.columns.items())
+
+
+def test_same_call_twice_gives_identical_arrays(any_adapter):
+    first, second = (explain(any_adapter, noise(50, 40), CAPTION, methods=list(METHODS)) for _ in range(2))
+    for key, column in first.columns.items():
+        assert np.array_equal(column.maps, second.columns[key].maps)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_an_error_and_never_a_map(any_adapter, value):
+    weight = last_leaf(any_adapter.model).weight
+    with torch.no_grad():
+        weight[0, 0] = value
+    with pytest.raises(NumericError, match="NaN or Inf"):
+        explain(any_adapter, noise(50, 40), CAPTION)
+
+
+def test_memory_stays_flat(clip):
+    """500 calls leave no tensor behind."""
+    picture = noise(40, 30)
+
+    def live():
+        gc.collect()
+        return sum(torch.is_tensor(o) for o in gc.get_objects())
+
+    for _ in range(3):
+        explain(clip, picture, "red car")
+    before = live()
+    for _ in range(500):
+        explain(clip, picture, "red car")
+    assert live() <= before
