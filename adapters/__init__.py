@@ -1,4 +1,4 @@
-"""Everything that knows a model by name. To add an architecture: one file, and one line in `ADAPTERS`.
+"""Everything that knows a model by name. To add an architecture: one file, and one line in `_table.py`.
 
 `load` looks a checkpoint up by `config.architectures` first, then by `config.model_type`.
 """
@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from grounding.registry import Registry
+from adapters._table import ADAPTERS
 
 if TYPE_CHECKING:
     from grounding.adapter import Adapter
 
-ADAPTERS = Registry(
-    "architecture",
-    {
-        "CLIPModel": "adapters.clip:ClipAdapter",
-    },
-    group="grounding.adapters",
-)
-# model_type -> architecture, for checkpoints whose config names no architecture.
-MODEL_TYPES = {"clip": "CLIPModel"}
+__all__ = ["ADAPTERS", "load"]
 
 
 def load(checkpoint: str | None = None, **options: Any) -> Adapter:

@@ -53,7 +53,8 @@ def prepare_images(adapter: Adapter, images: Sequence[Any], patch: int) -> Prepa
         geometry_of(processor, p.width, p.height, (height, width)).with_grid(rows, columns, size) for p in pictures
     )
     doubts = tuple(
-        (*picture.warnings, *_doubts(adapter, picture, place)) for picture, place in zip(pictures, geometry, strict=True)
+        (*picture.warnings, *_doubts(adapter, picture, place))
+        for picture, place in zip(pictures, geometry, strict=True)
     )
     return Prepared(pictures, geometry, pixel_values, doubts)
 

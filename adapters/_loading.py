@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from adapters import ADAPTERS, MODEL_TYPES
+from adapters._table import ADAPTERS, MODEL_TYPES
 from grounding.adapter import Adapter, ModelInfo
 from grounding.demo import demo_model
 from grounding.errors import ModelError
@@ -48,12 +48,13 @@ class Checkpoint:
         with _one_line(self.id, "configuration"):
             return AutoConfig.from_pretrained(self.id, **self.options)
 
-    def model(self, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    def model(self, model_class: type[PreTrainedModel]) -> Any:
         """The model with its weights, on its device. Raises ModelError also where weights are missing."""
         with _one_line(self.id, "weights"):
-            model, info = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 self.id, dtype=self.dtype, output_loading_info=True, **self.options
             )
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise ModelError(
@@ -169,7 +170,16 @@ def _one_line(name: str, part: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ModelError(f"cannot load the {part} of {visible_text(name)!r}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

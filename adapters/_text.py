@@ -26,10 +26,15 @@ def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, 
     """
     check_text(text)
     encoded = tokenizer(
-        text, add_special_tokens=True, split_special_tokens=True, return_offsets_mapping=True,
-        return_special_tokens_mask=True, truncation=False, verbose=False,
+        text,
+        add_special_tokens=True,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        truncation=False,
+        verbose=False,
     )
-    ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    ids, offsets = list(encoded["input_ids"]), [_trimmed(text, *span) for span in encoded["offset_mapping"]]
     special = [bool(flag) for flag in encoded["special_tokens_mask"]]
     if all(special):
         raise TextError(f"the tokenizer finds no token in {text!r}")
@@ -44,6 +49,13 @@ def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, 
         words = ", ".join(repr(visible_text(word)) for word in dict.fromkeys(unknown))
         warnings.append(f"words this model does not know: {words}")
     return tokens, tuple(warnings)
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A character span without the blanks at its ends: byte-level tokens carry the blank before a word."""
+    piece = text[start:end]
+    blanks = len(piece) - len(piece.lstrip())
+    return (start, end) if blanks == len(piece) else (start + blanks, start + len(piece.rstrip()))
 
 
 def _cut(

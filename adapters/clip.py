@@ -35,9 +35,15 @@ class ClipAdapter(Adapter):
     """
 
     kinds = ("similarity",)
+    model: CLIPModel
 
     def __init__(
-        self, model: CLIPModel, processor: Any = None, *, tokenizer: Any = None, image_processor: Any = None,
+        self,
+        model: CLIPModel,
+        processor: Any = None,
+        *,
+        tokenizer: Any = None,
+        image_processor: Any = None,
         info: ModelInfo | None = None,
     ) -> None:
         self.model = model
@@ -52,7 +58,9 @@ class ClipAdapter(Adapter):
         """The adapter of a checkpoint."""
         image_processor, tokenizer = source.image_processor(), source.tokenizer()
         model = source.model(CLIPModel)
-        return cls(model, tokenizer=tokenizer, image_processor=image_processor, info=source.info(model, image_processor))
+        return cls(
+            model, tokenizer=tokenizer, image_processor=image_processor, info=source.info(model, image_processor)
+        )
 
     @cached_property
     def sites(self) -> Sites:
@@ -62,7 +70,7 @@ class ClipAdapter(Adapter):
 
     def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
         """Pixel values (B, 3, H, W), token ids and mask (T, L) padded to the longest text."""
-        pictures = prepare_images(self, images, patch=self.model.config.vision_config.patch_size)
+        pictures = prepare_images(self, images, patch=self._config.vision_config.patch_size)
         found = [tokenise(self.tokenizer, text, self._limit) for own in texts for text in own]
         ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
         return Inputs(
@@ -76,7 +84,10 @@ class ClipAdapter(Adapter):
         )
 
     def targets(
-        self, inputs: Inputs, spans: Sequence[Sequence[Span]], kind: str | None = None,
+        self,
+        inputs: Inputs,
+        spans: Sequence[Sequence[Span]],
+        kind: str | None = None,
         token_target: str = TOKEN_TARGETS[0],
     ) -> Targets:
         """One direction in the joint embedding per span."""
@@ -110,7 +121,7 @@ class ClipAdapter(Adapter):
     def forward(self, inputs: Inputs, targets: Targets | None) -> Float[Tensor, "K"] | None:
         """<seed, normalised image embedding> per target."""
         pixels = inputs.tensors["pixel_values"]
-        size = self.model.config.vision_config.image_size
+        size = self._config.vision_config.image_size
         other_size = tuple(pixels.shape[-2:]) != (size, size)
         out = self.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=other_size)
         if targets is None:
@@ -128,8 +139,12 @@ class ClipAdapter(Adapter):
             return F.normalize(torch.cat(parts), dim=-1)
 
     @property
+    def _config(self) -> Any:
+        return self.model.config
+
+    @property
     def _limit(self) -> int:
-        return min(self.model.config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
+        return min(self._config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
 
     @property
     def _pad_id(self) -> int:

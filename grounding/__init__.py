@@ -10,7 +10,7 @@ _PUBLIC = {
     "Selection": "grounding.plan",
     "GroundingError": "grounding.errors",
 }
-__all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "explain"]  # noqa: F822  (served by __getattr__)
+__all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "explain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 An adapter is made around a model and its processor; it never changes either. To add an architecture, subclass
 `Adapter`, answer the four abstract methods, give `sites` and `kinds`, and add one line to the table in
-`adapters/__init__.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
+`adapters/_table.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
 
 1. `forward` computes all K scores in ONE pass over the B pictures, differentiable from every tap to every score,
    and pictures do not influence each other (no batch statistics): one backward serves one target per picture.
@@ -67,7 +67,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def targets(
-        self, inputs: Inputs, spans: Sequence[Sequence[Span]], kind: str | None = None,
+        self,
+        inputs: Inputs,
+        spans: Sequence[Sequence[Span]],
+        kind: str | None = None,
         token_target: str = TOKEN_TARGETS[0],
     ) -> Targets:
         """Flat targets for `spans[t]` of every text t, text by text in order.
@@ -149,9 +152,7 @@ class Adapter(ABC):
         """Whether a map of a target kind depends on the text: by gradient, or through a stack that sees the text."""
         return kind != "norm" and (gradient or bool(self.sites.text_stacks))
 
-    def score_from(
-        self, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"]
-    ) -> Float[Tensor, "K"]:
+    def score_from(self, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"]) -> Float[Tensor, "K"]:
         """The scores with one shift vector per target added to all patches of the tap, differentiable in `shift`.
 
         Grad-CAM needs no more than d score / d shift. This is the slow, right way: every target gets its picture of

@@ -7,18 +7,15 @@ import json
 import os
 import sys
 import traceback
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grounding.errors import GroundingError
-    from grounding.explanation import EntryMap, Explanation
-    from grounding.layers import Layer
+    from grounding.explanation import Explanation
 
 EXIT_INTERRUPTED = 130
-LABEL_WIDTH = 32
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +23,9 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="ID|DIR", help="Hugging Face id or folder (default: the embedded demo model)")
     group.add_argument("--revision", help="branch, tag or commit of the model")
-    group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or a torch device (default: %(default)s)")
+    group.add_argument(
+        "--device", default="auto", help="auto (cuda, mps, cpu), or a torch device (default: %(default)s)"
+    )
     group.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU")
     group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
@@ -35,20 +34,39 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     """What is explained, and by which methods."""
     group = parser.add_argument_group("what is explained")
     group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
-    group.add_argument("--token-target", choices=["leave-one-out", "alone"], default="leave-one-out",
-                       help="a part of the caption is scored by what the whole loses without it, or as a text of its own")
-    group.add_argument("--tokens", nargs="*", metavar="TOKEN",
-                       help="only these tokens, by text or index; none after it: no tokens (default: all)")
+    group.add_argument(
+        "--token-target",
+        choices=["leave-one-out", "alone"],
+        default="leave-one-out",
+        help="a part of the caption is scored by what the whole loses without it, or as a text of its own",
+    )
+    group.add_argument(
+        "--tokens",
+        nargs="*",
+        metavar="TOKEN",
+        help="only these tokens, by text or index; none after it: no tokens (default: all)",
+    )
     group.add_argument("--words", action="store_true", help="words in place of tokens (sub-word pieces joined)")
-    group.add_argument("--phrase", action="append", default=[], metavar="TEXT",
-                       help="part of the caption, scored alone; repeatable")
+    group.add_argument(
+        "--phrase", action="append", default=[], metavar="TEXT", help="part of the caption, scored alone; repeatable"
+    )
     group = parser.add_argument_group("methods")
     group.add_argument("--methods", nargs="+", metavar="NAME", help="default: gradcam rollout relevance")
-    group.add_argument("--option", action="append", default=[], metavar="METHOD.OPTION=VALUE",
-                       help="e.g. gradcam.threshold=0.1 or rollout.fusion=max; repeatable")
-    group.add_argument("--layer", action="append", default=[], metavar="LAYER",
-                       help="tap of Grad-CAM: block index (-2: its output; -1.in: input of its attention) or a module "
-                       "path; repeated: one column each")
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.OPTION=VALUE",
+        help="e.g. gradcam.threshold=0.1 or rollout.fusion=max; repeatable",
+    )
+    group.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="tap of Grad-CAM: block index (-2: its output; -1.in: input of its attention) or a module "
+        "path; repeated: one column each",
+    )
     group.add_argument("--average-layers", action="store_true", help="join repeated --layer into one column")
     group.add_argument("--attention-layer", type=int, metavar="N", help="block of the method `attention`")
     group.add_argument("--head", type=int, metavar="N", help="head of the method `attention` (default: their mean)")
@@ -72,8 +90,13 @@ def output_options(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="DIR", help="default: outputs/<picture>-<model>/")
-    group.add_argument("--write", nargs="*", choices=["png", "npz", "json"], default=["png", "npz", "json"],
-                       help="files to write (default: all; none after it: none)")
+    group.add_argument(
+        "--write",
+        nargs="*",
+        choices=["png", "npz", "json"],
+        default=["png", "npz", "json"],
+        help="files to write (default: all; none after it: none)",
+    )
     group.add_argument("--format", choices=["text", "json"], default="text", help="what is printed")
     group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     group.add_argument("-q", "--quiet", action="store_true", help="no warnings on stderr")
@@ -151,6 +174,7 @@ class Report:
     def add(self, explanation: Explanation, folder: Path) -> None:
         """Write the files of one explanation and print its table (or keep its JSON for the end)."""
         from grounding.export import to_json
+        from grounding.tables import explanation_table, headline
 
         if not self.args.quiet:
             warn(explanation)
@@ -173,18 +197,6 @@ class Report:
         elif self.written:
             print("wrote", *self.written)
         return self.status
-
-
-def headline(explanation: Explanation) -> str:
-    """Picture, model and target in one line."""
-    from grounding.text import visible_text
-
-    name = explanation.picture.path or "picture"
-    size = f"{explanation.picture.width} x {explanation.picture.height}"
-    return visible_text(
-        f"{name} ({size}), {explanation.model['type']} {explanation.model['id']}, target {explanation.target}, "
-        f"parts of the caption: {explanation.token_target}"
-    )
 
 
 def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -226,56 +238,3 @@ def warn(explanation: Explanation) -> None:
 
     for warning in explanation.warnings:
         print(f"warning: {visible_text(warning)}", file=sys.stderr)
-
-
-def explanation_table(explanation: Explanation) -> str:
-    """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels."""
-    from grounding.text import visible_text
-
-    rows = [["entry", "kind", "score"]]
-    for column in explanation.columns.values():
-        rows[0] += [f"{column.key} peak", "box"]
-    for i, entry in enumerate(explanation.entries):
-        row = [visible_text(entry.label), entry.kind, f"{entry.score:+.4f}"]
-        for key, column in explanation.columns.items():
-            row += ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
-        rows.append(row)
-    return table(rows)
-
-
-def _cells(found: EntryMap) -> list[str]:
-    if not found.status:
-        return ["no evidence", "-"]
-    peak, box = found.peak, found.box
-    return [
-        "-" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
-        "-" if box is None else ", ".join(map(str, box)),
-    ]
-
-
-def layer_table(layers: Sequence[Layer]) -> str:
-    """Path, short name, output shape and liveness of each tap."""
-    rows = [["layer", "short", "output", "tap"]]
-    rows += [
-        [layer.path, layer.alias, " x ".join(map(str, layer.shape)),
-         "default" if layer.default else "live" if layer.live else "dead"]
-        for layer in layers
-    ]
-    return table(rows)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, a rule under the head; wide characters counted as two."""
-    short = [[_ellipsis(cell) if i == 0 and len(rows[0]) > 4 else cell for i, cell in enumerate(row)] for row in rows]
-    widths = [max(_width(row[i]) for row in short) for i in range(len(short[0]))]
-    lines = ["  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in short]
-    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 160), *lines[1:]])
-
-
-def _ellipsis(text: str) -> str:
-    return text if len(text) <= LABEL_WIDTH else text[: LABEL_WIDTH - 1] + "\u2026"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)

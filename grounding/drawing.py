@@ -26,13 +26,21 @@ Background = Literal["picture", "edges"]
 # Red is high, white is zero, blue is low.
 DIVERGING = "RdBu_r"
 DIVERGING_NAMES = frozenset(
-    "PiYG PRGn BrBG PuOr RdGy RdBu RdYlBu RdYlGn Spectral coolwarm bwr seismic berlin managua vanimo".split()
+    (
+        *("PiYG", "PRGn", "BrBG", "PuOr", "RdGy", "RdBu", "RdYlBu", "RdYlGn", "Spectral"),
+        *("coolwarm", "bwr", "seismic", "berlin", "managua", "vanimo"),
+    )
 )
 
 # How much of its own colour the picture keeps under the heat: colour then means heat, and the picture is still known.
 SATURATION = 0.25
+# Exponent of the opacity where there is no heat: 0.6 becomes 0.28.
+FADING = 2.5
 # Grey that the unseen area and a map without evidence are mixed with, and how much of the picture stays.
 FADE_TO, FADED = 208, 0.45
+
+# A picture thinner than 1 : STRETCH is drawn wider than it is, and the figure says so.
+STRETCH = 8.0
 
 Rgb = UInt8[np.ndarray, "height width 3"]
 
@@ -74,7 +82,7 @@ def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     return table
 
 
-def fit(width: int, height: int, longest: int, stretch: float = 8.0) -> tuple[int, int]:
+def fit(width: int, height: int, longest: int, stretch: float = STRETCH) -> tuple[int, int]:
     """(height, width) of a panel whose longer side is `longest`; a picture thinner than 1 : `stretch` is widened."""
     ratio = min(max(width / height, 1 / stretch), stretch)
     return (max(1, round(longest / ratio)), longest) if ratio >= 1 else (longest, max(1, round(longest * ratio)))
@@ -116,22 +124,28 @@ def colours(unit: Float[np.ndarray, "height width"], name: str) -> Rgb:
     return colour_table(name)[np.round(np.nan_to_num(unit) * 255).astype(np.uint8)]
 
 
-def blend(below: Rgb, above: Rgb, opacity: float) -> Rgb:
-    """The same opacity everywhere: equal heat shows as an equal change, wherever it lies."""
-    return cv2.addWeighted(above, opacity, below, 1 - opacity, 0)
+def blend(below: Rgb, above: Rgb, opacity: float, weight: Float[np.ndarray, "height width"] | None = None) -> Rgb:
+    """`above` over `below`, at `opacity` where `weight` is 1, fading to opacity ** FADING where it is 0.
+
+    Where there is little heat the picture stays visible; more heat is always more colour, and 1 is opaque everywhere.
+    """
+    if weight is None:
+        return cv2.addWeighted(above, opacity, below, 1 - opacity, 0)
+    steps = np.linspace(1, 0, 256, dtype=np.float32)
+    alphas = np.float32(opacity) ** (1 + (FADING - 1) * steps)
+    alpha = alphas[np.round(np.nan_to_num(weight) * 255).astype(np.uint8)][..., None]
+    return np.round(below + alpha * (above.astype(np.float32) - below)).astype(np.uint8)
 
 
-def hatch(rgb: Rgb, faint: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
-    """`faint` with diagonal lines where nothing was seen: light and dark side by side, to show on every ground."""
+def hatch(rgb: Rgb, pale: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
+    """`pale` (see `faded`: never dark) with darker diagonal lines where nothing was seen."""
     if not unseen.any():
         return rgb
     height, width = unseen.shape
-    step = max(6, round(max(height, width) / 36))
+    step = max(5, round(_measure(rgb) / 32))
     phase = (np.arange(height)[:, None] + np.arange(width)[None, :]) % step
-    stroke = max(1, round(step / 8))
-    lines = np.where((phase < stroke)[..., None], np.uint8(70), faint)
-    lines = np.where(((phase >= stroke) & (phase < 2 * stroke))[..., None], np.uint8(250), lines)
-    return np.where(unseen[..., None], lines, rgb).astype(np.uint8)
+    line = (phase < max(1, round(step / 6)))[..., None]
+    return np.where(unseen[..., None], np.where(line, pale // 5 * 3, pale), rgb)
 
 
 def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
@@ -144,8 +158,10 @@ def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
         if cell is not None:
             x0, y0, x1, y1 = cell[0] * fx, cell[1] * fy, cell[2] * fx, cell[3] * fy
             cv2.rectangle(mask, (round(x0), round(y0)), (round(x1), round(y1)), 255, _stroke(rgb, 700))
-    contrast = np.where(grey(rgb) < 128, np.uint8(255), np.uint8(0))[..., None]
-    mixed = cv2.addWeighted(rgb, 0.6, np.repeat(contrast, 3, axis=2), 0.4, 0)
+    # The ground is judged over some distance: a line that changes sides at every speck looks torn.
+    around = cv2.blur(grey(rgb), (max(3, width // 20), max(3, height // 20)))
+    contrast = np.where(around < 128, np.uint8(255), np.uint8(0))[..., None]
+    mixed = blend(rgb, np.repeat(contrast, 3, axis=2), 0.4)
     return np.where(mask[..., None] > 0, mixed, rgb)
 
 
@@ -153,7 +169,7 @@ def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
     """A half-open box, panel pixels, as a white line in a black one."""
     x0, y0, x1, y1 = box
     drawn = np.ascontiguousarray(rgb)
-    line = _stroke(rgb, 260)
+    line = _stroke(rgb, 220)
     # Drawn inwards, so that a box at the picture's edge keeps its whole line.
     inset = line + line // 2
     corners = (x0 + inset, y0 + inset), (max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset))
@@ -165,8 +181,7 @@ def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
 def draw_peak(rgb: Rgb, point: tuple[float, float]) -> Rgb:
     """A ring with a dot at a point, panel pixels; white in black, to show on every ground."""
     drawn = np.ascontiguousarray(rgb)
-    longest = max(rgb.shape[:2])
-    line, radius = _stroke(rgb, 260), max(3, round(longest / 38))
+    line, radius = _stroke(rgb, 220), max(3, round(_measure(rgb) / 32))
     # cv2 counts from pixel centres; four more bits keep the mark where it belongs between pixels.
     centre = (round((point[0] - 0.5) * 16), round((point[1] - 0.5) * 16))
     for colour, thickness, dot in (((0, 0, 0), 3 * line, 2.2 * line), ((255, 255, 255), line, 1.2 * line)):
@@ -176,13 +191,18 @@ def draw_peak(rgb: Rgb, point: tuple[float, float]) -> Rgb:
 
 
 def _stroke(rgb: Rgb, parts: int) -> int:
-    return max(1, round(max(rgb.shape[:2]) / parts))
+    return max(1, round(_measure(rgb) / parts))
+
+
+def _measure(rgb: Rgb) -> float:
+    """Side of a square of the panel's area: what lines and marks are in proportion to."""
+    return float(np.sqrt(rgb.shape[0] * rgb.shape[1]))
 
 
 def draw_note(rgb: Rgb, text: str) -> Rgb:
     """A line of text on a white plate in the middle, as large as fits; a panel too small for it stays as it is."""
     height, width = rgb.shape[:2]
-    for size in range(max(8, round(max(height, width) / 18)), 7, -1):
+    for size in range(max(8, round(_measure(rgb) / 15)), 7, -1):
         font = _font(size)
         left, top, right, bottom = font.getbbox(text)
         if right - left + size <= width and bottom - top + size <= height:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,10 @@ from torch import Tensor
 
 from grounding.adapter import TOKEN_TARGETS, Adapter
 from grounding.errors import GroundingError, LayerError, NumericError
-from grounding.explanation import SCHEMA_VERSION, Entry, Explanation, MapColumn
-from grounding.maps import diagnose
+from grounding.explanation import Explanation
 from grounding.plan import Column, Selection, columns, wanted_signals
 from grounding.recorder import Recorder
-from grounding.text import Span, check_text
+from grounding.results import doubts, entry_of, flatten, map_column, provenance_of
 from grounding.trace import Trace
 from grounding.types import Inputs, Targets
 
@@ -64,7 +61,7 @@ def explain(
     ------
     GroundingError (a ValueError, one line): unusable picture, text, layer, option or target; a dead layer; NaN or Inf.
     """
-    pictures, captions, rebuild = _flat(images, texts)
+    pictures, captions, rebuild = flatten(images, texts)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
     plan = columns(adapter, methods, layers, options, average_layers)
@@ -72,7 +69,10 @@ def explain(
     results: list[list[Explanation]] = []
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        with torch.random.fork_rng(devices=[adapter.device] if adapter.device.type == "cuda" else []):
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=[adapter.device] if adapter.device.type == "cuda" else []),
+        ):
             torch.manual_seed(seed)
             inputs = adapter.prepare(pictures[part], captions[part])
             results += _explain_batch(adapter, inputs, plan, select, target, token_target, seed)
@@ -80,34 +80,48 @@ def explain(
 
 
 def _explain_batch(
-    adapter: Adapter, inputs: Inputs, plan: Sequence[Column], select: Selection, target: str | None,
-    token_target: str, seed: int,
+    adapter: Adapter,
+    inputs: Inputs,
+    plan: Sequence[Column],
+    select: Selection,
+    target: str | None,
+    token_target: str,
+    seed: int,
 ) -> list[list[Explanation]]:
     """One list of explanations per picture of the batch."""
     spans = [select.spans(tokens) for tokens in inputs.tokens]
     for tokens, chosen in zip(inputs.tokens, spans, strict=True):
         if not chosen:
-            raise GroundingError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
+            raise GroundingError(
+                f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected"
+            )
     targets = adapter.targets(inputs, spans, target, token_target)
     scores, maps = compute(adapter, inputs, targets, plan)
-    provenance = _provenance(adapter, seed)
+    provenance = provenance_of(adapter, seed)
     results: list[list[Explanation]] = [[] for _ in inputs.pictures]
     by_text: dict[int, list[int]] = defaultdict(list)
     for k, text in enumerate(targets.text.tolist()):
         by_text[text].append(k)
     for text, members in by_text.items():
         image = inputs.text_image[text]
-        entries = tuple(_entry(targets.spans[k], float(scores[k])) for k in members)
+        entries = tuple(entry_of(targets.spans[k], float(scores[k])) for k in members)
         made = {
-            column.key: _map_column(adapter, column, targets, inputs, image, maps[column.key], members)
+            column.key: map_column(adapter, column, targets, inputs, image, maps[column.key], members)
             for column in plan
         }
-        warnings = (*inputs.warnings[image], *inputs.text_warnings[text], *_doubts(made, entries))
+        warnings = (*inputs.warnings[image], *inputs.text_warnings[text], *doubts(made, entries))
         results[image].append(
             Explanation(
-                picture=inputs.pictures[image], caption=inputs.tokens[text].text, entries=entries, columns=made,
-                geometry=inputs.geometry[image], target=targets.kind, token_target=targets.token_target,
-                model={"id": adapter.info.id, "type": adapter.info.type}, warnings=warnings, provenance=provenance,
+                picture=inputs.pictures[image],
+                caption=inputs.tokens[text].text,
+                entries=entries,
+                columns=made,
+                geometry=inputs.geometry[image],
+                target=targets.kind,
+                token_target=targets.token_target,
+                model={"id": adapter.info.id, "type": adapter.info.type},
+                warnings=warnings,
+                provenance=provenance,
             )
         )
     return results
@@ -125,7 +139,8 @@ def compute(
     }
     gradient_norms: dict[str, float] = defaultdict(float)
     scores = torch.zeros(0)
-    for chunk, members, scores in trace(adapter, inputs, targets, plan):
+    for chunk, members, found in trace(adapter, inputs, targets, plan):
+        scores = found
         for column in plan:
             if column in static:
                 _fill_static(made[column.key], column, chunk)
@@ -163,8 +178,12 @@ def trace(
             for path, gradient in named.items():
                 _finite(gradient, f"gradient at {path}")
             chunk = Trace(
-                adapter=adapter, targets=targets.select(members), grid=adapter.grid(inputs), needs=frozenset(),
-                outputs=recorder.outputs, gradients={p: named[p] for p in wanted_taps},
+                adapter=adapter,
+                targets=targets.select(members),
+                grid=adapter.grid(inputs),
+                needs=frozenset(),
+                outputs=recorder.outputs,
+                gradients={p: named[p] for p in wanted_taps},
                 weights={"vision": [recorder.weights[p] for p in attention]} if attention else {},
                 weight_gradients={"vision": [named[p] for p in wanted_attention]} if wanted_attention else {},
             )
@@ -208,7 +227,7 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
     for path, size in sizes.items():
         if size == 0:
             raise LayerError(
-                f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), so its "
+                f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
                 f"maps would be blank; use {adapter.sites.tap!r}, or see --list-layers for the live ones"
             )
 
@@ -216,68 +235,3 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
 def _fill_static(maps: np.ndarray, column: Column, chunk: Trace) -> None:
     """A map that no text can change is computed once per picture, with the picture's first target."""
     maps[chunk.targets.image.tolist()] = column.maps(chunk).cpu().numpy()
-
-
-def _map_column(
-    adapter: Adapter, column: Column, targets: Targets, inputs: Inputs, image: int, maps: np.ndarray, members: list[int]
-) -> MapColumn:
-    conditioned = adapter.text_conditioned(targets.kind, column.method.reads_gradient)
-    chosen = maps[members] if conditioned else maps[[image]]
-    if not np.isfinite(chosen).all():
-        raise NumericError(f"{column.method.title} gives NaN or Inf: the model's numbers cannot be explained")
-    seen = inputs.geometry[image].seen_cells
-    status = tuple(diagnose(raw, seen, signed=column.method.signed) for raw in chosen)
-    return MapColumn(
-        column.key, column.name, column.method.title, column.layer, column.options, column.method.signed, conditioned,
-        chosen, status,
-    )
-
-
-def _entry(span: Span, score: float) -> Entry:
-    return Entry(span.label, span.kind, span.start, span.end, score, span.token_id)
-
-
-def _doubts(made: Mapping[str, MapColumn], entries: Sequence[Entry]) -> Iterator[str]:
-    """What a reader of these maps must know."""
-    for column in made.values():
-        if not column.text_conditioned:
-            yield f"{column.title} does not see the text here: one map for all entries"
-        for place, status in enumerate(column.status):
-            if not status:
-                label = "all entries" if column.shared else repr(entries[place].label)
-                yield f"{column.title} of {label} is no evidence: {status.reason}"
-
-
-def _provenance(adapter: Adapter, seed: int) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "versions": {name: version(name) for name in ("grounding", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "model": adapter.info.id,
-        "revision": adapter.info.revision,
-        "processor": dict(adapter.info.processor),
-        "dtype": str(adapter.dtype).removeprefix("torch."),
-        "device": adapter.device.type,
-        "seed": seed,
-    }
-
-
-def _flat(images: Any, texts: Any) -> tuple[list[Any], list[list[str]], Any]:
-    """Pictures, the texts of each, and how to give results back in the shape the user's arguments had."""
-    many = isinstance(images, (list, tuple))
-    pictures = list(images) if many else [images]
-    per_picture = list(texts) if many and not isinstance(texts, str) else [texts] * len(pictures)
-    if not pictures:
-        raise GroundingError("no picture was given")
-    if len(per_picture) != len(pictures):
-        raise GroundingError(f"{len(pictures)} pictures but {len(per_picture)} texts: give one item of texts per picture")
-    single = [not isinstance(item, (list, tuple)) for item in per_picture]
-    captions = [[check_text(t) for t in ([item] if one else item)] for item, one in zip(per_picture, single, strict=True)]
-    if not all(captions):
-        raise GroundingError("a picture has an empty list of texts")
-
-    def rebuild(results: list[list[Explanation]]) -> Any:
-        shaped = [found[0] if one else found for found, one in zip(results, single, strict=True)]
-        return shaped if many else shaped[0]
-
-    return pictures, captions, rebuild

@@ -173,7 +173,9 @@ class Explanation:
         made.set_canvas(manager.canvas)
         plt.show()
 
-    def save(self, directory: str | Path, write: Sequence[str] = ("png", "npz", "json"), **options: Any) -> dict[str, Path]:
+    def save(
+        self, directory: str | Path, write: Sequence[str] = ("png", "npz", "json"), **options: Any
+    ) -> dict[str, Path]:
         """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written.
 
         `write` chooses among png, npz, json; `options` go to the figure. Raises OSError.

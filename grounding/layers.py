@@ -20,7 +20,7 @@ from grounding.types import Inputs
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose output is a patch grid. `alias` is its short name, `live` whether the score depends on its patches."""
+    """A layer whose output is a patch grid. `alias`: its short name; `live`: the score depends on its patches."""
 
     path: str
     shape: tuple[int, ...]
@@ -41,7 +41,10 @@ def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
     grid = adapter.grid(inputs)
     return tuple(
         Layer(
-            path, shape, bool(adapter.to_grid(chunk.gradients[path], grid).any()), path == adapter.sites.tap,
+            path,
+            shape,
+            bool(adapter.to_grid(chunk.gradients[path], grid).any()),
+            path == adapter.sites.tap,
             aliases.get(path, ""),
         )
         for path, shape in shapes.items()
@@ -74,7 +77,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _aliases(adapter: Adapter) -> dict[str, str]:
-    aliases = {}
+    aliases: dict[str, str] = {}
     for name, stack in adapter.sites.stacks.items():
         prefix = "" if name == "vision" else f"{name}:"
         for paths, part in ((stack.blocks, ""), (stack.inputs, ".in")):

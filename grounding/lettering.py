@@ -23,6 +23,8 @@ OTHERS = (
 )  # fmt: skip
 LINE = 1.28
 LONGEST = 4000
+# Hinting makes text wider at few pixels per inch: measured where figures are drawn.
+RULER_DPI = 150
 ELLIPSIS = "…"
 
 
@@ -59,14 +61,14 @@ def printable(text: str, weight: str = "normal") -> str:
 
 @lru_cache(maxsize=1)
 def _ruler() -> RendererAgg:
-    return RendererAgg(1, 1, 72)
+    return RendererAgg(1, 1, RULER_DPI)
 
 
 @lru_cache(maxsize=4096)
 def width_of(text: str, size: float, weight: str = "normal") -> float:
     """Width of one line, inches; `size` in points."""
     font = FontProperties(family=families(text, weight), size=size, weight=weight)
-    return float(_ruler().get_text_width_height_descent(text, font, False)[0]) / 72
+    return float(_ruler().get_text_width_height_descent(text, font, False)[0]) / RULER_DPI
 
 
 def wrap(text: str, width: float, size: float, weight: str = "normal", lines: int | None = None) -> list[str]:
@@ -109,7 +111,9 @@ def _longest_prefix(word: str, width: float, size: float, weight: str) -> int:
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if width_of(word[:middle], size, weight) <= width else (low, middle - 1)
-    return low
+    # A path breaks after one of its signs and an escape before its own, if that leaves no stub.
+    sign = max(word.rfind("\\", 0, low + 1), 1 + max(word.rfind(c, 0, low) for c in "./_-"))
+    return sign if sign > low / 2 else low
 
 
 def height_of(lines: int, size: float) -> float:

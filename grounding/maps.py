@@ -81,9 +81,7 @@ def rescale(values: Float[np.ndarray, "*shape"], low: float, high: float) -> Flo
     return np.clip((values - low) / (high - low), 0, 1)
 
 
-def peak_cell(
-    raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"]
-) -> tuple[int, int] | None:
+def peak_cell(raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"]) -> tuple[int, int] | None:
     """(row, column) of the strongest seen patch, the first in row-major order; None where no patch is seen."""
     values = np.where(seen & ~np.isnan(raw), raw, -np.inf)
     if not np.isfinite(values).any():
@@ -99,9 +97,10 @@ def peak(raw: Float[np.ndarray, "rows columns"], geometry: Geometry) -> tuple[fl
 
 
 def otsu(values: NDArray[np.floating]) -> float:
-    """Otsu's threshold of values in [0, 1]."""
+    """Otsu's threshold of values in [0, 1]: what is at or above it is the foreground."""
     quantised = np.round(values * 255).astype(np.uint8).reshape(1, -1)
-    return float(cv2.threshold(quantised, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[0]) / 255
+    # OpenCV's foreground lies above its level, and levels are 1 / 255 apart.
+    return (float(cv2.threshold(quantised, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[0]) + 0.5) / 255
 
 
 def box(

@@ -35,6 +35,7 @@ class Method:
     function: Callable[..., Tensor]
 
     def __call__(self, trace: Trace, **options: Any) -> Tensor:
+        """The raw maps (k, rows, columns) of a trace."""
         return self.function(trace, **options)
 
     @property

@@ -1,4 +1,4 @@
-"""A sheet of labelled panels as a matplotlib figure, without pyplot. All lengths are inches from the top left corner."""
+"""A sheet of labelled panels as a matplotlib figure, without pyplot. Lengths are inches from the top left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from grounding import lettering
 
-DPI = 150
+DPI = lettering.RULER_DPI
 # Agg cannot draw 2^16 pixels in a row; longer sheets get fewer pixels per inch.
 MOST_PIXELS = 40_000
 
@@ -25,15 +25,17 @@ INK, QUIET, ALERT = "#1a1a1a", "#666666", "#a13d00"
 
 @dataclass(frozen=True)
 class Line:
-    """A paragraph: wrapped to the width it is given, at most `most` lines of it."""
+    """A paragraph: wrapped to the width it is given, at most `most` lines of it. `size` in points."""
 
     text: str
     size: float = 7.0
     colour: str = QUIET
     weight: str = "normal"
     most: int | None = None
+    space: float = 0.0  # inches above it
 
     def wrapped(self, width: float) -> list[str]:
+        """Its lines, `width` inches wide at most."""
         return lettering.wrap(self.text, width, self.size, self.weight, self.most)
 
 
@@ -76,6 +78,7 @@ class Grid:
     label: float = 1.45
     gap: float = 0.16
     margin: float = 0.2
+    start: float = 0.0  # where it begins, beyond the margin
 
     @property
     def cell(self) -> float:
@@ -83,7 +86,12 @@ class Grid:
         return max(self.panel[0], 1.6)
 
     def left(self, column: int) -> float:
-        return self.margin + self.label + self.gap + column * (self.cell + self.gap)
+        """Where a column begins."""
+        return self.start + self.margin + self.label + self.gap + column * (self.cell + self.gap)
+
+    def width(self, columns: int) -> float:
+        """Of the label and so many columns, with the gap after them."""
+        return self.label + self.gap + columns * (self.cell + self.gap)
 
 
 @dataclass
@@ -103,8 +111,9 @@ class Sheet:
         top = y - total if anchor_bottom else y
         for item, lines in pieces:
             if isinstance(item, Line):
+                first = top + item.space
                 self.texts += [
-                    (x, top + lettering.height_of(number, item.size), text, item) for number, text in enumerate(lines)
+                    (x, first + lettering.height_of(number, item.size), text, item) for number, text in enumerate(lines)
                 ]
             else:
                 self._bar(item, x, top)
@@ -124,7 +133,7 @@ class Sheet:
         for row in rows:
             above = max((_block_height(cell.above, grid.cell) for cell in row.cells), default=0.0)
             y += above
-            depth = self.block(row.label, grid.margin, y, grid.label)
+            depth = self.block(row.label, grid.start + grid.margin, y, grid.label)
             for column, cell in enumerate(row.cells):
                 x = grid.left(column)
                 self.block(cell.above, x, y - 0.03, grid.cell, anchor_bottom=True)
@@ -162,7 +171,7 @@ def _write(axes: Axes, x: float, y: float, text: str, line: Line) -> None:
 
 
 def _height(item: Line | Bar, lines: Sequence[str]) -> float:
-    return lettering.height_of(len(lines), item.size) if isinstance(item, Line) else 0.2
+    return item.space + lettering.height_of(len(lines), item.size) if isinstance(item, Line) else 0.2
 
 
 def _block_height(block: Block, width: float) -> float:

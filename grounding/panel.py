@@ -10,7 +10,19 @@ from PIL import Image
 
 from grounding import maps as mapping
 from grounding.drawing import (
-    FADE_TO, Rgb, Style, blend, colours, draw_box, draw_grid, draw_note, draw_peak, faded, ground, hatch, resized,
+    FADE_TO,
+    Rgb,
+    Style,
+    blend,
+    colours,
+    draw_box,
+    draw_grid,
+    draw_note,
+    draw_peak,
+    faded,
+    ground,
+    hatch,
+    resized,
 )  # fmt: skip
 from grounding.errors import OptionError
 from grounding.explanation import EntryMap
@@ -70,23 +82,27 @@ class Painter:
 
     def overlay(self, entry_map: EntryMap, limits: Limits) -> Rgb:
         """The heat over the picture."""
-        if not _has_evidence(entry_map, limits):
+        if not has_evidence(entry_map, limits):
             return self._without_evidence(self._pale)
-        tint = self._tint(entry_map, limits)
-        return self._marked(blend(self._ground, tint, self.style.opacity), self._pale, entry_map)
+        unit = self._unit(entry_map, limits)
+        weight = np.abs(2 * unit - 1) if with_sign(entry_map, self.style) else unit
+        panel = blend(self._ground, self._tint(entry_map, unit), self.style.opacity, weight)
+        return self._marked(panel, self._pale, entry_map)
 
     def heat(self, entry_map: EntryMap, limits: Limits) -> Rgb:
         """The heat alone, in the colour map's own colours."""
         plain = np.full((*self.size, 3), FADE_TO, np.uint8)
-        if not _has_evidence(entry_map, limits):
+        if not has_evidence(entry_map, limits):
             return self._without_evidence(plain)
-        return self._marked(self._tint(entry_map, limits), plain, entry_map)
+        return self._marked(self._tint(entry_map, self._unit(entry_map, limits)), plain, entry_map)
 
-    def _tint(self, entry_map: EntryMap, limits: Limits) -> Rgb:
-        if with_sign(entry_map, self.style):
-            values = self.geometry.to_original(entry_map.raw, size=self.size)
-            return colours(mapping.rescale(values, *limits), self.style.diverging)
-        return colours(mapping.rescale(entry_map.heat(self.size), *limits), self.style.cmap)
+    def _unit(self, entry_map: EntryMap, limits: Limits) -> Float[np.ndarray, "height width"]:
+        signed = with_sign(entry_map, self.style)
+        values = self.geometry.to_original(entry_map.raw, size=self.size) if signed else entry_map.heat(self.size)
+        return mapping.rescale(values, *limits)
+
+    def _tint(self, entry_map: EntryMap, unit: Float[np.ndarray, "height width"]) -> Rgb:
+        return colours(unit, self.style.diverging if with_sign(entry_map, self.style) else self.style.cmap)
 
     def _without_evidence(self, pale: Rgb) -> Rgb:
         return draw_note(hatch(pale, pale, self._unseen), "no evidence")
@@ -112,5 +128,6 @@ class Painter:
         return panel
 
 
-def _has_evidence(entry_map: EntryMap, limits: Limits) -> bool:
+def has_evidence(entry_map: EntryMap, limits: Limits) -> bool:
+    """Whether there is anything to draw."""
     return bool(entry_map.status) and limits[1] > limits[0]

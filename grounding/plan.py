@@ -53,15 +53,16 @@ class Column:
     paths: tuple[str, ...] = ()
 
     def maps(self, trace: Trace) -> Tensor:
-        """Raw maps (k, rows, columns). Several layers are averaged, each divided by its largest absolute value first."""
+        """Raw maps (k, rows, columns). Layers are averaged, each first divided by its largest absolute value."""
         options = {k: v for k, v in self.options.items() if k in self.method.own_options}
         if not self.paths:
             return self.method(trace.at(None, self.method.needs), **options)
         layers = [self.method(trace.at(path, self.method.needs), **options) for path in self.paths]
         if len(layers) == 1:
             return layers[0]
-        return torch.stack([m / m.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
-                            for m in layers]).mean(0)
+        return torch.stack(
+            [m / m.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(m.dtype).tiny) for m in layers]
+        ).mean(0)
 
 
 def columns(

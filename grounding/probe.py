@@ -21,8 +21,8 @@ from grounding.geometry import Geometry
 SMALLEST = 8
 # Ramps run over these 8-bit levels. Across the other axis they tilt by TILT levels, and every pixel is off by up to
 # NOISE: so neighbours and rows are rounded at other places, and their mean is finer than 8 bits. (Filters round between
-# their two passes; without the noise a plain 2 : 1 reduction was measured 0.1 to 0.25 pixels off.)
-DARKEST, BRIGHTEST, TILT, NOISE = 6, 249, 3, 2
+# their two passes: without the noise a plain 2 : 1 reduction was measured 0.1 to 0.25 pixels off.)
+DARKEST, BRIGHTEST, TILT, NOISE = 19, 236, 6, 12
 Preprocess = Callable[[Image.Image], Any]
 
 

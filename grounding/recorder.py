@@ -40,7 +40,8 @@ def _recorded_attention(
     logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         logits = logits + attention_mask
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+    # In float32 at least, as transformers does; float64 stays what it is.
+    weights = logits.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     recorder = _active.get()
     if recorder is not None:
@@ -80,7 +81,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_random_state(self.model))
+            stack.enter_context(random_state(self.model))
             stack.enter_context(_frozen(self.model))
             for path, gradient in self.taps.items():
                 module = find_module(self.model, path)
@@ -143,7 +144,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
         if child is None:
             children = ", ".join(n for n, _ in module.named_children()) or "no children"
             raise LayerError(
-                f"no layer {path!r} in {type(model).__name__}: {walked or 'the model'} has {children}; see --list-layers"
+                f"{type(model).__name__} has no layer {path!r}: {walked or 'it'} has {children} (see --list-layers)"
             )
         module, walked = child, f"{walked}.{name}" if walked else name
     return module
@@ -179,7 +180,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _implementation(model: nn.Module) -> Iterator[None]:
     """Every configuration in the model points at the recorded attention; each gets its own setting back."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     # Parents come first in modules(), and setting a parent may set its parts: restoring in the same order is exact.
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
@@ -192,7 +194,8 @@ def _implementation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state(model: nn.Module) -> Iterator[None]:
+def random_state(model: nn.Module) -> Iterator[None]:
+    """Torch's random state, of the CPU and of the model's device, is the same after the block as before."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

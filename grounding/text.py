@@ -54,9 +54,7 @@ class Tokens:
 
     def span(self, kind: str, start: int, end: int) -> Span:
         """The span of characters [start, end) with the positions of all tokens that touch it."""
-        touching = tuple(
-            i for i in self.visible if min(end, self.offsets[i][1]) > max(start, self.offsets[i][0])
-        )
+        touching = tuple(i for i in self.visible if min(end, self.offsets[i][1]) > max(start, self.offsets[i][0]))
         return Span(kind, self.text[start:end], start, end, touching)
 
     def caption(self) -> Span:
@@ -64,10 +62,9 @@ class Tokens:
         return replace(self.span("caption", 0, len(self.text)), alone=True)
 
     def tokens(self) -> tuple[Span, ...]:
-        """One span per visible token. A piece without characters of its own shows its neighbour's (byte-level parts)."""
+        """One span per visible token. Byte-level parts of one sign share its characters."""
         return tuple(
-            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i])
-            for i in self.visible
+            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i]) for i in self.visible
         )
 
     def words(self) -> tuple[Span, ...]:
@@ -80,8 +77,14 @@ class Tokens:
             if home is not None:
                 pieces.setdefault(home, []).append(i)
         return tuple(
-            Span("word", self.text[start:end], start, end, tuple(positions),
-                 self.ids[positions[0]] if len(positions) == 1 else None)
+            Span(
+                "word",
+                self.text[start:end],
+                start,
+                end,
+                tuple(positions),
+                self.ids[positions[0]] if len(positions) == 1 else None,
+            )
             for (start, end), positions in pieces.items()
         )
 
@@ -147,7 +150,7 @@ def word_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _kind(text: str, i: int, character: str, before: str) -> str:
-    """"word", "sign" or "" (blank) for the character at i, given the kind of the one before it."""
+    """ "word", "sign" or "" (blank) for the character at i, given the kind of the one before it."""
     if before and _continues(character):
         return before
     if _is_letter(character):

@@ -31,6 +31,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.engine import explain
     from grounding.images import ImageError
     from grounding.layers import list_layers
+    from grounding.tables import layer_table
     from grounding.text import check_text
 
     caption = check_text(args.caption if args.caption is not None or not args.list_layers else "picture")
@@ -39,7 +40,7 @@ def ground(args: argparse.Namespace) -> int:
     keywords = cli.explain_keywords(args)
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(cli.layer_table(list_layers(adapter, images[0], caption)))
+        print(layer_table(list_layers(adapter, images[0], caption)))
         return 0
     report = cli.Report(args)
     for image, folder in zip(images, folders, strict=True):

@@ -5,6 +5,22 @@ Nothing here uses the project's engine: own forward, own hooks, one full backwar
 
 import numpy as np
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+KEPT = []
+
+
+def textbook_attention(module, query, key, value, attention_mask, scaling, **_):
+    """softmax(Q K^T / sqrt(d)) V in the model's own precision; transformers' eager form rounds to float32."""
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    weights = (logits if attention_mask is None else logits + attention_mask).softmax(-1)
+    KEPT.append(weights)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value), weights
+
+
+AttentionInterface.register("textbook", textbook_attention)
+AttentionMaskInterface.register("textbook", eager_mask)
 
 
 class Tutorial:
@@ -12,24 +28,25 @@ class Tutorial:
 
     def __init__(self, model, pixels):
         self.model, self.pixels = model, pixels
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("textbook")
 
     def run(self, seed, layer):
         """(features, gradient) (N, D) at `layer`, [(attention, gradient)] (H, N, N) per block, for one target."""
         kept = {}
         handle = self.model.get_submodule(layer).register_forward_hook(lambda m, a, out: kept.update(f=out))
         self.model.zero_grad()
-        out = self.model.vision_model(self.pixels, output_attentions=True)
+        KEPT.clear()
+        out = self.model.vision_model(self.pixels)
         handle.remove()
         kept["f"].retain_grad()
-        for attention in out.attentions:
+        for attention in KEPT:
             attention.retain_grad()
         image = self.model.visual_projection(out.pooler_output)
         score = (image / image.norm(dim=-1, keepdim=True))[0] @ seed
         score.backward()
         gradient = torch.zeros_like(kept["f"]) if kept["f"].grad is None else kept["f"].grad
-        pairs = [(a[0].detach().numpy(), a.grad[0].numpy()) for a in out.attentions]
-        return float(score), kept["f"][0].detach().numpy(), gradient[0].numpy(), pairs
+        pairs = [(a[0].detach().numpy(), a.grad[0].numpy()) for a in KEPT]
+        return score.item(), kept["f"][0].detach().numpy(), gradient[0].numpy(), pairs
 
 
 def text_embedding(model, tokenizer, text, hidden=()):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import ViTImageProcessor
 
 from adapters import ADAPTERS
 from grounding import Selection, explain
@@ -69,8 +70,9 @@ def test_shift_gradient_equals_score_from(any_adapter):
         shift.requires_grad_(True)
         scores = any_adapter.score_from(tap, inputs, targets, shift)
         (expected,) = torch.autograd.grad(scores.sum(), shift)
-        found = torch.cat([chunk.at(tap, frozenset({"shift"})).shift()
-                           for chunk, _, _ in trace(any_adapter, inputs, targets, plan)])
+        found = torch.cat(
+            [chunk.at(tap, frozenset({"shift"})).shift() for chunk, _, _ in trace(any_adapter, inputs, targets, plan)]
+        )
         close(found, expected)
 
 
@@ -81,11 +83,16 @@ def test_shift_gradient_equals_finite_differences(any_adapter):
     direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step = 1e-5 * direction.repeat(len(targets), 1)
     with torch.no_grad():
-        slope = (any_adapter.score_from(tap, inputs, targets, step)
-                 - any_adapter.score_from(tap, inputs, targets, -step)) / 2e-5
+        slope = (
+            any_adapter.score_from(tap, inputs, targets, step) - any_adapter.score_from(tap, inputs, targets, -step)
+        ) / 2e-5
     plan = columns(any_adapter, ["gradcam"])
-    found = torch.cat([chunk.at(tap, frozenset({"shift"})).shift() @ direction
-                       for chunk, _, _ in trace(any_adapter, inputs, targets, plan)])
+    found = torch.cat(
+        [
+            chunk.at(tap, frozenset({"shift"})).shift() @ direction
+            for chunk, _, _ in trace(any_adapter, inputs, targets, plan)
+        ]
+    )
     close(found, slope.detach(), 1e-5)
 
 
@@ -107,7 +114,7 @@ def test_half_precision_runs_and_resembles(dtype):
 def test_non_square_input_of_another_size(picture):
     """Position encodings are interpolated where the processor gives another size than the model was trained at."""
     adapter = tiny.clip_adapter()
-    adapter.image_processor = tiny.clip_processor(crop_size={"height": 24, "width": 40}, size={"height": 24, "width": 40})
+    adapter.image_processor = ViTImageProcessor(size={"height": 24, "width": 40})
     found = explain(adapter, picture, CAPTION)
     assert found.columns["gradcam"].maps.shape[1:] == (3, 5)
     assert found.geometry.seen == (0, 0, 90, 60)
@@ -231,6 +238,7 @@ def test_leave_one_out_masks_and_alone_is_a_text_of_its_own(clip, picture):
     alone = explain(clip, picture, "red car", methods=["rollout"], token_target="alone", select=Selection(words=True))
     assert [e.label for e in alone.entries] == ["red car", "red", "car"]
     close(alone.entries[1].score, text_embedding(clip.model, clip.tokenizer, "red") @ image)
+    close(alone.entries[2].score, text_embedding(clip.model, clip.tokenizer, " car") @ image)
 
 
 def test_a_long_text_is_cut_with_its_end_token_and_said(clip, picture):

@@ -23,7 +23,7 @@ def tutorial_seeds(adapter):
     whole = oracles.text_embedding(adapter.model, tokenizer, CAPTION)
     count = len(tokenizer(CAPTION)["input_ids"]) - 2
     left_out = [whole - oracles.text_embedding(adapter.model, tokenizer, CAPTION, [i + 1]) for i in range(count)]
-    # BPE pieces at the beginning of a text have no leading blank: the phrase is its tokens as they stand in the caption.
+    # The phrase is its tokens as they stand in the caption, the blank before them included.
     phrase = oracles.text_embedding(adapter.model, tokenizer, " red jacket")
     return [whole, *left_out, phrase]
 

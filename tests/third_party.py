@@ -89,8 +89,15 @@ class MeanAdapter(Adapter):
             Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in pictures
         )
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        return Inputs(pictures, geometry, tuple(tokens), owner, {"pixel_values": pixels},
-                      ((),) * len(pictures), ((),) * len(tokens))
+        return Inputs(
+            pictures,
+            geometry,
+            tuple(tokens),
+            owner,
+            {"pixel_values": pixels},
+            ((),) * len(pictures),
+            ((),) * len(tokens),
+        )
 
     def targets(self, inputs, spans, kind=None, token_target=TOKEN_TARGETS[0]):
         kind = self.check_kind(kind, token_target)
@@ -103,8 +110,14 @@ class MeanAdapter(Adapter):
             alone = span.kind == "caption" or span.alone or token_target == "alone"
             seeds.append(self._embed([ids[i] for i in span.positions]) if alone else whole - self._embed(rest))
         owner = torch.tensor([t for t, _ in flat])
-        return Targets(kind, torch.tensor(inputs.text_image)[owner], owner, tuple(s for _, s in flat),
-                       {"seeds": torch.stack(seeds)}, token_target)
+        return Targets(
+            kind,
+            torch.tensor(inputs.text_image)[owner],
+            owner,
+            tuple(s for _, s in flat),
+            {"seeds": torch.stack(seeds)},
+            token_target,
+        )
 
     def forward(self, inputs, targets):
         image = self.model(inputs.tensors["pixel_values"])

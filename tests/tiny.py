@@ -1,4 +1,4 @@
-"""Tiny models with random weights, built from configurations: every architecture's shape at a thousandth of its size."""
+"""Tiny random models, built from configurations: each architecture's shape at a thousandth of its size."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -8,8 +8,12 @@ from adapters.clip import ClipAdapter
 from tests.third_party import MeanAdapter
 
 CORPUS = [
-    "a man in a red jacket and a blue car", "two dogs playing on the green grass", "unbelievably photogenic women",
-    "man in red jacket", "red car and red bus", "the quick brown fox jumps over the lazy dog",
+    "a man in a red jacket and a blue car",
+    "two dogs playing on the green grass",
+    "unbelievably photogenic women",
+    "man in red jacket",
+    "red car and red bus",
+    "the quick brown fox jumps over the lazy dog",
 ]
 LIMIT = 24
 
@@ -22,14 +26,21 @@ def tokenizer(limit=LIMIT):
     made.decoder = decoders.ByteLevel()
     special = ["<|startoftext|>", "<|endoftext|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=330,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     made.train_from_iterator(CORPUS, trainer)
     made.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[(t, made.token_to_id(t)) for t in special]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=special[0], eos_token=special[1], pad_token=special[1], unk_token=special[1],
+        tokenizer_object=made,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        unk_token=special[1],
         model_max_length=limit,
     )
 
@@ -39,9 +50,14 @@ def clip_model(seed=0, size=32, patch=8, layers=3, dtype=torch.float64, attentio
     torch.manual_seed(seed)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     config = CLIPConfig(
-        text_config=tower | {
-            "num_hidden_layers": 2, "vocab_size": len(tokenizer()), "eos_token_id": 1, "bos_token_id": 0,
-            "pad_token_id": 1, "max_position_embeddings": LIMIT,
+        text_config=tower
+        | {
+            "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer()),
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+            "max_position_embeddings": LIMIT,
         },
         vision_config=tower | {"num_hidden_layers": layers, "image_size": size, "patch_size": patch} | vision,
         projection_dim=16,

@@ -1,4 +1,4 @@
-"""Maps from attention weights: chains of them (rollout), the same led by gradients (relevance), and the weights as such.
+"""Maps from attention weights: chains of them (rollout), chains led by gradients (relevance), and the weights as such.
 
 Chains are row vectors times matrices, from the read-out backwards through the blocks: e^T (A_L ... A_1) costs a
 fraction of the matrix product and is the same number.

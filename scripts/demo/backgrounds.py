@@ -8,9 +8,8 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
-
 from pen import Colour, shade
+from PIL import Image, ImageChops, ImageDraw
 
 SKIES: dict[str, tuple[tuple[Colour, Colour], ...]] = {
     "street": (((150, 190, 222), (222, 232, 236)), ((176, 184, 196), (226, 222, 214))),
@@ -27,9 +26,7 @@ GROUNDS: dict[str, tuple[Colour, ...]] = {
 WALLS: tuple[Colour, ...] = ((198, 164, 140), (178, 170, 160), (206, 190, 160), (160, 152, 156), (186, 146, 128))
 
 
-def draw_background(
-    place: str, size: tuple[int, int], unit: float, horizon: float, rng: random.Random
-) -> Image.Image:
+def draw_background(place: str, size: tuple[int, int], unit: float, horizon: float, rng: random.Random) -> Image.Image:
     """A picture of `size` (width, height) in canvas pixels; `horizon` is the y of the horizon in canvas pixels."""
     width, height = size
     image = _gradient(size, *rng.choice(SKIES[place]), bottom=horizon)
@@ -88,7 +85,9 @@ def _far_hills(colours: tuple[Colour, ...], steep: float):
             for _ in range(max(2, int(2 * width / unit))):
                 x, w, h = rng.uniform(0, width), rng.uniform(0.25, 0.5) * unit, rng.uniform(0.07, 0.16) * unit
                 if rng.random() < steep:
-                    draw.polygon([(x - w * 0.7, horizon + 1), (x, horizon - 1.4 * h), (x + w * 0.7, horizon + 1)], colour)
+                    draw.polygon(
+                        [(x - w * 0.7, horizon + 1), (x, horizon - 1.4 * h), (x + w * 0.7, horizon + 1)], colour
+                    )
                 else:
                     draw.ellipse([x - w, horizon - h, x + w, horizon + h], fill=colour)
 

@@ -11,11 +11,10 @@ from queue import Full
 
 import numpy as np
 import torch
+from phrases import Query, full_query, join, plan_caption, random_phrase
 from PIL import Image
-from torch import multiprocessing
-
-from phrases import Query, full_query, join, phrase, plan_caption, random_phrase
 from text import IMAGE_SIZE, build_tokenizer
+from torch import multiprocessing
 from vocabulary import COLOURS, GARMENTS, KINDS, SEEN_ENTITIES, SEEN_SWAPS, Entity
 from world import Scene, render, sample_scene
 
@@ -140,6 +139,7 @@ def _ids(texts: list[str], tokenizer) -> torch.Tensor:
 
 def _codes(items) -> np.ndarray:
     """(n, 3) attribute codes; None is -1."""
+
     def code(value: str | None, names: tuple[str, ...]) -> int:
         return -1 if value is None else names.index(value)
 

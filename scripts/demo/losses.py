@@ -1,4 +1,4 @@
-"""The losses of training. Each takes the same `Forward` and gives a scalar; a stage weighs them by name.
+"""The losses of training. Each takes a `Step` and gives a scalar; a stage of training weighs them by name.
 
 Axis letters: B pictures, P queries, N patches, D embedding.
 """
@@ -8,29 +8,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from batches import Batch
+from text import IMAGE_SIZE, PAD
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPModel
 
-from batches import Batch
-from text import EOS, IMAGE_SIZE, PAD
-
 
 class Heads(nn.Module):
-    """Scales and offsets that only the losses need; they are not part of the exported model."""
+    """Scales and thresholds of a cosine that only the losses need; they are not part of the exported model.
+
+    A scale is stored as its logarithm, so that the common learning rate can move it far enough.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.phrase_scale = nn.Parameter(torch.tensor(10.0))
-        self.phrase_bias = nn.Parameter(torch.tensor(-4.0))
-        self.patch_scale = nn.Parameter(torch.tensor(10.0))
-        self.background = nn.Parameter(torch.tensor(3.0))
+        self.phrase_scale = nn.Parameter(torch.tensor(12.0).log())
+        self.phrase_threshold = nn.Parameter(torch.tensor(0.4))
+        self.patch_scale = nn.Parameter(torch.tensor(12.0).log())
+        self.background = nn.Parameter(torch.tensor(0.3))
 
 
 @dataclass
-class Forward:
-    """What one forward pass of the model gives to the losses; all embeddings have length 1."""
+class Step:
+    """One training step as the losses see it; all embeddings have length 1."""
 
+    model: CLIPModel
+    heads: Heads
+    batch: Batch
     image: torch.Tensor  # (B, D)
     captions: torch.Tensor  # (2 B, D)
     queries: torch.Tensor  # (P, D)
@@ -45,12 +50,16 @@ def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
     return functional.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
-def forward(model: CLIPModel, batch: Batch) -> Forward:
+def forward(model: CLIPModel, heads: Heads, batch: Batch) -> Step:
+    """Embed the pictures, their patches, the captions and the queries of a batch."""
     vision = model.vision_model(pixel_values=batch.normalised(), output_hidden_states=True)
     image = functional.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
     inner = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:])
     patches = functional.normalize(model.visual_projection(inner).float(), dim=-1)
-    return Forward(
+    return Step(
+        model=model,
+        heads=heads,
+        batch=batch,
         image=image,
         captions=embed_text(model, batch.captions),
         queries=embed_text(model, batch.queries),
@@ -59,18 +68,19 @@ def forward(model: CLIPModel, batch: Batch) -> Forward:
     )
 
 
-def contrast_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+def contrast_loss(step: Step) -> torch.Tensor:
     """CLIP's contrast in both directions; the swapped captions are extra negatives for the pictures."""
-    count = len(out.image)
+    count = len(step.image)
     labels = torch.arange(count)
-    logits = out.temperature * out.image @ out.captions.T  # (B, 2 B)
+    logits = step.temperature * step.image @ step.captions.T  # (B, 2 B)
     by_text = functional.cross_entropy(logits[:, :count].T, labels)
     return 0.5 * (functional.cross_entropy(logits, labels) + by_text)
 
 
-def phrase_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+def phrase_loss(step: Step) -> torch.Tensor:
     """Is the phrase true of the picture? Sigmoid loss; true pairs, swaps of the picture and the rest weigh alike."""
-    logits = heads.phrase_scale * (out.image @ out.queries.T) + heads.phrase_bias  # (B, P)
+    logits = step.heads.phrase_scale.exp() * (step.image @ step.queries.T - step.heads.phrase_threshold)  # (B, P)
+    batch = step.batch
     loss = functional.binary_cross_entropy_with_logits(logits, batch.present.float(), reduction="none")
     easy = ~(batch.present | batch.hard)
     return loss[batch.present].mean() + 0.5 * loss[batch.hard].mean() + 0.5 * loss[easy].mean()
@@ -87,18 +97,15 @@ def patch_targets(batch: Batch, patches: int) -> torch.Tensor:
     return query.max(dim=1).values
 
 
-def box_loss(out: Forward, batch: Batch, heads: Heads) -> torch.Tensor:
+def box_loss(step: Step) -> torch.Tensor:
     """Each patch is classified among all fully named entities of the batch and background."""
-    targets = patch_targets(batch, out.patches.shape[1])
-    logits = heads.patch_scale * (out.patches @ out.queries.T)  # (B, N, P)
-    logits = logits.masked_fill(~batch.full, -1e4)
-    background = (heads.patch_scale * heads.background / 10).expand(*logits.shape[:2], 1)
-    logits = torch.cat([logits, background], dim=-1)
+    targets = patch_targets(step.batch, step.patches.shape[1])
+    cosines = (step.patches @ step.queries.T).masked_fill(~step.batch.full, -100.0)  # (B, N, P)
+    background = step.heads.background.expand(*cosines.shape[:2], 1)
+    logits = step.heads.patch_scale.exp() * torch.cat([cosines, background], dim=-1)
     filled = torch.where(targets < 0, logits.shape[-1] - 1, targets)
     loss = functional.cross_entropy(logits.flatten(0, 1), filled.flatten(), reduction="none").view_as(targets)
     return loss[targets >= 0].mean() + 0.5 * loss[targets < 0].mean()
 
 
 LOSSES = {"contrast": contrast_loss, "phrase": phrase_loss, "box": box_loss}
-# The first end token is where CLIP pools; a model with another end token would be pooled at position 0.
-assert EOS != 2

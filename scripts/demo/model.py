@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
-
 from phrases import VOCABULARY
 from text import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, SPECIAL, build_processor
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel
 
 WIDTH = 128
 
@@ -75,6 +73,6 @@ def export(model: CLIPModel, folder: Path) -> None:
     for file in fresh.iterdir():
         file.chmod(0o644)
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
+        folder.replace(old)
+    fresh.replace(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -37,6 +37,7 @@ class Pen:
         return (x + 1) * self.scale, (y + 1) * self.scale
 
     def polygon(self, points: list[Point], fill: Colour, outline: Colour | None = INK) -> None:
+        """A filled polygon through `points`."""
         corners = [self.at(*point) for point in points]
         self.draw.polygon(corners, fill=fill)
         if outline is not None:
@@ -49,15 +50,24 @@ class Pen:
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, fill: Colour | None, outline: Colour | None = INK
     ) -> None:
+        """An ellipse with centre (x, y) and half axes rx, ry; without `fill` its rim alone."""
         width = self.stroke if outline is not None else 0
         self.draw.ellipse(self._frame(x, y, rx, ry), fill=fill, outline=outline, width=width)
 
     def ring(self, x: float, y: float, radius: float, thickness: float, colour: Colour) -> None:
+        """A circle of `thickness` design units, inside `radius`."""
         width = max(1, round(thickness * self.scale))
         self.draw.ellipse(self._frame(x, y, radius, radius), outline=colour, width=width)
 
     def chord(
-        self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Colour,
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float,
+        start: float,
+        end: float,
+        fill: Colour,
         outline: Colour | None = INK,
     ) -> None:
         """Segment of an ellipse between two angles in degrees, clockwise from the right, cut by a straight line."""

@@ -29,7 +29,7 @@ def draw_person(pen: Pen, kind: str, garment: str, colour: Colour, rng: random.R
     head = (MIDDLE, 20.0, 13.5) if adult else (MIDDLE, 25.0, 18.0)
     _hair_behind(pen, kind, head, hair)
     _legs(pen, kind, garment, skin, trousers)
-    _body(pen, kind, garment, colour, skin, trousers)
+    _body(pen, kind, garment, colour, skin)
     _head(pen, kind, head, skin, hair)
     if garment == "hat":
         _hat(pen, head, colour)
@@ -66,7 +66,7 @@ def _legs(pen: Pen, kind: str, garment: str, skin: Colour, trousers: Colour) -> 
         pen.polygon([(MIDDLE - 9, waist), (MIDDLE + 9, waist), (MIDDLE + 15, hem), (MIDDLE - 15, hem)], trousers)
 
 
-def _body(pen: Pen, kind: str, garment: str, colour: Colour, skin: Colour, trousers: Colour) -> None:
+def _body(pen: Pen, kind: str, garment: str, colour: Colour, skin: Colour) -> None:
     """Arms and torso; a jacket has long sleeves and an open front, a shirt short sleeves, a dress a wide skirt."""
     adult = kind in ("man", "woman")
     top, hip = (32, 63) if adult else (43, 74)
@@ -88,8 +88,12 @@ def _body(pen: Pen, kind: str, garment: str, colour: Colour, skin: Colour, trous
         hem = 84 if adult else 90
         pen.polygon(
             [
-                (MIDDLE - shoulder + 1, top), (MIDDLE + shoulder - 1, top), (MIDDLE + waist - 1, top + 17),
-                (MIDDLE + 22, hem), (MIDDLE - 22, hem), (MIDDLE - waist + 1, top + 17),
+                (MIDDLE - shoulder + 1, top),
+                (MIDDLE + shoulder - 1, top),
+                (MIDDLE + waist - 1, top + 17),
+                (MIDDLE + 22, hem),
+                (MIDDLE - 22, hem),
+                (MIDDLE - waist + 1, top + 17),
             ],
             cloth,
         )
@@ -107,9 +111,7 @@ def _body(pen: Pen, kind: str, garment: str, colour: Colour, skin: Colour, trous
 def _jacket_front(pen: Pen, cloth: Colour, top: float, hip: float) -> None:
     """The open front of a jacket over a plain shirt, with lapels and a hem band."""
     inner = (226, 222, 214) if sum(cloth) < 600 else (120, 116, 112)
-    pen.polygon(
-        [(MIDDLE - 5.5, top), (MIDDLE + 5.5, top), (MIDDLE + 3.2, hip), (MIDDLE - 3.2, hip)], inner
-    )
+    pen.polygon([(MIDDLE - 5.5, top), (MIDDLE + 5.5, top), (MIDDLE + 3.2, hip), (MIDDLE - 3.2, hip)], inner)
     for side in (-1, 1):
         pen.polygon(
             [(MIDDLE + side * 5, top - 1), (MIDDLE + side * 10, top + 3), (MIDDLE + side * 4, top + 12)],
@@ -150,10 +152,26 @@ def _hair_front(pen: Pen, kind: str, head: tuple[float, float, float], hair: Col
         pen.polygon([(x - r - 2, y - 4), (x - r + 5, y - 7), (x - r + 1, y + 8), (x - r - 3, y + 14)], hair, None)
         pen.polygon([(x + r + 2, y - 4), (x + r - 5, y - 7), (x + r - 1, y + 8), (x + r + 3, y + 14)], hair, None)
     elif kind == "boy":
-        tips = [(x + r * dx, y - r * dy) for dx, dy in (
-            (-1.04, 0.1), (-1.15, 0.62), (-0.72, 0.82), (-0.5, 1.28), (-0.12, 1.02), (0.2, 1.36), (0.46, 0.98),
-            (0.88, 1.12), (0.92, 0.7), (1.18, 0.44), (1.02, 0.1), (0.6, 0.48), (0.2, 0.36), (-0.2, 0.52), (-0.6, 0.4),
-        )]
+        tips = [
+            (x + r * dx, y - r * dy)
+            for dx, dy in (
+                (-1.04, 0.1),
+                (-1.15, 0.62),
+                (-0.72, 0.82),
+                (-0.5, 1.28),
+                (-0.12, 1.02),
+                (0.2, 1.36),
+                (0.46, 0.98),
+                (0.88, 1.12),
+                (0.92, 0.7),
+                (1.18, 0.44),
+                (1.02, 0.1),
+                (0.6, 0.48),
+                (0.2, 0.36),
+                (-0.2, 0.52),
+                (-0.6, 0.4),
+            )
+        ]
         pen.polygon(tips, hair)
     else:
         pen.chord(x, y - 0.5, r + 1.2, r + 1.2, 200, 340, hair)

@@ -19,9 +19,11 @@ PAIR_WORDS = (" and ", " next to ", " beside ", " with ", " near ", " is next to
 OPENINGS = ("", "", "", "there is ", "a picture of ", "a photo of ", "image of ")
 VOCABULARY = tuple(
     dict.fromkeys(
-        [*KINDS, *GARMENTS, *COLOURS]
-        + " ".join([*PLACES.values(), *PAIR_WORDS, *OPENINGS]).split()
-        + ["a", "an", "the", "in", "wearing", ".", ","]
+        [
+            *(*KINDS, *GARMENTS, *COLOURS),
+            *" ".join([*PLACES.values(), *PAIR_WORDS, *OPENINGS]).split(),
+            *("a", "an", "the", "in", "wearing", ".", ","),
+        ]
     )
 )
 
@@ -35,6 +37,7 @@ class Query:
     garment: str | None = None
 
     def matches(self, entity: Entity) -> bool:
+        """Is every attribute that is asked for the entity's?"""
         return (
             self.kind in (None, entity.kind)
             and self.colour in (None, entity.colour)
@@ -43,6 +46,7 @@ class Query:
 
 
 def full_query(entity: Entity) -> Query:
+    """The query that names the entity by all its attributes."""
     return Query(entity.kind, entity.colour, entity.garment)
 
 
@@ -101,6 +105,7 @@ class CaptionPlan:
 
 
 def plan_caption(order: Sequence[int], place: str, rng: random.Random) -> CaptionPlan:
+    """A random plan that names the entities in `order`."""
     style = rng.choices(STYLES, (6, 3, 1))[0]
     opening = rng.choice(OPENINGS)
     joints = PAIR_WORDS if not opening else PAIR_WORDS[:-1]

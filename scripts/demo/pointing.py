@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from losses import embed_text
 from PIL import Image
+from text import IMAGE_SIZE, build_processor
 from torch.nn import functional
 from transformers import CLIPModel
-
-from losses import embed_text
-from text import IMAGE_SIZE, build_processor
 
 Box = Sequence[float]
 
@@ -43,7 +42,7 @@ def phrase_maps(model: CLIPModel, pixels: torch.Tensor, text: torch.Tensor) -> d
     model.vision_model.set_attn_implementation("eager")
     taps: list[torch.Tensor] = []
     hook = model.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(
-        lambda module, args, output: taps.append(output)
+        lambda _module, _inputs, output: taps.append(output)
     )
     try:
         with torch.enable_grad():
@@ -81,12 +80,16 @@ def peak_point(grid: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
 
 def crop_to_original(u: float, v: float, size: tuple[int, int]) -> tuple[float, float]:
     """A point of the centre crop, (u, v) in 0..1 from its top-left corner, in original pixels (x, y)."""
-    scale = IMAGE_SIZE / min(size)
-    offsets = [(int(IMAGE_SIZE * side / min(size)) - IMAGE_SIZE) // 2 for side in size]
-    return (offsets[0] + u * IMAGE_SIZE) / scale, (offsets[1] + v * IMAGE_SIZE) / scale
+    resized = [int(IMAGE_SIZE * side / min(size)) for side in size]
+    x, y = (
+        ((length - IMAGE_SIZE) // 2 + share * IMAGE_SIZE) * side / length
+        for share, side, length in zip((u, v), size, resized, strict=True)
+    )
+    return x, y
 
 
 def is_hit(point: tuple[float, float], boxes: Sequence[Box]) -> bool:
+    """Is the point inside one of the half-open boxes? Both in original pixels."""
     return any(x0 <= point[0] < x1 and y0 <= point[1] < y1 for x0, y0, x1, y1 in boxes)
 
 

@@ -146,9 +146,8 @@ def _tree(pen: Pen, colour: Colour) -> None:
 def _umbrella(pen: Pen, colour: Colour) -> None:
     pen.line([(48, 4), (48, 98)], (120, 92, 66), 5)
     pen.chord(48, 48, 47, 42, 180, 360, colour)
-    for inner, outer, paint in ((20, 47, shade(colour, 0.75)), (0, 20, colour)):
-        del outer
-        pen.chord(48, 48, max(inner, 8), 42, 180, 360, paint)
+    for half_width, paint in ((20, shade(colour, 0.75)), (8, colour)):
+        pen.chord(48, 48, half_width, 42, 180, 360, paint)
     for x in (8, 29, 48, 67, 88):
         pen.ellipse(x, 48, 8 if x in (8, 88) else 9.5, 4, shade(colour, 0.85))
     pen.ellipse(48, 5, 2.5, 4, INK)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from phrases import VOCABULARY
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedTokenizerFast
-
-from phrases import VOCABULARY
 
 # The end token must not be 2: CLIPTextConfig reads 2 as the sign of an old checkpoint and pools elsewhere.
 PAD, BOS, UNK, EOS = 0, 1, 2, 3

@@ -1,4 +1,4 @@
-"""Train the demo CLIP on rendered scenes and export it to data/demo/models/clip.
+"""Train the demo CLIP on rendered scenes and export it to data/demo/models.
 
     python scripts/demo/train_clip.py
 
@@ -10,22 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel
-
 from batches import stream
 from losses import LOSSES, Heads, forward
 from model import build_model, change_patch, export
+from transformers import CLIPModel
 from validate import ValidationSet, load_split, validate
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPORT = ROOT / "data/demo/models/clip"
 SEED = 0
 BATCH = 48
 SAVE_SECONDS = 90
@@ -33,21 +30,26 @@ SAVE_SECONDS = 90
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the schedule: patch size, steps, learning rate from `lr` to `lr_end` (cosine), loss weights."""
+    """One part of the schedule: learning rate from `lr` to `lr_end` (cosine), weights of the losses by name.
+
+    `folder` is the checkpoint that the stage exports, below data/demo/models. A later stage may go on from here with
+    other losses and a folder of its own: one more line in `STAGES`, one more function in `losses.LOSSES`.
+    """
 
     patch: int
     steps: int
     lr: float
     lr_end: float
     weights: dict[str, float]
+    folder: str = "clip"
     warmup: int = 100
     validate_every: int = 400
 
 
 # Cheap large patches first: binding words to looks needs many pictures, pointing then needs the fine grid.
 STAGES = (
-    Stage(14, 1800, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=600),
-    Stage(8, 3300, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=400),
+    Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=400),
+    Stage(8, 3200, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=400),
 )
 
 
@@ -63,6 +65,7 @@ class Run:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
+        """Write the checkpoint; a reader never sees half of it."""
         state = {
             "patch": self.model.config.vision_config.patch_size,
             "model": self.model.state_dict(),
@@ -75,7 +78,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
         torch.save(state, fresh)
-        os.replace(fresh, path)
+        fresh.replace(path)
 
 
 def make_optimizer(model: CLIPModel, heads: Heads) -> torch.optim.Optimizer:
@@ -96,12 +99,14 @@ def new_model(patch: int) -> CLIPModel:
 
 
 def start_run() -> Run:
+    """A run before its first step, from the fixed seed."""
     torch.manual_seed(SEED)
     model, heads = new_model(STAGES[0].patch), Heads()
     return Run(model, heads, make_optimizer(model, heads))
 
 
 def load_run(path: Path) -> Run:
+    """The run as `Run.save` wrote it."""
     state = torch.load(path, weights_only=True)
     model, heads = new_model(state["patch"]), Heads()
     model.load_state_dict(state["model"])
@@ -112,6 +117,7 @@ def load_run(path: Path) -> Run:
 
 
 def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then half a cosine from `lr` to `lr_end`."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return (stage.lr_end + (stage.lr - stage.lr_end) * cosine) * min(1.0, (step + 1) / stage.warmup)
 
@@ -121,8 +127,8 @@ def train_step(run: Run, stage: Stage, batch) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(stage, run.step)
     with torch.autocast("cpu", torch.bfloat16):
-        out = forward(run.model, batch)
-    losses = {name: LOSSES[name](out, batch, run.heads) for name in stage.weights}
+        step = forward(run.model, run.heads, batch)
+    losses = {name: LOSSES[name](step) for name in stage.weights}
     total = sum(weight * losses[name] for name, weight in stage.weights.items())
     run.optimizer.zero_grad(set_to_none=True)
     total.backward()
@@ -139,7 +145,7 @@ def report(run: Run, data: ValidationSet, folder: Path) -> None:
     export(run.model, folder)
 
 
-def run_stage(run: Run, data: ValidationSet, checkpoint: Path, folder: Path) -> None:
+def run_stage(run: Run, data: ValidationSet, checkpoint: Path, models: Path) -> None:
     """From `run.step` to the end of the stage, with checkpoints on the way."""
     stage = STAGES[run.stage]
     first = sum(earlier.steps for earlier in STAGES[: run.stage]) + run.step
@@ -155,7 +161,7 @@ def run_stage(run: Run, data: ValidationSet, checkpoint: Path, folder: Path) -> 
             print(f"stage {run.stage} step {run.step} minutes {run.seconds / 60:.1f} {shown}", flush=True)
             mean = dict.fromkeys(stage.weights, 0.0)
         if run.step % stage.validate_every == 0 or run.step == stage.steps:
-            report(run, data, folder)
+            report(run, data, models / stage.folder)
         if run.step == stage.steps:
             break
         if time.monotonic() - saved > SAVE_SECONDS:
@@ -175,19 +181,20 @@ def next_stage(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run all stages that are left, then export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs/demo/clip.pt")
-    parser.add_argument("--export", type=Path, default=EXPORT)
+    parser.add_argument("--models", type=Path, default=ROOT / "data/demo/models")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     run = load_run(arguments.checkpoint) if arguments.checkpoint.exists() else start_run()
-    arguments.export.parent.mkdir(parents=True, exist_ok=True)
+    arguments.models.mkdir(parents=True, exist_ok=True)
     data = load_split("val")
     while run.stage < len(STAGES):
-        run_stage(run, data, arguments.checkpoint, arguments.export)
+        run_stage(run, data, arguments.checkpoint, arguments.models)
         next_stage(run)
         run.save(arguments.checkpoint)
-    report(run, data, arguments.export)
+    export(run.model, arguments.models / STAGES[-1].folder)
     return 0
 
 

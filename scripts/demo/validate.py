@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch.nn import functional
-from transformers import CLIPModel
-
 from losses import embed_text
 from phrases import join, phrase, plan_caption
 from pointing import Case, baselines, point_at, preprocess
 from splits import SHORT_SIDE, split_scenes
 from text import build_tokenizer
+from torch.nn import functional
+from transformers import CLIPModel
 from vocabulary import ENTITY_TYPES, HELD_OUT, SEEN_SWAPS
 from world import Scene, render
 
@@ -30,19 +30,19 @@ class ValidationSet:
     cases: list[Case]  # the pointing cases of the scenes with at least `crowd` entities
 
 
-def load_split(split: str, crowd: int = 3) -> ValidationSet:
-    """Render a split anew from its seeds (the shipped files hold the same scenes, compressed)."""
-    scenes = list(split_scenes(split).values())
+def load_split(split: str, images: Path | None = None, crowd: int = 3) -> ValidationSet:
+    """A split made anew from its seeds; with `images` the pictures are read from that folder, as they are shipped."""
+    scenes = split_scenes(split)
     pictures, cases = [], []
-    for index, scene in enumerate(scenes):
+    for index, (name, scene) in enumerate(scenes.items()):
         picture, boxes = render(scene, SHORT_SIDE)
-        pictures.append(picture)
+        pictures.append(Image.open(images / f"{name}.jpg").convert("RGB") if images else picture)
         if len(scene.entities) < crowd:
             continue
         for entity, box in zip(scene.entities, boxes.tolist(), strict=True):
             group = ENTITY_TYPES[entity.kind]
             cases.append(Case(index, picture.size, phrase(entity), (tuple(box),), group, entity in HELD_OUT))
-    return ValidationSet(scenes, preprocess(pictures), cases)
+    return ValidationSet(list(scenes.values()), preprocess(pictures), cases)
 
 
 @torch.no_grad()
@@ -54,6 +54,7 @@ def embed_images(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def embed_texts(model: CLIPModel, texts: Sequence[str], tokenizer) -> torch.Tensor:
+    """(n, D) of length 1."""
     return embed_text(model, tokenizer(list(texts), padding=True, return_tensors="pt")["input_ids"])
 
 
@@ -83,9 +84,8 @@ def swap_accuracy(model: CLIPModel, data: ValidationSet, images: torch.Tensor, t
     for index, scene in enumerate(data.scenes):
         for entity in scene.entities:
             true = texts.setdefault(phrase(entity), len(texts))
-            for swap in SEEN_SWAPS[entity]:
-                if swap not in scene.entities:
-                    pairs.append((index, true, texts.setdefault(phrase(swap), len(texts))))
+            absent = [phrase(swap) for swap in SEEN_SWAPS[entity] if swap not in scene.entities]
+            pairs += [(index, true, texts.setdefault(text, len(texts))) for text in absent]
     scores = images @ embed_texts(model, list(texts), tokenizer).T
     picture, true, false = torch.tensor(pairs).unbind(1)
     return (scores[picture, true] > scores[picture, false]).float().mean().item()

@@ -1,6 +1,7 @@
 """What can be in a scene and what it is called: kinds, colours, garments, and the combinations kept out of training.
 
-An entity is three attributes: `kind` ("man", "dog", "car"), `colour`, and for people the `garment` that has that colour.
+An entity is three attributes: `kind` ("man", "dog", "car"), `colour`, and for people the `garment` that has
+that colour.
 """
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ def swaps(entity: Entity) -> tuple[Entity, ...]:
     family = next(group for group in (PEOPLE, ANIMALS, THINGS) if entity.kind in group)
 
     def distance(other: Entity) -> int:
-        return (
-            (other.kind != entity.kind) + (other.colour != entity.colour) + (other.garment != entity.garment)
-        )
+        return (other.kind != entity.kind) + (other.colour != entity.colour) + (other.garment != entity.garment)
 
     return tuple(other for other in ALL_ENTITIES if other.kind in family and distance(other) == 1)
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
-
 from backgrounds import add_noise, draw_background
 from pen import Pen
+from PIL import Image, ImageDraw
 from sprites import SHAPES, draw_entity
 from vocabulary import ALL_ENTITIES, KINDS, PEOPLE, PLACES, SEEN_ENTITIES, SEEN_SWAPS, SWAPS, Entity
 
@@ -37,6 +36,7 @@ class Placed:
 
     @property
     def width(self) -> float:
+        """In world units."""
         return self.height * SHAPES[self.entity.kind][0] / 100
 
     def extent(self) -> tuple[float, float, float, float]:
@@ -55,6 +55,7 @@ class Scene:
 
     @property
     def entities(self) -> tuple[Entity, ...]:
+        """In the order of `placed`, which is that of the boxes: back to front."""
         return tuple(item.entity for item in self.placed)
 
 
@@ -80,7 +81,7 @@ def place_entities(entities: Sequence[Entity], rng: random.Random) -> tuple[Plac
     """Non-overlapping places for all entities, or None when 60 draws for one of them found no free place."""
     crowd = {1: 1.1, 2: 1.03, 3: 0.95, 4: 0.86}.get(len(entities), 0.75)
     placed: list[Placed] = []
-    for entity in sorted(entities, key=lambda item: -SHAPES[item.kind][1] ** 2 * SHAPES[item.kind][0]):
+    for entity in sorted(entities, key=lambda item: -(SHAPES[item.kind][1] ** 2) * SHAPES[item.kind][0]):
         for _ in range(60):
             item = _draw_place(entity, crowd, rng)
             if item is not None and not any(_overlap(item.extent(), other.extent()) for other in placed):

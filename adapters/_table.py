@@ -1,0 +1,13 @@
+"""All architectures by name. To add one: one file, and one line here."""
+
+from grounding.registry import Registry
+
+ADAPTERS = Registry(
+    "architecture",
+    {
+        "CLIPModel": "adapters.clip:ClipAdapter",
+    },
+    group="grounding.adapters",
+)
+# model_type -> architecture, for checkpoints whose config names no architecture.
+MODEL_TYPES = {"clip": "CLIPModel"}

@@ -1,0 +1,180 @@
+"""An explanation as plain JSON, and back. The key names are the same in every file and on the command line.
+
+Coordinates: original pixels, (x, y), origin top-left; boxes (x0, y0, x1, y1), half-open.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from grounding.errors import GroundingError
+from grounding.explanation import SCHEMA_VERSION, Entry, EntryMap, Explanation, MapColumn
+from grounding.files import FORMAT, show
+from grounding.geometry import Geometry
+from grounding.images import Picture
+from grounding.maps import Status
+
+
+def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the maps' values, in types that `json` knows. Numbers that are not finite become null.
+
+    `files` names what was written beside it. The box of every map is worked out at the picture's full size.
+    """
+    geometry, picture = explanation.geometry, explanation.picture
+    shared = {key: _map(explanation.map(0, key)) for key, c in explanation.columns.items() if c.shared}
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "image": {
+            "path": picture.path,
+            "width": geometry.width,
+            "height": geometry.height,
+            "seen": [float(edge) for edge in geometry.seen],
+            "sha256": picture.sha256,
+            "warnings": list(picture.warnings),
+        },
+        "model": {"id": None, "type": None} | plain(explanation.model),
+        "caption": explanation.caption,
+        "target": explanation.target,
+        "token_target": explanation.token_target,
+        "score": plain(explanation.score),
+        "entries": [
+            {
+                "label": entry.label,
+                "kind": entry.kind,
+                "start": entry.start,
+                "end": entry.end,
+                "token_id": entry.token_id,
+                "score": plain(entry.score),
+                "maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns},
+            }
+            for i, entry in enumerate(explanation.entries)
+        ],
+        "methods": {
+            key: {
+                "method": column.method,
+                "title": column.title,
+                "layer": column.layer,
+                "options": plain(column.options),
+                "signed": column.signed,
+                "text_conditioned": column.text_conditioned,
+            }
+            for key, column in explanation.columns.items()
+        },
+        "geometry": geometry.to_dict(),
+        "warnings": list(explanation.warnings),
+        "provenance": plain(explanation.provenance),
+        "files": plain(files or {}),
+    }
+
+
+def dumps(value: Any) -> str:
+    """JSON text in ASCII: no text can break a line, colour a terminal or fail to encode; NaN is refused."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=1) + "\n"
+
+
+def _map(found: EntryMap) -> dict[str, Any]:
+    low, high = found.range
+    peak, box = found.peak, found.box
+    return {
+        "peak": None if peak is None else [float(v) for v in peak],
+        "box": None if box is None else [int(v) for v in box],
+        "min": plain(low),
+        "max": plain(high),
+        "status": found.status.status,
+        "reason": found.status.reason,
+        "layer": found.column.layer,
+        "text_conditioned": found.column.text_conditioned,
+    }
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: NumPy scalars, tuples and mappings converted, numbers that are not finite null."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | np.ndarray):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
+        return [plain(item) for item in items]
+    return str(value)
+
+
+def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], picture: Picture) -> Explanation:
+    """The inverse of `to_json`, given the maps of a method's key. Raises GroundingError for what does not fit."""
+    geometry = Geometry.from_dict(content["geometry"])
+    entries = tuple(
+        Entry(
+            e["label"], e["kind"], e["start"], e["end"], math.nan if e["score"] is None else e["score"], e["token_id"]
+        )
+        for e in content["entries"]
+    )
+    columns = {
+        key: _column(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
+        for key, about in content["methods"].items()
+    }
+    return Explanation(
+        picture=picture,
+        caption=content["caption"],
+        entries=entries,
+        columns=columns,
+        geometry=geometry,
+        target=content["target"],
+        token_target=content["token_target"],
+        model=content["model"],
+        warnings=tuple(content["warnings"]),
+        provenance=content["provenance"],
+    )
+
+
+def _entry(item: Mapping[str, Any]) -> Entry:
+    score = math.nan if item["score"] is None else float(item["score"])
+    return Entry(item["label"], item["kind"], item["start"], item["end"], score, item["token_id"])
+
+
+def _column(
+    key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
+) -> MapColumn:
+    stored = of_entries if about["text_conditioned"] else of_entries[:1]
+    wanted = (len(stored), geometry.rows, geometry.columns)
+    if maps.shape != wanted or maps.dtype.kind != "f":
+        raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
+    return MapColumn(
+        key=key,
+        method=about["method"],
+        title=about["title"],
+        layer=about["layer"],
+        options=about["options"],
+        signed=about["signed"],
+        text_conditioned=about["text_conditioned"],
+        maps=maps,
+        status=tuple(Status(item["status"], item["reason"]) for item in stored),
+    )
+
+
+def parse(data: bytes, path: Path) -> dict[str, Any]:
+    """What a JSON file of ours holds. Raises GroundingError for one that is damaged, foreign or newer."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise GroundingError(f"{show(path)} is damaged: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise GroundingError(f"{show(path)} was not written by grounding")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "; a newer version of grounding wrote it" if newer else ""
+        raise GroundingError(
+            f"{show(path)} has schema version {version!r}, this version reads {SCHEMA_VERSION}{advice}"
+        )
+    return cast(dict[str, Any], content)

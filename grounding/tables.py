@@ -1,0 +1,82 @@
+"""Explanations and layers as aligned text for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from grounding.text import visible_text
+
+if TYPE_CHECKING:
+    from grounding.explanation import EntryMap, Explanation
+    from grounding.layers import Layer
+
+LABEL_WIDTH = 32
+
+
+def headline(explanation: Explanation) -> str:
+    """Picture, model and target in one line."""
+    name = explanation.picture.path or "picture"
+    size = f"{explanation.picture.width} x {explanation.picture.height}"
+    return visible_text(
+        f"{name} ({size}), {explanation.model['type']} {explanation.model['id']}, target {explanation.target}, "
+        f"parts of the caption: {explanation.token_target}"
+    )
+
+
+def explanation_table(explanation: Explanation) -> str:
+    """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels."""
+    rows = [["entry", "kind", "score"]]
+    for column in explanation.columns.values():
+        rows[0] += [f"{column.key} peak", "box"]
+    for i, entry in enumerate(explanation.entries):
+        row = [visible_text(entry.label), entry.kind, f"{entry.score:+.4f}"]
+        for key, column in explanation.columns.items():
+            row += ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
+        rows.append(row)
+    return table(rows)
+
+
+def _cells(found: EntryMap) -> list[str]:
+    if not found.status:
+        return ["no evidence", "-"]
+    peak, box = found.peak, found.box
+    return [
+        "-" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
+        "-" if box is None else ", ".join(map(str, box)),
+    ]
+
+
+def layer_table(layers: Sequence[Layer]) -> str:
+    """Path, short name, output shape and liveness of each tap."""
+    rows = [["layer", "short", "output", "tap"]]
+    rows += [
+        [
+            layer.path,
+            layer.alias,
+            " x ".join(map(str, layer.shape)),
+            "default" if layer.default else "live" if layer.live else "dead",
+        ]
+        for layer in layers
+    ]
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, a rule under the head; wide characters counted as two."""
+    short = [[_ellipsis(cell) if i == 0 and len(rows[0]) > 4 else cell for i, cell in enumerate(row)] for row in rows]
+    widths = [max(_width(row[i]) for row in short) for i in range(len(short[0]))]
+    lines = [
+        "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in short
+    ]
+    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 160), *lines[1:]])
+
+
+def _ellipsis(text: str) -> str:
+    return text if len(text) <= LABEL_WIDTH else text[: LABEL_WIDTH - 1] + "\u2026"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
