@@ -20,6 +20,8 @@ from grounding.demo import demo_model
 from grounding.errors import ModelError
 from grounding.text import visible_text
 
+# How the embedded model is called in results, wherever its files lie.
+DEMO_NAME = "demo-clip"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -76,7 +78,8 @@ class Checkpoint:
     def info(self, model: PreTrainedModel, image_processor: Any) -> ModelInfo:
         """Where the model came from, with the commit that was really loaded where the hub says it."""
         revision = getattr(model.config, "_commit_hash", None) or self.revision
-        return replace(model_info(model, image_processor), id=self.id, revision=revision)
+        name = DEMO_NAME if Path(self.id).resolve() == demo_model().resolve() else self.id
+        return replace(model_info(model, image_processor), id=name, revision=revision)
 
 
 def model_info(model: PreTrainedModel, image_processor: Any) -> ModelInfo:

@@ -199,6 +199,18 @@ class Report:
         return self.status
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; `--layer -1.in` means what it says, which argparse alone would take for an option named -1.in."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    joined: list[str] = []
+    for item in given:
+        if joined and joined[-1] == "--layer" and item[:1] == "-" and item[1:2].isdecimal():
+            joined[-1] = f"--layer={item}"
+        else:
+            joined.append(item)
+    return parser.parse_args(joined)
+
+
 def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Do the work; a failure is one line on stderr and an exit code, with the traceback only where `-v` asks for it."""
     for stream in (sys.stdout, sys.stderr):

@@ -119,10 +119,10 @@ class Comparison:
         target = explanation.target + (f" ({explanation.token_target})" if explanation.token_target else "")
         score = [] if explanation.score is None else [f"score {_number(explanation.score)}"]
         facts = [f"model {explanation.model.get('id') or 'unnamed'}", f"target {target}", *score]
-        caption = [Line(f"“{explanation.caption}”", 12, INK, "bold", 5)] if explanation.caption else []
+        caption = [Line(f"“{explanation.caption}”", 12.0, INK, "bold", 5)] if explanation.caption else []
         block: list[Line | Bar] = [
             *caption,
-            Line(" · ".join(facts), 8, INK, most=4),
+            Line(" · ".join(facts), 8.0, INK, most=4),
             Line(self._scale_note(), space=0.06),
             *self._bars(),
         ]
@@ -140,7 +140,7 @@ class Comparison:
         text = {
             "entry": "Scale per entry: each map from its own lowest to its own highest value; compare the raw numbers",
             "caption": "Scale per caption: one range per method over all entries, given with its name",
-            "fixed": f"Scale fixed: the same range for all maps,{_range(self.fixed or (0, 0))}",
+            "fixed": f"Scale fixed: the same range for all maps,{_range(self.fixed or (0.0, 0.0))}",
         }[self.scale]
         signed = any(c.signed for c in self.explanation.columns.values())
         if signed and not self.style.signed:
@@ -188,11 +188,11 @@ class Comparison:
             (c, e) for e in range(len(self.explanation.entries)) for c in self._own
         ]
         for number, (column, entry) in enumerate(jobs):
-            titles = [[Line(t, 9, INK, "bold")] if number == 0 else [] for t in ("Picture", "Heat map", "Overlay")]
+            titles = [[Line(t, 9.0, INK, "bold")] if number == 0 else [] for t in ("Picture", "Heat map", "Overlay")]
             found = self._map(column, entry)
             limits = self._limits(column, entry)
             name = f"{column.key}:{entry}"
-            label = [Line("all entries", 10, INK, "bold")] if column.shared else self._entry_label(entry)
+            label = [Line("all entries", 10.0, INK, "bold")] if column.shared else self._entry_label(entry)
             yield Row(
                 [*label, *self._column_lines(column, limits)],
                 [
@@ -220,7 +220,7 @@ class Comparison:
 
     def _picture_label(self) -> Block:
         geometry = self.explanation.geometry
-        block = [Line("all entries", 10, INK, "bold")] if self._shared else []
+        block = [Line("all entries", 10.0, INK, "bold")] if self._shared else []
         block.append(Line(f"{geometry.width} x {geometry.height} pixels"))
         if geometry.seen_fraction < 1:
             block.append(Line(f"the model saw {_percent(geometry.seen_fraction)} of it"))
@@ -229,18 +229,18 @@ class Comparison:
     def _entry_label(self, entry: int) -> Block:
         item = self.explanation.entries[entry]
         return [
-            Line(item.label or f"({item.kind})", 10, INK, "bold", 6),
+            Line(item.label or f"({item.kind})", 10.0, INK, "bold", 6),
             Line(f"{item.kind} · score {_number(item.score)}"),
         ]
 
     def _column_lines(self, column: MapColumn, limits: Limits) -> list[Line]:
         layer = [Line(column.layer, 6.5, most=3)] if column.layer else []
-        note = [Line(SHARED_NOTE, 7, ALERT)] if column.shared else []
+        note = [Line(SHARED_NOTE, 7.0, ALERT)] if column.shared else []
         scale = [Line(f"scale{_range(limits)}")] if self.scale == "caption" and limits[0] < limits[1] else []
-        return [Line(column.title, 9, INK, "bold", 2), *layer, *note, *scale]
+        return [Line(column.title, 9.0, INK, "bold", 2), *layer, *note, *scale]
 
     def _picture_cell(self) -> Cell:
-        return Cell(self._painter.picture, "picture", [Line("Picture", 9, INK, "bold")], self._stretch_note())
+        return Cell(self._painter.picture, "picture", [Line("Picture", 9.0, INK, "bold")], self._stretch_note())
 
     def _overlay_cell(self, column: MapColumn, entry: int, *, titled: bool) -> Cell:
         found, limits = self._map(column, entry), self._limits(column, entry)
@@ -255,7 +255,7 @@ class Comparison:
         if has_evidence(found, limits):
             return [raw]
         reason = found.status.reason or "a single value: no range to draw"
-        return [Line(f"no evidence: {reason}", 7, ALERT), raw]
+        return [Line(f"no evidence: {reason}", 7.0, ALERT), raw]
 
     def _stretch_note(self) -> Block:
         geometry = self.explanation.geometry

@@ -136,7 +136,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -21,7 +20,6 @@ from grounding.geometry import Geometry
 from grounding.registry import did_you_mean
 
 BACKGROUNDS = ("picture", "edges")
-Background = Literal["picture", "edges"]
 
 # Red is high, white is zero, blue is low.
 DIVERGING = "RdBu_r"
@@ -54,7 +52,7 @@ class Style:
     grid: bool = False
     peak: bool = True
     box: bool = True
-    background: Background = "picture"
+    background: str = "picture"
     signed: bool = False
 
     def __post_init__(self) -> None:
@@ -103,7 +101,7 @@ def grey(rgb: Rgb) -> UInt8[np.ndarray, "height width"]:
     return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
 
 
-def ground(rgb: Rgb, background: Background) -> Rgb:
+def ground(rgb: Rgb, background: str) -> Rgb:
     """What the heat is laid over: the picture with muted colours, or its edges (Canny), dark on white."""
     luminance = grey(rgb)
     if background == "edges":

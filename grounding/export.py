@@ -199,16 +199,19 @@ def _read(path: Path, folder: Path) -> bytes:
         raise GroundingError(f"{show(folder)} is no result folder of grounding: {path.name}: {reason}") from None
 
 
-class _Absent:
+class _Absent(Image.Image):
     """Stands for a picture that is gone: any use of it says so."""
 
     def __init__(self, reason: str) -> None:
-        self._reason = reason
+        object.__setattr__(self, "__reason__", reason)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(name)
-        raise GroundingError(self._reason)
+            return super().__getattribute__(name)
+        raise GroundingError(self.__reason__)
+
+    def __repr__(self) -> str:
+        return f"<{self.__reason__}>"
 
 
 def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
@@ -222,7 +225,7 @@ def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
             moved = _opened(folder / about["relative_path"], digest)
             found = found if isinstance(moved, str) else moved
     image = _Absent(f"the picture of this result cannot be drawn: {found}") if isinstance(found, str) else found.image
-    return Picture(cast(Image.Image, image), about["width"], about["height"], path, digest, tuple(about["warnings"]))
+    return Picture(image, about["width"], about["height"], path, digest, tuple(about["warnings"]))
 
 
 def _opened(path: Path, digest: str) -> Picture | str:

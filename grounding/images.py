@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -110,7 +110,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _read_file(source: BinaryIO) -> bytes:
+def _read_file(source: Any) -> bytes:
     try:
         data = source.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
@@ -188,6 +188,9 @@ def _fetch(address: str, allowed: bool) -> bytes:
         return _limited(_download(address), name, MAX_URL_BYTES)
     except ImageError:
         raise
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ImageError(f"{name}: the server answers {error.code} {show(error.reason)}", "failed_read") from None
     except TimeoutError:
         raise ImageError(f"{name}: no whole picture within {URL_SECONDS:g} seconds", "failed_read") from None
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -107,7 +107,7 @@ class Sheet:
     def block(self, block: Block, x: float, y: float, width: float, *, anchor_bottom: bool = False) -> float:
         """Write paragraphs from `y` downwards (or so that they end there) and return the height they take."""
         pieces = [(item, item.wrapped(width) if isinstance(item, Line) else []) for item in block]
-        total = sum(_height(item, lines) for item, lines in pieces)
+        total = sum((_height(item, lines) for item, lines in pieces), 0.0)
         top = y - total if anchor_bottom else y
         for item, lines in pieces:
             if isinstance(item, Line):
@@ -175,4 +175,4 @@ def _height(item: Line | Bar, lines: Sequence[str]) -> float:
 
 
 def _block_height(block: Block, width: float) -> float:
-    return sum(_height(item, item.wrapped(width) if isinstance(item, Line) else ()) for item in block)
+    return sum((_height(item, item.wrapped(width) if isinstance(item, Line) else ()) for item in block), 0.0)

@@ -5,13 +5,14 @@ No pyplot: nothing global is touched, no window system is needed, and the same e
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from grounding.comparison import Comparison
-from grounding.drawing import Background, Style, fit
+from grounding.drawing import Style, fit
 from grounding.errors import OptionError
 from grounding.explanation import EntryMap, Explanation
 from grounding.images import Picture
@@ -53,14 +54,14 @@ def figure(
     explanation: Explanation,
     *,
     layout: str = "rows",
-    scale: Scale = "entry",
-    fixed: Limits | None = None,
+    scale: str = "entry",
+    fixed: Sequence[float] | None = None,
     cmap: str = "magma",
     opacity: float = 0.6,
     grid: bool = False,
     peak: bool = True,
     box: bool = True,
-    background: Background = "picture",
+    background: str = "picture",
     signed: bool = False,
 ) -> Figure:
     """All maps of an explanation side by side.
@@ -81,10 +82,11 @@ def figure(
     """
     _check(layout, scale, fixed)
     style = Style(cmap, opacity, grid, peak, box, background, signed)
-    return Comparison(explanation, style, scale, fixed, layout).draw()
+    limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
+    return Comparison(explanation, style, cast(Scale, scale), limits, layout).draw()
 
 
-def _check(layout: str, scale: str, fixed: Limits | None) -> None:
+def _check(layout: str, scale: str, fixed: Sequence[float] | None) -> None:
     for what, name, known in (("layout", layout, LAYOUTS), ("scale", scale, SCALES)):
         if name not in known:
             raise OptionError(

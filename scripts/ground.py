@@ -51,5 +51,10 @@ def ground(args: argparse.Namespace) -> int:
     return report.end()
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 could not do it, 2 was asked for something that does not exist, 130 interrupted."""
+    return cli.run(ground, cli.parse(parser(), argv))
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(ground, parser().parse_args()))
+    sys.exit(main())

@@ -3,10 +3,13 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test but the `network` ones may wait for a hub
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["grounding", "adapters"], "beartype.beartype")
+import tests.typecheck  # noqa: F401  the hook finds it by name
+
+install_import_hook(["grounding", "adapters"], "tests.typecheck.check")
 
 import numpy as np
 import pytest

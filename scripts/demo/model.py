@@ -19,6 +19,7 @@ def build_model(patch: int) -> CLIPModel:
     """A CLIPModel with random weights: width 128, 4 vision blocks, 2 text blocks, 112 pixels."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
     config = CLIPConfig(
+        demo_world=True,  # read by the toolkit: warns where a picture is not from the demo world
         text_config={
             **shared,
             "vocab_size": len(SPECIAL) + len(VOCABULARY),

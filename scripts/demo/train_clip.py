@@ -48,8 +48,8 @@ class Stage:
 
 # Cheap large patches first: binding words to looks needs many pictures, pointing then needs the fine grid.
 STAGES = (
-    Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=400),
-    Stage(8, 3200, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}, validate_every=400),
+    Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
+    Stage(8, 2400, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
 )
 
 
