@@ -166,13 +166,13 @@ def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
 def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
     """A half-open box, panel pixels, as a white line in a black one."""
     x0, y0, x1, y1 = box
-    drawn = np.ascontiguousarray(rgb)
-    line = _stroke(rgb, 220)
-    # Drawn inwards, so that a box at the picture's edge keeps its whole line.
-    inset = line + line // 2
-    corners = (x0 + inset, y0 + inset), (max(x1 - 1 - inset, x0 + inset), max(y1 - 1 - inset, y0 + inset))
-    cv2.rectangle(drawn, *corners, (0, 0, 0), 3 * line)
-    cv2.rectangle(drawn, *corners, (255, 255, 255), line)
+    drawn, line = rgb.copy(), _stroke(rgb, 220)
+    # Inwards, so that a box at the picture's edge keeps its whole line.
+    for colour, outer, inner in ((0, 0, 3 * line), (255, line, 2 * line)):
+        frame = np.zeros(rgb.shape[:2], bool)
+        frame[y0 + outer : y1 - outer, x0 + outer : x1 - outer] = True
+        frame[y0 + inner : y1 - inner, x0 + inner : x1 - inner] = False
+        drawn[frame] = colour
     return drawn
 
 

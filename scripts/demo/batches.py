@@ -84,7 +84,7 @@ def _loose_queries(entity: Entity, rng: random.Random) -> Iterator[Query]:
         yield Query(colour=entity.colour, garment=entity.garment)
 
 
-def make_batch(number: int, size: int, tokenizer) -> Batch:
+def make_batch(number: int, size: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
     """Batch `number` of the training stream."""
     rng = random.Random(TRAIN_SEED * 1_000_003 + number)
     table = _QueryTable()
@@ -113,8 +113,8 @@ def make_batch(number: int, size: int, tokenizer) -> Batch:
         pixels=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
         boxes=torch.from_numpy(boxes),
         entity_query=torch.from_numpy(entity_query),
-        captions=_ids(captions + swapped, tokenizer),
-        queries=_ids(table.texts, tokenizer),
+        captions=_ids(captions + swapped, tokenizer: PreTrainedTokenizerFast),
+        queries=_ids(table.texts, tokenizer: PreTrainedTokenizerFast),
         full=torch.tensor([query.kind is not None and query.colour is not None for query in queries]),
         present=_present(scenes, queries),
         hard=hard,
@@ -133,7 +133,7 @@ def _captions(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return join(plan.segments(scene.entities)), join(plan.segments(wrong))
 
 
-def _ids(texts: list[str], tokenizer) -> torch.Tensor:
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
 
 
@@ -160,7 +160,7 @@ def _work(queue, first: int, size: int, parent: int) -> None:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     for number in itertools.count(first):
-        batch = make_batch(number, size, tokenizer)
+        batch = make_batch(number, size, tokenizer: PreTrainedTokenizerFast)
         while True:
             if os.getppid() != parent:
                 return

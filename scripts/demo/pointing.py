@@ -94,7 +94,7 @@ def is_hit(point: tuple[float, float], boxes: Sequence[Box]) -> bool:
 
 
 def point_at(
-    model: CLIPModel, pixels: torch.Tensor, cases: Sequence[Case], tokenizer, rows: int = 40
+    model: CLIPModel, pixels: torch.Tensor, cases: Sequence[Case], tokenizer: PreTrainedTokenizerFast, rows: int = 40
 ) -> dict[str, np.ndarray]:
     """For each map name the hits (bool) of all cases; `pixels` (n, 3, S, S) are indexed by `Case.picture`."""
     model.eval()

@@ -32,7 +32,7 @@ def interval(hits: np.ndarray, pictures: np.ndarray, rounds: int = 1000) -> tupl
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def print_pointing(model: CLIPModel, data: ValidationSet, tokenizer) -> None:
+def print_pointing(model: CLIPModel, data: ValidationSet, tokenizer: PreTrainedTokenizerFast) -> None:
     """One line for each map and group of phrases."""
     cases = data.cases
     groups = {"all": np.ones(len(cases), dtype=bool)}
@@ -42,7 +42,7 @@ def print_pointing(model: CLIPModel, data: ValidationSet, tokenizer) -> None:
     if unseen.any():
         groups |= {"seen combinations": ~unseen, "held-out combinations": unseen}
     pictures = np.array([case.picture for case in cases])
-    results = point_at(model, data.pixels, cases, tokenizer) | baselines(cases)
+    results = point_at(model, data.pixels, cases, tokenizer: PreTrainedTokenizerFast) | baselines(cases)
     for map_name, hits in results.items():
         for group, chosen in groups.items():
             low, high = interval(hits[chosen], pictures[chosen])
@@ -50,11 +50,11 @@ def print_pointing(model: CLIPModel, data: ValidationSet, tokenizer) -> None:
             print(f"{map_name:10s} {group:22s} {share}  of {chosen.sum()} phrases")
 
 
-def print_default(model: CLIPModel, data: ValidationSet, tokenizer) -> None:
+def print_default(model: CLIPModel, data: ValidationSet, tokenizer: PreTrainedTokenizerFast) -> None:
     """Where the maps of every phrase of the default picture have their peak, in original pixels."""
     index = list(split_scenes("test")).index(DEFAULT_ID)
     cases: list[Case] = [case for case in data.cases if case.picture == index]
-    text = embed_texts(model, [case.phrase for case in cases], tokenizer)
+    text = embed_texts(model, [case.phrase for case in cases], tokenizer: PreTrainedTokenizerFast)
     maps = phrase_maps(model, data.pixels[[index] * len(cases)], text)
     for map_name, grids in maps.items():
         for case, grid in zip(cases, grids.numpy(), strict=True):
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = embed_images(model, data.pixels)
     if not images.isfinite().all():
         raise ValueError(f"the picture embeddings of {arguments.model} are not finite")
-    by_image, by_text = retrieval(model, data, images, tokenizer)
+    by_image, by_text = retrieval(model, data, images, tokenizer: PreTrainedTokenizerFast)
     print(f"{len(data.scenes)} pictures of the {arguments.split} split")
     print(f"first of 32: picture finds caption {by_image:.3f}, caption finds picture {by_text:.3f}")
-    print(f"true phrase beats a one-attribute swap: {swap_accuracy(model, data, images, tokenizer):.3f}")
-    print_pointing(model, data, tokenizer)
+    print(f"true phrase beats a one-attribute swap: {swap_accuracy(model, data, images, tokenizer: PreTrainedTokenizerFast):.3f}")
+    print_pointing(model, data, tokenizer: PreTrainedTokenizerFast)
     if arguments.split == "test":
-        print_default(model, data, tokenizer)
+        print_default(model, data, tokenizer: PreTrainedTokenizerFast)
     return 0
 
 
