@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from adapters._clip_fast import LastBlock
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
 from adapters._text import check_tokenizer, pad, tokenise
@@ -35,6 +36,7 @@ class ClipAdapter(Adapter):
     """
 
     kinds = ("similarity",)
+    fast_kinds = ("similarity",)
     model: CLIPModel
 
     def __init__(
@@ -128,6 +130,35 @@ class ClipAdapter(Adapter):
             return None
         image = F.normalize(out.pooler_output, dim=-1)[targets.image.to(pixels.device)]
         return (image * targets.data["seeds"].to(image.dtype)).sum(-1)
+
+    @property
+    def fast_taps(self) -> dict[str, tuple[str, ...]]:
+        """The input of the last block's attention, and the block before it; both start from the latter's output."""
+        stack = self.sites.stacks["vision"]
+        before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
+        return {stack.inputs[-1]: (before,), before: ()}
+
+    def score_from(
+        self,
+        tap: str,
+        inputs: Inputs,
+        targets: Targets,
+        shift: Float[Tensor, "K D"],
+        outputs: Mapping[str, Tensor] | None = None,
+        rule: str | None = None,
+    ) -> Float[Tensor, "K"]:
+        """The scores with one shift per target added to all patches of the tap; fast at `fast_taps`."""
+        if outputs is None or tap not in self.fast_taps:
+            return super().score_from(tap, inputs, targets, shift, outputs, rule)
+        [before] = self.fast_taps[tap] or (tap,)
+        last = LastBlock(self.model, rule)
+        owner = targets.image.to(shift.device)
+        scores = shift.new_empty(len(targets))
+        for b in owner.unique().tolist():
+            mine = owner == b
+            image = last.embed(outputs[before][b].detach(), shift[mine], before_norm=tap == before)
+            scores = scores.masked_scatter(mine, (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1))
+        return scores
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
         """Normalised text embeddings, as the model itself computes them."""

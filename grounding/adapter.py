@@ -51,6 +51,8 @@ class Adapter(ABC):
 
     kinds: ClassVar[tuple[str, ...]]
     token_targets: ClassVar[tuple[str, ...]] = TOKEN_TARGETS
+    # Target kinds that `score_from` recomputes from a fast tap.
+    fast_kinds: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
     info: ModelInfo
 
@@ -152,11 +154,26 @@ class Adapter(ABC):
         """Whether a map of a target kind depends on the text: by gradient, or through a stack that sees the text."""
         return kind != "norm" and (gradient or bool(self.sites.text_stacks))
 
-    def score_from(self, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"]) -> Float[Tensor, "K"]:
+    @property
+    def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
+        """Tap -> paths of the other modules whose outputs an overriding `score_from` reads; none by default."""
+        return {}
+
+    def score_from(
+        self,
+        tap: str,
+        inputs: Inputs,
+        targets: Targets,
+        shift: Float[Tensor, "K D"],
+        outputs: Mapping[str, Tensor] | None = None,  # noqa: ARG002  (for fast overrides)
+        rule: str | None = None,
+    ) -> Float[Tensor, "K"]:
         """The scores with one shift vector per target added to all patches of the tap, differentiable in `shift`.
 
-        Grad-CAM needs no more than d score / d shift. This is the slow, right way: every target gets its picture of
-        its own, the tap's output is substituted, everything is run. An architecture may override it with a fast one.
+        Grad-CAM needs no more than d score / d shift at shift 0. This is the slow, right way: every target gets a
+        picture of its own, the tap's output is shifted, everything is run. An architecture may override it with a fast
+        one for the taps in `fast_taps`, which starts from the recorded `outputs` and need be right only to first order.
+        `rule` is a backward rule as in `Recorder`.
         """
         inputs = self.one_picture_per_target(inputs, targets)
         targets = Targets(
@@ -175,7 +192,7 @@ class Adapter(ABC):
                 hidden = hidden + patches[None, :, None] * shift[:, None, :]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        with Recorder(self.model):
+        with Recorder(self.model, rule=rule):
             handle = module.register_forward_hook(shifted)
             try:
                 with torch.enable_grad():

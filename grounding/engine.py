@@ -1,9 +1,10 @@
-"""One pass, all methods: `explain` is the way through the house, `trace` its middle."""
+"""One pass, all methods: `explain` is the way through the house; `tracing` is its middle."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from grounding.adapter import TOKEN_TARGETS, Adapter
-from grounding.errors import GroundingError, LayerError, NumericError
+from grounding.errors import GroundingError, LayerError
 from grounding.explanation import Explanation
-from grounding.plan import Column, Selection, columns, wanted_signals
-from grounding.recorder import Recorder
+from grounding.plan import Column, Selection, columns
 from grounding.results import doubts, entry_of, flatten, map_column, provenance_of
-from grounding.trace import Trace
+from grounding.tracing import trace
 from grounding.types import Inputs, Targets
 
 BATCH_SIZE = 8
@@ -137,89 +137,24 @@ def compute(
         column.key: np.zeros(((len(inputs.pictures) if column in static else len(targets)), *grid), np.float32)
         for column in plan
     }
-    gradient_norms: dict[str, float] = defaultdict(float)
+    sizes: dict[str, float] = defaultdict(float)
+    filled: set[str] = set()
     scores = torch.zeros(0)
-    for chunk, members, found in trace(adapter, inputs, targets, plan):
-        scores = found
-        for column in plan:
-            if column in static:
-                _fill_static(made[column.key], column, chunk)
-            else:
-                made[column.key][members] = column.maps(chunk).cpu().numpy()
-        for path, gradient in chunk.gradients.items():
-            gradient_norms[path] = max(gradient_norms[path], _patch_gradient_size(adapter, gradient, grid))
-    _refuse_dead_taps(adapter, gradient_norms)
+    # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
+    with contextlib.closing(trace(adapter, inputs, targets, plan)) as chunks:
+        for chunk in chunks:
+            scores = chunk.scores
+            for column in chunk.columns:
+                if column not in static:
+                    made[column.key][chunk.members] = column.maps(chunk.trace).cpu().numpy()
+                elif column.key not in filled:
+                    # No text can change it: the first chunk, which has a target of every picture, says it all.
+                    made[column.key][chunk.trace.targets.image.tolist()] = column.maps(chunk.trace).cpu().numpy()
+                filled.add(column.key)
+            for path, size in chunk.trace.gradient_sizes().items():
+                sizes[path] = max(sizes[path], size)
+    _refuse_dead_taps(adapter, sizes)
     return scores, made
-
-
-def trace(
-    adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]
-) -> Iterator[tuple[Trace, list[int], Tensor]]:
-    """One forward pass; then a chunk at a time (one target per picture, one backward): trace, members of K, all scores.
-
-    Pictures do not influence each other, so one backward of a sum over pictures gives every picture its own gradient.
-    Raises NumericError for NaN or Inf.
-    """
-    taps, attention = wanted_signals(adapter, plan)
-    wanted_taps = [path for path, gradient in taps.items() if gradient]
-    wanted_attention = [path for path, gradient in attention.items() if gradient]
-    with Recorder(adapter.model, taps, attention) as recorder:
-        scores = adapter.forward(inputs, targets)
-        recorder.check()
-        assert scores is not None
-        _finite(scores, "scores")
-        for path, weights in recorder.weights.items():
-            _finite(weights, f"attention weights of {path}")
-        leaves = [recorder.outputs[p] for p in wanted_taps] + [recorder.weights[p] for p in wanted_attention]
-        groups = one_per_picture(targets.image.tolist())
-        for number, members in enumerate(groups):
-            gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
-            named = dict(zip([*wanted_taps, *wanted_attention], gradients, strict=True))
-            for path, gradient in named.items():
-                _finite(gradient, f"gradient at {path}")
-            chunk = Trace(
-                adapter=adapter,
-                targets=targets.select(members),
-                grid=adapter.grid(inputs),
-                needs=frozenset(),
-                outputs=recorder.outputs,
-                gradients={p: named[p] for p in wanted_taps},
-                weights={"vision": [recorder.weights[p] for p in attention]} if attention else {},
-                weight_gradients={"vision": [named[p] for p in wanted_attention]} if wanted_attention else {},
-            )
-            yield chunk, members, scores.detach()
-
-
-def one_per_picture(image: Sequence[int]) -> list[list[int]]:
-    """Target indices in groups that have each picture at most once: the j-th group has every picture's j-th target."""
-    groups: list[list[int]] = []
-    seen: dict[int, int] = defaultdict(int)
-    for k, b in enumerate(image):
-        if seen[b] == len(groups):
-            groups.append([])
-        groups[seen[b]].append(k)
-        seen[b] += 1
-    return groups
-
-
-def _gradients(score: Tensor, leaves: Sequence[Tensor], *, last: bool) -> list[Tensor]:
-    """d score / d leaves; zero where the score does not depend on a leaf."""
-    if not leaves:
-        return []
-    if not score.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(score, leaves, retain_graph=not last, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
-
-
-def _finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NumericError(f"{bad} of {tensor.numel()} {what} are NaN or Inf: the model's numbers cannot be explained")
-
-
-def _patch_gradient_size(adapter: Adapter, gradient: Tensor, grid: tuple[int, int]) -> float:
-    return float(adapter.to_grid(gradient, grid).abs().max())
 
 
 def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
@@ -230,8 +165,3 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
                 f"maps would be blank; use {adapter.sites.tap!r}, or see --list-layers for the live ones"
             )
-
-
-def _fill_static(maps: np.ndarray, column: Column, chunk: Trace) -> None:
-    """A map that no text can change is computed once per picture, with the picture's first target."""
-    maps[chunk.targets.image.tolist()] = column.maps(chunk).cpu().numpy()

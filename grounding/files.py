@@ -52,6 +52,8 @@ def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
     """
     folder = Path(directory)
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # a name that no file can have says so here
         if os.path.lexists(folder) and not folder.is_dir():
             raise OutputError(f"{show(folder)} is a file, not a folder; choose another --output")
         if folder.is_dir():

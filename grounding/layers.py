@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from grounding.adapter import Adapter
-from grounding.engine import trace
 from grounding.errors import LayerError
 from grounding.method import Method
 from grounding.plan import Column
 from grounding.recorder import Recorder
+from grounding.tracing import trace
 from grounding.types import Inputs
 
 
@@ -36,14 +36,14 @@ def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
     shapes = _foldable(adapter, inputs)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
     column = Column("", "", recording, {}, paths=tuple(shapes))
-    [(chunk, _, _)] = list(trace(adapter, inputs, targets, [column]))
+    [chunk] = trace(adapter, inputs, targets, [column])
     aliases = _aliases(adapter)
     grid = adapter.grid(inputs)
     return tuple(
         Layer(
             path,
             shape,
-            bool(adapter.to_grid(chunk.gradients[path], grid).any()),
+            bool(adapter.to_grid(chunk.trace.gradients[path], grid).any()),
             path == adapter.sites.tap,
             aliases.get(path, ""),
         )

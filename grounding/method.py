@@ -26,13 +26,15 @@ class Method:
 
     `needs` are the signals it reads (see `grounding.trace`), `signed` says that raw values may be negative and that
     the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
-    `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored.
+    `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
+    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own.
     """
 
     title: str
     needs: frozenset[str]
     signed: bool
     function: Callable[..., Tensor]
+    rule: str | None = None
 
     def __call__(self, trace: Trace, **options: Any) -> Tensor:
         """The raw maps (k, rows, columns) of a trace."""
@@ -106,8 +108,10 @@ def _boolean(value: Any) -> bool:
     return named[str(value).lower()]
 
 
-def method(title: str, needs: set[str], *, signed: bool = False) -> Callable[[Callable[..., Tensor]], Method]:
-    """Mark a function as a method. `needs`: the signals it reads."""
+def method(
+    title: str, needs: set[str], *, signed: bool = False, rule: str | None = None
+) -> Callable[[Callable[..., Tensor]], Method]:
+    """Mark a function as a method. `needs`: the signals it reads; `rule`: the backward rule it asks for."""
     if unknown := needs - SIGNALS:
         raise ValueError(f"unknown signals {sorted(unknown)} (there are: {', '.join(sorted(SIGNALS))})")
-    return lambda function: Method(title, frozenset(needs), signed, function)
+    return lambda function: Method(title, frozenset(needs), signed, function, rule)

@@ -187,10 +187,16 @@ def _interior(camera: _Camera, axis: int) -> slice:
     return slice(int(margin), max(high - low - int(margin), int(margin) + 1))
 
 
+def _inside(camera: _Camera, axis: int, where: np.ndarray) -> np.ndarray:
+    """The interior of `where` (H, W), with `axis` last."""
+    inside = where[_interior(camera, 1), _interior(camera, 0)]
+    return inside if axis == 0 else inside.T
+
+
 def _fit(camera: _Camera, axis: int, where: np.ndarray) -> tuple[float, float]:
     """Least squares line through the mean over the other axis; `where` (H, W) in original pixels."""
     inside = _interior(camera, axis)
-    profile = where.mean(axis=axis)[inside]
+    profile = _inside(camera, axis, where).mean(axis=0)
     centres = np.arange(inside.start, inside.stop) + 0.5 + _edges(camera, axis)[0]
     if len(centres) < 2:
         low, high = _edges(camera, axis)
@@ -206,8 +212,7 @@ def _check(camera: _Camera, axis: int, where: np.ndarray, slope: float, start: f
     """
     name = "xy"[axis]
     low, high = _edges(camera, axis)
-    one, other = _interior(camera, axis), _interior(camera, 1 - axis)
-    inside = where[other, one] if axis == 0 else where[one, other].T  # (other, one)
+    one, inside = _interior(camera, axis), _inside(camera, axis, where)
     profile = inside.mean(axis=0)
     if np.abs(inside - profile).max() > 2 * level + 0.1 * max(1.0, abs(slope)):
         raise ProbeError(

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from grounding.errors import LayerError, ModelError
 
 IMPLEMENTATION = "grounding_recorded"
+LAYERNORM_RULE = "layernorm"
 _active: ContextVar[Recorder | None] = ContextVar("active_recorder", default=None)
 
 
@@ -63,16 +64,25 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         error) modes, `requires_grad`, hooks, attention implementations and the random state are as before.
     taps: module path -> whether its gradient is wanted.
     attention: path of an attention module -> whether the gradient of its weights is wanted.
+    rule: a backward rule. `layernorm`: every LayerNorm's standard deviation counts as a constant in the backward pass
+        (Ali et al. 2022, conservative propagation); values of the forward pass are the same to the bit.
 
     After the pass `outputs[path]` is a layer's output tensor and `weights[path]` the attention (B, H, Q, S).
     """
 
     def __init__(
-        self, model: nn.Module, taps: Mapping[str, bool] | None = None, attention: Mapping[str, bool] | None = None
+        self,
+        model: nn.Module,
+        taps: Mapping[str, bool] | None = None,
+        attention: Mapping[str, bool] | None = None,
+        rule: str | None = None,
     ) -> None:
         self.model = model
         self.taps = dict(taps or {})
         self.attention = dict(attention or {})
+        if rule not in (None, LAYERNORM_RULE):
+            raise ValueError(f"unknown backward rule {rule!r} (there is: {LAYERNORM_RULE})")
+        self.rule = rule
         self.outputs: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self._stack = contextlib.ExitStack()
@@ -86,6 +96,10 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             for path, gradient in self.taps.items():
                 module = find_module(self.model, path)
                 stack.enter_context(_hook(module, lambda out, p=path, g=gradient: self._take_output(p, out, g)))
+            if self.rule:
+                for norm in (module for module in self.model.modules() if isinstance(module, nn.LayerNorm)):
+                    handle = norm.register_forward_hook(_constant_deviation, prepend=True)
+                    stack.callback(handle.remove)
             self._modules = {id(find_module(self.model, path)): path for path in self.attention}
             if self.attention:
                 stack.enter_context(_implementation(self.model))
@@ -128,6 +142,18 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self.outputs[path] = tensor = _cut(tensor) if gradient else tensor
         # A copy goes on, so that an in-place operation behind the tap cannot overwrite what was recorded.
         return (tensor.clone(), *output[1:]) if isinstance(output, tuple) else tensor.clone()
+
+
+def _constant_deviation(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """The output of a LayerNorm with the gradient it has when its standard deviation is a constant."""
+    assert isinstance(norm, nn.LayerNorm)
+    if not torch.is_grad_enabled():
+        return output
+    x, axes = args[0], tuple(range(-len(norm.normalized_shape), 0))
+    deviation = (x.detach().var(axes, correction=0, keepdim=True) + norm.eps).sqrt()
+    linear = (x - x.mean(axes, keepdim=True)) / deviation
+    linear = linear if norm.weight is None else linear * norm.weight
+    return output.detach() + (linear - linear.detach())
 
 
 def _cut(tensor: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,9 +22,11 @@ GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The signals of k targets, of different pictures each, at one tap. Reading an undeclared one is an error.
+    """The signals of k targets at one tap. Reading an undeclared one is an error.
 
-    The stored tensors have the pictures of the batch first (B); the readers below give one row per target (k).
+    Outputs, attention weights and their gradients have the pictures of the batch first (B); gradients are there only
+    where the targets are of different pictures. `shifts` (k, D) stand for them at fast taps. The readers below give one
+    row per target.
     """
 
     adapter: Adapter
@@ -33,6 +35,7 @@ class Trace:
     needs: frozenset[str]
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
+    shifts: Mapping[str, Tensor]
     weights: Mapping[str, Sequence[Tensor]]
     weight_gradients: Mapping[str, Sequence[Tensor]]
     tap: str | None = None
@@ -40,6 +43,15 @@ class Trace:
     def at(self, tap: str | None, needs: frozenset[str]) -> Trace:
         """The same record seen by one method at one tap."""
         return replace(self, tap=tap, needs=needs)
+
+    def of(self, members: Sequence[int], **signals: Any) -> Trace:
+        """The record of some of the targets, with the signals that belong to them."""
+        return replace(self, targets=self.targets.select(members), **signals)
+
+    def gradient_sizes(self) -> dict[str, float]:
+        """Tap -> largest absolute gradient at a patch (or of the shift), for telling dead taps."""
+        patches = {tap: self.adapter.to_grid(gradient, self.grid) for tap, gradient in self.gradients.items()}
+        return {tap: float(gradient.abs().max()) for tap, gradient in (patches | dict(self.shifts)).items()}
 
     def activations(self) -> Float[Tensor, "k rows columns D"]:
         """Patch features at the tap."""
@@ -51,7 +63,27 @@ class Trace:
 
     def shift(self) -> Float[Tensor, "k D"]:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
+        self._declared("shift")
+        if self.tap in self.shifts:
+            return _precise(self.shifts[self.tap])
         return self.adapter.to_grid(self._rows("shift", self.gradients), self.grid).sum((1, 2))
+
+    def weighted(self, weights: Float[Tensor, "k D"], *, centred: bool = False) -> Float[Tensor, "k rows columns"]:
+        """sum_d weights_kd F_pd for every target, with the mean over patches taken off the features first if `centred`.
+
+        Features are read per picture, never copied per target: many targets of one picture cost one matrix product.
+        """
+        self._declared("activations")
+        assert self.tap is not None
+        features = _precise(self.adapter.to_grid(self.outputs[self.tap], self.grid))
+        if centred:
+            features = features - features.mean((1, 2), keepdim=True)
+        maps = weights.new_empty(len(weights), *self.grid)
+        owner = self.targets.image.to(weights.device)
+        for b in owner.unique().tolist():
+            mine = owner == b
+            maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
+        return maps
 
     def attentions(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
         """Attention weights of a stack, first block to last."""

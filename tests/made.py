@@ -1,14 +1,20 @@
 """Explanations made by hand from arrays: for tests of what is drawn and written, without a model."""
 
 import numpy as np
+from PIL import Image
 
 from grounding.explanation import Entry, Explanation, MapColumn
 from grounding.geometry import Geometry
 from grounding.images import open_image
 from grounding.maps import diagnose
-from tests.conftest import noise
 
 LABELS = ("man in red", "man", "red")
+
+
+def noise(width, height, seed=0):
+    """A picture of smooth random colours."""
+    small = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def column(key, maps, geometry, *, signed=True, shared=False, **options):

@@ -1,7 +1,7 @@
 """The shipped model on the shipped scenes: maps that mean something, measured against exact boxes."""
 
 import re
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SCENES_SCORED = 60
 def annotations(name):
     """Chain id -> box (x0, y0, x1, y1), half-open, origin 0; and (chain id, phrase) of the first caption."""
     boxes = {}
-    for thing in ElementTree.parse(SCENES / "Annotations" / f"{name}.xml").iter("object"):
+    for thing in ET.parse(SCENES / "Annotations" / f"{name}.xml").iter("object"):
         x0, y0, x1, y1 = (int(thing.find("bndbox").findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
         boxes[thing.findtext("name")] = (x0 - 1, y0 - 1, x1, y1)
     caption = (SCENES / "Sentences" / f"{name}.txt").read_text().splitlines()[0]

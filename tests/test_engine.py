@@ -9,10 +9,11 @@ from transformers import ViTImageProcessor
 
 from adapters import ADAPTERS
 from grounding import Selection, explain
-from grounding.engine import one_per_picture, trace
 from grounding.errors import GroundingError, LayerError, ModelError, TargetError, TextError
 from grounding.layers import list_layers
 from grounding.plan import columns
+from grounding.recorder import Recorder
+from grounding.tracing import one_per_picture, trace
 from grounding.types import Sites
 from tests import tiny
 from tests.conftest import noise
@@ -71,9 +72,35 @@ def test_shift_gradient_equals_score_from(any_adapter):
         scores = any_adapter.score_from(tap, inputs, targets, shift)
         (expected,) = torch.autograd.grad(scores.sum(), shift)
         found = torch.cat(
-            [chunk.at(tap, frozenset({"shift"})).shift() for chunk, _, _ in trace(any_adapter, inputs, targets, plan)]
+            [chunk.trace.at(tap, frozenset({"shift"})).shift() for chunk in trace(any_adapter, inputs, targets, plan)]
         )
         close(found, expected)
+
+
+@pytest.mark.parametrize("rule", [None, "layernorm"])
+def test_fast_taps_equal_the_slow_way(any_adapter, rule):
+    """Scores and shift gradients at every fast tap, pictures and texts mixed, against substituting the tap's output."""
+    texts = [["a man in a red jacket", "two dogs"], ["red car"]]
+    inputs = any_adapter.prepare([noise(90, 60), noise(50, 70, 3)], texts)
+    targets = any_adapter.targets(inputs, [[t.caption(), *t.tokens()] for t in inputs.tokens])
+    for tap, paths in any_adapter.fast_taps.items():
+        with Recorder(any_adapter.model, dict.fromkeys([tap, *paths], False)) as recorder:
+            plain = any_adapter.forward(inputs, targets)
+        found = []
+        for outputs in (None, recorder.outputs):
+            shift = torch.zeros(len(targets), recorder.outputs[tap].shape[-1], dtype=torch.float64, requires_grad=True)
+            with torch.enable_grad():
+                scores = any_adapter.score_from(tap, inputs, targets, shift, outputs, rule)
+            close(scores.detach(), plain)
+            found.append(torch.autograd.grad(scores.sum(), shift)[0])
+        close(found[1], found[0])
+
+
+def test_fast_chunks_that_do_not_fit_are_split(clip, picture, monkeypatch):
+    whole = explain(clip, picture, CAPTION, methods=["gradcam"])
+    monkeypatch.setattr("grounding.tracing.FAST_BUDGET", 300)
+    parts = explain(clip, picture, CAPTION, methods=["gradcam"])
+    close(parts.columns["gradcam"].maps, whole.columns["gradcam"].maps)
 
 
 def test_shift_gradient_equals_finite_differences(any_adapter):
@@ -89,8 +116,8 @@ def test_shift_gradient_equals_finite_differences(any_adapter):
     plan = columns(any_adapter, ["gradcam"])
     found = torch.cat(
         [
-            chunk.at(tap, frozenset({"shift"})).shift() @ direction
-            for chunk, _, _ in trace(any_adapter, inputs, targets, plan)
+            chunk.trace.at(tap, frozenset({"shift"})).shift() @ direction
+            for chunk in trace(any_adapter, inputs, targets, plan)
         ]
     )
     close(found, slope.detach(), 1e-5)

@@ -159,8 +159,9 @@ def test_composition_in_any_number_of_steps():
 
 
 def test_padding_after_a_crop_is_refused():
-    with pytest.raises(GeometryError, match="not one affine map"):
-        Geometry.from_steps(300, 200, resized=(150, 100), crop=(25, 0, 100, 100), pad=(10, 10, 120, 120))
+    for x0, width in ((10, 110), (0, 110)):
+        with pytest.raises(GeometryError, match="not one affine map"):
+            Geometry.from_steps(300, 200, resized=(150, 100), crop=(25, 0, 100, 100), pad=(x0, 0, width, 100))
     # On the side that was not cut there is nothing to hide.
     Geometry.from_steps(300, 200, resized=(150, 100), crop=(0, 0, 100, 100), pad=(10, 0, 110, 100))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from grounding import METHODS, Selection, explain
-from grounding.engine import trace
 from grounding.errors import LayerError, OptionError
 from grounding.plan import columns
+from grounding.tracing import trace
 from tests import oracles, tiny
 from tests.conftest import noise
 from tests.tolerances import ORACLE, TUTORIAL, close
@@ -165,11 +165,11 @@ def test_a_method_reads_only_what_it_declares(clip, picture, name):
     inputs = clip.prepare([picture], [[CAPTION]])
     targets = clip.targets(inputs, [[inputs.tokens[0].caption()]])
     for signal in method.needs:
-        [(chunk, _, _)] = list(trace(clip, inputs, targets, columns(clip, [name])))
+        [chunk] = list(trace(clip, inputs, targets, columns(clip, [name])))
         less = replace(method, needs=method.needs - {signal})
         path = clip.sites.tap if method.reads_tap else None
         with pytest.raises(RuntimeError, match=f"reads '{signal}'"):
-            less(chunk.at(path, less.needs))
+            less(chunk.trace.at(path, less.needs))
 
 
 def test_several_layers_give_one_column_each_or_a_joint_one(clip, picture):

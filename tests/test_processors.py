@@ -21,6 +21,7 @@ PROCESSORS = {
         size={"shortest_edge": 75}, crop_size={"height": 96, "width": 112}
     ),
     "convnext": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
+    "convnext_crop_pct": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 96}, crop_pct=0.77),
     "llava": lambda: transformers.LlavaImageProcessor(),
     # squash
     "vit": lambda: transformers.ViTImageProcessor(),
@@ -105,9 +106,9 @@ def test_settings_agree_with_the_ramps(processor):
 
 
 def off_by(measured, expected):
-    """Largest distance of two seen boxes, in pixels of the coarser frame."""
-    scale = np.minimum(np.array(expected.scale * 2), 1)
-    return np.abs((np.array(measured.seen) - expected.seen) * scale).max()
+    """How far the corners of what is seen land apart in the model input, in pixels of the coarser frame."""
+    apart = measured.boxes_to_input(expected.seen) - expected.boxes_to_input(expected.seen)
+    return (np.abs(apart) / np.maximum(np.array(expected.scale * 2), 1)).max()
 
 
 @settings(max_examples=200, deadline=None)

@@ -59,6 +59,12 @@ def painted(made, **style):
     return np.asarray(overlay(made.map(0), made.picture, **{**PLAIN, **style})).astype(int)
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Panels of few pixels, where only the layout matters."""
+    monkeypatch.setattr("grounding.comparison.OVERSAMPLING", 0.2)
+
+
 # ---------------------------------------------------------------- colours
 
 
@@ -252,11 +258,10 @@ def test_scale_per_entry_caption_and_fixed():
     ((64, 64), 1), ((160, 40), 1), ((40, 160), 1), ((1, 4000), 1), ((4000, 1), 1), ((1, 1), 1),
     ((64, 64), 12), ((160, 40), 12), ((40, 160), 3),
 ])  # fmt: skip
-def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count):
+def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count, coarse):
     labels = tuple(f"word{i} with a long label of many words" for i in range(count))
     shown = explanation(Image.new("RGB", size, "teal"), labels=labels, warnings=["too long " * 60] * 12)
     made = figure(shown, layout=layout)
-    made.canvas.draw()
     width, height = made.canvas.get_width_height()
     for text in made.axes[0].texts:
         box = text.get_window_extent()
@@ -274,7 +279,7 @@ def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count
     assert text.count("Warning:") == 8
 
 
-def test_a_caption_of_many_tokens_still_fits_what_agg_can_draw():
+def test_a_caption_of_many_tokens_still_fits_what_agg_can_draw(coarse):
     geometry = whole(96, 96)
     one = [column("gradcam", np.repeat(RAMP, 77, 0), geometry)]
     made = figure(explanation(labels=tuple(f"w{i}" for i in range(77)), columns=one), layout="panels")

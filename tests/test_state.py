@@ -10,9 +10,11 @@ from PIL import Image, ImageFile
 from grounding import METHODS, explain
 from grounding.errors import NumericError
 from grounding.layers import list_layers
+from grounding.method import Method
 from tests.conftest import noise
 
 CAPTION = "a man in a red jacket"
+BROKEN = None
 
 
 def snapshot(model):
@@ -123,6 +125,21 @@ def test_model_is_as_before(any_adapter, breaker, error):
     assert unchanged(before, snapshot(any_adapter.model))
     if handle:
         handle.remove()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a method failed"), KeyboardInterrupt()])
+def test_an_error_in_a_method_leaves_no_trace_either(any_adapter, error, monkeypatch):
+    def fail(trace):
+        raise error
+
+    explain(any_adapter, noise(50, 40), CAPTION)
+    broken = Method("broken", frozenset({"patch_gradient", "attention"}), True, fail)
+    monkeypatch.setattr("tests.test_state.BROKEN", broken)
+    monkeypatch.setitem(METHODS._table, "broken", "tests.test_state:BROKEN")
+    before = snapshot(any_adapter.model)
+    with pytest.raises(type(error)) as caught:
+        explain(any_adapter, noise(50, 40), CAPTION, methods=["broken"])
+    assert unchanged(before, snapshot(any_adapter.model)), caught
 
 
 def test_snapshot_notices_what_it_should(any_adapter):

@@ -6,6 +6,7 @@ METHODS = Registry(
     "method",
     {
         "gradcam": "grounding.methods.cam:gradcam",
+        "gradcam_ln": "grounding.methods.cam:gradcam_ln",
         "rollout": "grounding.methods.attention:rollout",
         "relevance": "grounding.methods.attention:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from grounding.errors import OptionError
 from grounding.method import method
+from grounding.recorder import LAYERNORM_RULE
 from grounding.trace import Trace
 
 
@@ -23,11 +24,25 @@ def gradcam(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -
     mean over patches off the features first, `smooth` blurs the map with a Gaussian of that many patches.
     Cost: one backward from the score to the tap per target.
     """
-    features = trace.activations()
-    if token_centred:
-        features = features - features.mean((1, 2), keepdim=True)
-    weights = trace.shift() / (features.shape[1] * features.shape[2])
-    return smoothed(einsum(features, weights, "k r c d, k d -> k r c"), smooth)
+    return weighted_features(trace, token_centred, smooth)
+
+
+@method("Grad-CAM (LN-rule)", {"activations", "shift"}, signed=True, rule=LAYERNORM_RULE)
+def gradcam_ln(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -> Float[Tensor, "k rows columns"]:
+    """Grad-CAM whose backward pass treats every LayerNorm's standard deviation as a constant.
+
+    The rule is that of conservative propagation for transformers (Ali et al. 2022). A layer that is read only through a
+    LayerNorm has a true gradient orthogonal to its features, which leaves Grad-CAM with cross-patch terms alone; under
+    the rule the evidence along the features counts. Scores are unchanged; signed as Grad-CAM. Cost: as Grad-CAM, and
+    off the fast taps a forward pass of its own.
+    """
+    return weighted_features(trace, token_centred, smooth)
+
+
+def weighted_features(trace: Trace, token_centred: bool, smooth: float) -> Float[Tensor, "k rows columns"]:
+    """sum_d w_d F_pd with w_d the mean gradient of channel d over patches."""
+    patches = trace.grid[0] * trace.grid[1]
+    return smoothed(trace.weighted(trace.shift() / patches, centred=token_centred), smooth)
 
 
 def smoothed(maps: Float[Tensor, "k rows columns"], sigma: float) -> Float[Tensor, "k rows columns"]:

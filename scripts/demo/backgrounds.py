@@ -6,10 +6,15 @@ Frame: canvas pixels (x, y), origin top-left; lengths are fractions of `unit`, t
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 from pen import Colour, shade
 from PIL import Image, ImageChops, ImageDraw
+
+# (draw, width or size of the canvas, unit, horizon, rng): all lengths in canvas pixels.
+Far = Callable[[ImageDraw.ImageDraw, int, float, float, random.Random], None]
+Near = Callable[[ImageDraw.ImageDraw, tuple[int, int], float, float, random.Random], None]
 
 SKIES: dict[str, tuple[tuple[Colour, Colour], ...]] = {
     "street": (((150, 190, 222), (222, 232, 236)), ((176, 184, 196), (226, 222, 214))),
@@ -77,7 +82,7 @@ def _far_street(draw: ImageDraw.ImageDraw, width: int, unit: float, horizon: flo
         x += house
 
 
-def _far_hills(colours: tuple[Colour, ...], steep: float):
+def _far_hills(colours: tuple[Colour, ...], steep: float) -> Far:
     """Scenery of overlapping hills or peaks; `steep` 0 gives round hills, 1 gives peaks."""
 
     def draw_hills(draw: ImageDraw.ImageDraw, width: int, unit: float, horizon: float, rng: random.Random) -> None:
@@ -128,7 +133,7 @@ def _near_grass(
             draw.line([x, y, x + dx * h, y - h], fill=tint, width=max(1, round(0.006 * unit)))
 
 
-def _near_dots(colours: tuple[Colour, ...], count: int, size_range: tuple[float, float]):
+def _near_dots(colours: tuple[Colour, ...], count: int, size_range: tuple[float, float]) -> Near:
     """Ground with scattered flat dots: pebbles on sand, tracks in snow."""
 
     def draw_dots(

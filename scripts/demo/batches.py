@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from queue import Full
 
 import numpy as np
@@ -15,6 +16,7 @@ from phrases import Query, full_query, join, plan_caption, random_phrase
 from PIL import Image
 from text import IMAGE_SIZE, build_tokenizer
 from torch import multiprocessing
+from transformers import PreTrainedTokenizerFast
 from vocabulary import COLOURS, GARMENTS, KINDS, SEEN_ENTITIES, SEEN_SWAPS, Entity
 from world import Scene, render, sample_scene
 
@@ -113,8 +115,8 @@ def make_batch(number: int, size: int, tokenizer: PreTrainedTokenizerFast) -> Ba
         pixels=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
         boxes=torch.from_numpy(boxes),
         entity_query=torch.from_numpy(entity_query),
-        captions=_ids(captions + swapped, tokenizer: PreTrainedTokenizerFast),
-        queries=_ids(table.texts, tokenizer: PreTrainedTokenizerFast),
+        captions=_ids(captions + swapped, tokenizer),
+        queries=_ids(table.texts, tokenizer),
         full=torch.tensor([query.kind is not None and query.colour is not None for query in queries]),
         present=_present(scenes, queries),
         hard=hard,
@@ -137,7 +139,7 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
 
 
-def _codes(items) -> np.ndarray:
+def _codes(items: Sequence[Query | Entity]) -> np.ndarray:
     """(n, 3) attribute codes; None is -1."""
 
     def code(value: str | None, names: tuple[str, ...]) -> int:
@@ -155,12 +157,12 @@ def _present(scenes: list[Scene], queries: list[Query]) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def _work(queue, first: int, size: int, parent: int) -> None:
+def _work(queue: Queue, first: int, size: int, parent: int) -> None:
     """Make batches until the training process is gone: a killed one cannot end its worker."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     for number in itertools.count(first):
-        batch = make_batch(number, size, tokenizer: PreTrainedTokenizerFast)
+        batch = make_batch(number, size, tokenizer)
         while True:
             if os.getppid() != parent:
                 return

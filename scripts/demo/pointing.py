@@ -14,7 +14,7 @@ from losses import embed_text
 from PIL import Image
 from text import IMAGE_SIZE, build_processor
 from torch.nn import functional
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerFast
 
 Box = Sequence[float]
 

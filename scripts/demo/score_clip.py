@@ -17,7 +17,7 @@ import torch
 from pointing import Case, baselines, is_hit, peak_point, phrase_maps, point_at
 from splits import DEFAULT_ID, split_scenes
 from text import build_tokenizer
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerFast
 from validate import ValidationSet, embed_images, embed_texts, load_split, retrieval, swap_accuracy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def print_pointing(model: CLIPModel, data: ValidationSet, tokenizer: PreTrainedT
     if unseen.any():
         groups |= {"seen combinations": ~unseen, "held-out combinations": unseen}
     pictures = np.array([case.picture for case in cases])
-    results = point_at(model, data.pixels, cases, tokenizer: PreTrainedTokenizerFast) | baselines(cases)
+    results = point_at(model, data.pixels, cases, tokenizer) | baselines(cases)
     for map_name, hits in results.items():
         for group, chosen in groups.items():
             low, high = interval(hits[chosen], pictures[chosen])
@@ -54,7 +54,7 @@ def print_default(model: CLIPModel, data: ValidationSet, tokenizer: PreTrainedTo
     """Where the maps of every phrase of the default picture have their peak, in original pixels."""
     index = list(split_scenes("test")).index(DEFAULT_ID)
     cases: list[Case] = [case for case in data.cases if case.picture == index]
-    text = embed_texts(model, [case.phrase for case in cases], tokenizer: PreTrainedTokenizerFast)
+    text = embed_texts(model, [case.phrase for case in cases], tokenizer)
     maps = phrase_maps(model, data.pixels[[index] * len(cases)], text)
     for map_name, grids in maps.items():
         for case, grid in zip(cases, grids.numpy(), strict=True):
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = embed_images(model, data.pixels)
     if not images.isfinite().all():
         raise ValueError(f"the picture embeddings of {arguments.model} are not finite")
-    by_image, by_text = retrieval(model, data, images, tokenizer: PreTrainedTokenizerFast)
+    by_image, by_text = retrieval(model, data, images, tokenizer)
     print(f"{len(data.scenes)} pictures of the {arguments.split} split")
     print(f"first of 32: picture finds caption {by_image:.3f}, caption finds picture {by_text:.3f}")
-    print(f"true phrase beats a one-attribute swap: {swap_accuracy(model, data, images, tokenizer: PreTrainedTokenizerFast):.3f}")
-    print_pointing(model, data, tokenizer: PreTrainedTokenizerFast)
+    print(f"true phrase beats a one-attribute swap: {swap_accuracy(model, data, images, tokenizer):.3f}")
+    print_pointing(model, data, tokenizer)
     if arguments.split == "test":
-        print_default(model, data, tokenizer: PreTrainedTokenizerFast)
+        print_default(model, data, tokenizer)
     return 0
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from batches import stream
+from batches import Batch, stream
 from losses import LOSSES, Heads, forward
 from model import build_model, change_patch, export
 from transformers import CLIPModel
@@ -49,7 +49,7 @@ class Stage:
 # Cheap large patches first: binding words to looks needs many pictures, pointing then needs the fine grid.
 STAGES = (
     Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
-    Stage(8, 2400, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
+    Stage(8, 1600, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
 )
 
 
@@ -122,7 +122,7 @@ def learning_rate(stage: Stage, step: int) -> float:
     return (stage.lr_end + (stage.lr - stage.lr_end) * cosine) * min(1.0, (step + 1) / stage.warmup)
 
 
-def train_step(run: Run, stage: Stage, batch) -> dict[str, float]:
+def train_step(run: Run, stage: Stage, batch: Batch) -> dict[str, float]:
     """One optimizer step; the losses by name."""
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(stage, run.step)

@@ -15,7 +15,7 @@ from pointing import Case, baselines, point_at, preprocess
 from splits import SHORT_SIDE, split_scenes
 from text import build_tokenizer
 from torch.nn import functional
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerFast
 from vocabulary import ENTITY_TYPES, HELD_OUT, SEEN_SWAPS
 from world import Scene, render
 
@@ -59,14 +59,16 @@ def embed_texts(model: CLIPModel, texts: Sequence[str], tokenizer: PreTrainedTok
     return embed_text(model, tokenizer(list(texts), padding=True, return_tensors="pt")["input_ids"])
 
 
-def retrieval(model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> tuple[float, float]:
+def retrieval(
+    model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast
+) -> tuple[float, float]:
     """Share of first places among 32: picture finds caption, caption finds picture."""
     rng = random.Random(5)
     captions = []
     for scene in data.scenes:
         order = rng.sample(range(len(scene.entities)), len(scene.entities))
         captions.append(join(plan_caption(order, scene.place, rng).segments(scene.entities)))
-    text = embed_texts(model, captions, tokenizer: PreTrainedTokenizerFast)
+    text = embed_texts(model, captions, tokenizer)
     order = torch.tensor(rng.sample(range(len(captions)), len(captions)))
     groups = [part for part in order.split(GROUP_OF_RETRIEVAL) if len(part) == GROUP_OF_RETRIEVAL]
     by_image, by_text = [], []
@@ -78,7 +80,9 @@ def retrieval(model: CLIPModel, data: ValidationSet, images: torch.Tensor, token
     return torch.stack(by_image).mean().item(), torch.stack(by_text).mean().item()
 
 
-def swap_accuracy(model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> float:
+def swap_accuracy(
+    model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast
+) -> float:
     """How often the true phrase scores higher than a one-attribute swap that is not in the picture (all swaps)."""
     texts: dict[str, int] = {}
     pairs: list[tuple[int, int, int]] = []
@@ -87,7 +91,7 @@ def swap_accuracy(model: CLIPModel, data: ValidationSet, images: torch.Tensor, t
             true = texts.setdefault(phrase(entity), len(texts))
             absent = [phrase(swap) for swap in SEEN_SWAPS[entity] if swap not in scene.entities]
             pairs += [(index, true, texts.setdefault(text, len(texts))) for text in absent]
-    scores = images @ embed_texts(model, list(texts), tokenizer: PreTrainedTokenizerFast).T
+    scores = images @ embed_texts(model, list(texts), tokenizer).T
     picture, true, false = torch.tensor(pairs).unbind(1)
     return (scores[picture, true] > scores[picture, false]).float().mean().item()
 
@@ -99,11 +103,11 @@ def validate(model: CLIPModel, data: ValidationSet) -> dict[str, float]:
     tokenizer = build_tokenizer()
     images = embed_images(model, data.pixels)
     figures: dict[str, float] = {}
-    figures["image->text"], figures["text->image"] = retrieval(model, data, images, tokenizer: PreTrainedTokenizerFast)
-    figures["beats swap"] = swap_accuracy(model, data, images, tokenizer: PreTrainedTokenizerFast)
+    figures["image->text"], figures["text->image"] = retrieval(model, data, images, tokenizer)
+    figures["beats swap"] = swap_accuracy(model, data, images, tokenizer)
     people = torch.tensor([case.group == "people" for case in data.cases]).numpy()
     unseen = torch.tensor([case.held_out for case in data.cases]).numpy()
-    for name, hits in point_at(model, data.pixels, data.cases, tokenizer: PreTrainedTokenizerFast).items():
+    for name, hits in point_at(model, data.pixels, data.cases, tokenizer).items():
         figures[name] = float(hits.mean())
         figures[f"{name} people"] = float(hits[people].mean())
         figures[f"{name} rest"] = float(hits[~people].mean())
