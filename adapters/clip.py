@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from adapters._clip_fast import LastBlock
+from adapters._clip_text import embed_left_out
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
 from adapters._text import check_tokenizer, pad, tokenise
@@ -105,11 +106,7 @@ class ClipAdapter(Adapter):
         if alone:
             seeds[alone] = self._embed_alone([self._piece(inputs.tokens[flat[k][0]], flat[k][1]) for k in alone])
         if left_out:
-            texts = [flat[k][0] for k in left_out]
-            mask = inputs.tensors["attention_mask"][texts].clone()
-            for row, k in enumerate(left_out):
-                mask[row, list(flat[k][1].positions)] = 0
-            seeds[left_out] = whole[texts] - self.embed_texts(inputs.tensors["input_ids"][texts], mask)
+            seeds[left_out] = self._leave_out(inputs, [flat[k] for k in left_out], whole)
         owner = torch.tensor([text for text, _ in flat])
         return Targets(
             kind=kind,
@@ -168,6 +165,20 @@ class ClipAdapter(Adapter):
                 for i, m in zip(ids.split(TEXT_BATCH), mask.split(TEXT_BATCH), strict=True)
             ]
             return F.normalize(torch.cat(parts), dim=-1)
+
+    def _leave_out(
+        self, inputs: Inputs, spans: Sequence[tuple[int, Span]], whole: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "K E"]:
+        """What each text's embedding loses with a span's tokens masked, a batch of spans at a time."""
+        ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
+        parts = []
+        with Recorder(self.model):
+            for first in range(0, len(spans), TEXT_BATCH):
+                texts, hidden = zip(*[(t, s.positions) for t, s in spans[first : first + TEXT_BATCH]], strict=True)
+                used = sorted(set(texts))
+                rows = [used.index(t) for t in texts]
+                parts.append(whole[list(texts)] - embed_left_out(self.model, ids[used], mask[used], rows, hidden))
+        return torch.cat(parts)
 
     @property
     def _config(self) -> Any:

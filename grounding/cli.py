@@ -181,7 +181,8 @@ class Report:
         files = explanation.save(folder, self.args.write, **figure_keywords(self.args)) if self.args.write else {}
         self.written += files.values()
         if self.args.format == "json":
-            self.documents.append(to_json(explanation, files))
+            names = {"png": "figure", "npz": "maps", "json": "json"}
+            self.documents.append(to_json(explanation, {names[kind]: str(path) for kind, path in files.items()}))
             return
         print(headline(explanation), explanation_table(explanation), "", sep="\n")
 

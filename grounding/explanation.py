@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
+BOX_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,21 @@ class EntryMap:
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """Largest region above half of the range: (x0, y0, x1, y1) in original pixels; None for a degenerate map."""
-        return mapping.box(self.heat()) if self.status else None
+        """Largest region above half of the range: (x0, y0, x1, y1) in original pixels; None for a degenerate map.
+
+        Found on the heat at up to BOX_SIDE pixels a side, far finer than any patch, and scaled back.
+        """
+        if not self.status:
+            return None
+        width, height = self.geometry.width, self.geometry.height
+        step = max(1.0, max(width, height) / BOX_SIDE)
+        size = (max(1, round(height / step)), max(1, round(width / step)))
+        found = mapping.box(self.heat(size))
+        if found is None:
+            return None
+        across, down = width / size[1], height / size[0]
+        x0, y0, x1, y1 = (round(n * scale) for n, scale in zip(found, (across, down) * 2, strict=True))
+        return x0, y0, x1, y1
 
     @property
     def range(self) -> tuple[float, float]:

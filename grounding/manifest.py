@@ -24,7 +24,7 @@ from grounding.maps import Status
 def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything but the maps' values, in types that `json` knows. Numbers that are not finite become null.
 
-    `files` names what was written beside it. The box of every map is worked out at the picture's full size.
+    `files` names what was written beside it.
     """
     geometry, picture = explanation.geometry, explanation.picture
     shared = {key: _map(explanation.map(0, key)) for key, c in explanation.columns.items() if c.shared}

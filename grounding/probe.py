@@ -38,8 +38,8 @@ def measure_geometry(preprocess: Preprocess, width: int, height: int, mode: str 
     12 to 26 times. The grid is left at 1 x 1.
 
     Accuracy of the seen box, in pixels of the coarser frame (input pixels where the picture is reduced, original
-    pixels where it is enlarged): 0.05 for smooth resize filters, 0.1 where the picture fills fewer than 16 input
-    pixels, 0.3 for nearest-neighbour.
+    pixels where it is enlarged): 0.05 for smooth resize filters, 0.3 for nearest-neighbour. Where the picture fills
+    fewer than 8 input pixels there is little to fit, and it can be 0.6.
 
     Raises ProbeError for pictures with a side below 8 pixels, for answers that differ from call to call (random crop),
     that are mirrored, turned or tiled, that do not follow a line, or that were padded after a crop.

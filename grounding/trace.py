@@ -64,7 +64,7 @@ class Trace:
     def shift(self) -> Float[Tensor, "k D"]:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
         self._declared("shift")
-        if self.tap in self.shifts:
+        if self.tap is not None and self.tap in self.shifts:
             return _precise(self.shifts[self.tap])
         return self.adapter.to_grid(self._rows("shift", self.gradients), self.grid).sum((1, 2))
 

@@ -9,7 +9,7 @@ its own on the slow way.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Chunk:
     scores: Tensor
 
 
-def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Iterator[Chunk]:
+def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Generator[Chunk, None, None]:
     """Run the model as often as the plan needs (mostly once) and yield every chunk of targets.
 
     The first chunk has a target of every picture. Raises NumericError for NaN or Inf, LayerError, ModelError.

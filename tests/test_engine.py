@@ -268,6 +268,26 @@ def test_leave_one_out_masks_and_alone_is_a_text_of_its_own(clip, picture):
     close(alone.entries[2].score, text_embedding(clip.model, clip.tokenizer, " car") @ image)
 
 
+@pytest.mark.parametrize("eos", [1, 2])
+def test_shared_prefixes_change_no_embedding(eos):
+    """Leave-one-out with the causal prefix shared, against a text forward of its own per masked span, lengths mixed."""
+    from adapters._clip_text import embed_left_out
+    from adapters._text import pad
+
+    adapter = tiny.clip_adapter()
+    adapter.model.text_model.eos_token_id = eos  # 2: the pooling of old configurations, at the largest id
+    found = [[0, 5, 280, 30, 9, 1], [0, 77, 1], [0, 40, 41, 42, 43, 44, 1]]
+    found = [[299 if i == 1 else i for i in ids] for ids in found] if eos == 2 else found
+    ids, mask = pad(found, 1, torch.device("cpu"))
+    texts, hidden = [0, 0, 1, 2, 2, 2], [(1,), (4,), (1,), (2, 3), (1, 5), (5,)]
+    masks = mask[texts].clone()
+    for row, positions in enumerate(hidden):
+        masks[row, list(positions)] = 0
+    with torch.no_grad():
+        shared = embed_left_out(adapter.model, ids, mask, texts, hidden)
+    close(shared, adapter.embed_texts(ids[texts], masks))
+
+
 def test_a_long_text_is_cut_with_its_end_token_and_said(clip, picture):
     text = " ".join(f"word{i}" for i in range(30))
     found = explain(clip, picture, text)

@@ -46,6 +46,17 @@ def test_gradcam_equals_the_tutorial_loop(layer, seed, dtype, tolerance, picture
         close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]), tolerance)
 
 
+@pytest.mark.parametrize("layer", TAPS)
+def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(clip, layer, picture, monkeypatch):
+    found = explain(clip, picture, CAPTION, methods=["gradcam_ln"], layers=[layer], select=SHIFTED)
+    plain = explain(clip, picture, CAPTION, methods=["gradcam"], layers=[layer], select=SHIFTED)
+    assert [e.score for e in found.entries] == [e.score for e in plain.entries]
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", oracles.constant_deviation_norm)
+    for i, (_, features, gradient, _) in enumerate(run_tutorial(clip, picture, layer)):
+        close(found.map(i).raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
+        assert np.abs(found.map(i).raw - plain.map(i).raw).max() > 1e-3 * np.abs(plain.map(i).raw).max()
+
+
 def test_gradcam_options_equal_their_definitions(clip, picture):
     plain, centred, smooth = (
         explain(clip, picture, CAPTION, methods=["gradcam"], options=options)[0].raw

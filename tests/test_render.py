@@ -155,6 +155,17 @@ def test_a_map_without_evidence_has_no_say_in_a_shared_scale():
     assert limits_of(list(made), Style(signed=True), "caption") == (-2, 2)
 
 
+@pytest.mark.parametrize("scale", [{"scale": "caption"}, {"scale": "fixed", "fixed": (-2.0, 2.0)}])
+def test_a_map_without_evidence_has_no_heat_on_a_shared_scale_either(scale):
+    geometry = whole(64, 64)
+    one = column("gradcam", np.stack([RAMP[0], RAMP[0] - 3]), geometry)
+    made = explanation(Image.new("RGB", (64, 64)), labels=("a", "b"), geometry=geometry, columns=[one])
+    for style in ({}, {"signed": True}):
+        panels = images(figure(made, **scale, **style), "overlay")
+        assert colourful(panels["overlay:gradcam:0"]).any()
+        assert not colourful(panels["overlay:gradcam:1"]).any()
+
+
 def test_a_single_patch_is_drawn_as_no_range():
     made = explanation(Image.new("RGB", (1, 1)), labels=("x",), geometry=whole(1, 1, 1, 1))
     assert "a single value: no range to draw" in words(figure(made))

@@ -49,7 +49,7 @@ class Stage:
 # Cheap large patches first: binding words to looks needs many pictures, pointing then needs the fine grid.
 STAGES = (
     Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
-    Stage(8, 1600, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
+    Stage(8, 2300, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
 )
 
 
