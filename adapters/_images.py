@@ -71,7 +71,8 @@ def _pixels(processor: Any, picture: Picture) -> Tensor:
 def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]:
     doubts = []
     if geometry.seen_fraction < SEEN_ENOUGH:
-        doubts.append(f"the model saw {geometry.seen_fraction:.0%} of the picture; the rest is unseen, not irrelevant")
+        share = f"{geometry.seen_fraction:.0%}" if geometry.seen_fraction >= 0.01 else "less than 1%"
+        doubts.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
     config = getattr(adapter.model, "config", None)
     if getattr(config, "demo_world", False) and not is_demo(picture.path):
         doubts.append(DEMO_ADVICE)

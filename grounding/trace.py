@@ -88,12 +88,12 @@ class Trace:
     def attentions(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
         """Attention weights of a stack, first block to last."""
         self._declared("attention")
-        return [_precise(weights[self.targets.image]) for weights in self.weights[stack]]
+        return [self._per_target(weights) for weights in self.weights[stack]]
 
     def attention_gradients(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
         """d score / d attention weights of a stack, first block to last."""
         self._declared("attention_gradient")
-        return [_precise(gradient[self.targets.image]) for gradient in self.weight_gradients[stack]]
+        return [self._per_target(gradient) for gradient in self.weight_gradients[stack]]
 
     def readout_row(self) -> Float[Tensor, "k N"]:
         """How much each token of the vision stack's output is read: where chains of attention start."""
@@ -106,7 +106,12 @@ class Trace:
     def _rows(self, signal: str, record: Mapping[str, Tensor]) -> Tensor:
         self._declared(signal)
         assert self.tap is not None
-        return _precise(record[self.tap][self.targets.image])
+        return self._per_target(record[self.tap])
+
+    def _per_target(self, tensor: Tensor) -> Tensor:
+        """One row per target of what has one per picture; not copied where they are the same."""
+        image = self.targets.image.tolist()
+        return _precise(tensor if image == list(range(len(tensor))) else tensor[image])
 
     def _declared(self, signal: str) -> None:
         if signal not in self.needs:

@@ -33,7 +33,7 @@ def rollout(
     row = trace.readout_row()
     for weights in reversed(trace.attentions()):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)
-        row = _chain(row, _rownorm(_with_identity(_discard(fused, discard))))
+        row = _through(row, _discard(fused, discard))
     return trace.patches(row)
 
 
@@ -45,7 +45,7 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     """
     row = trace.readout_row()
     for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
-        row = _chain(row, _rownorm(_with_identity((weights * gradient).clamp(min=0).mean(1))))
+        row = _through(row, (weights * gradient).clamp(min=0).mean(1))
     return trace.patches(row)
 
 
@@ -78,12 +78,10 @@ def _chain(row: Float[Tensor, "k Q"], matrix: Float[Tensor, "k Q S"]) -> Float[T
     return torch.einsum("kq,kqs->ks", row.to(matrix.dtype), matrix)
 
 
-def _with_identity(matrix: Float[Tensor, "k N N"]) -> Float[Tensor, "k N N"]:
-    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-
-
-def _rownorm(matrix: Float[Tensor, "k N N"]) -> Float[Tensor, "k N N"]:
-    return matrix / matrix.sum(-1, keepdim=True)
+def _through(row: Float[Tensor, "k N"], matrix: Float[Tensor, "k N N"]) -> Float[Tensor, "k N"]:
+    """row times rownorm(matrix + I), without making that matrix."""
+    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)
+    return row + _chain(row, matrix)
 
 
 def _discard(matrix: Float[Tensor, "k N N"], fraction: float) -> Float[Tensor, "k N N"]:

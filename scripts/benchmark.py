@@ -1,0 +1,57 @@
+"""What maps cost, as ratios to one bare forward pass of the same model, measured in one process on this machine.
+
+python scripts/benchmark.py clip
+python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+
+from grounding import cli
+from grounding.tables import table
+
+FAMILIES = ("clip",)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("family", nargs="+", choices=FAMILIES, help="which architecture, at full size, random weights")
+    made.add_argument("--pictures", nargs="+", type=int, default=[1, 32], help="batch sizes (default: 1 32)")
+    made.add_argument("--repeats", type=int, default=3, help="runs of each case; the median counts (default: 3)")
+    made.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    made.add_argument("--format", choices=["text", "json"], default="text")
+    made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
+    made.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    return made
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure every family that was asked for and print its cases."""
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    found = {}
+    for family in args.family:
+        module = importlib.import_module(f"benchmarks.{family}")
+        found[family] = module.measure(args.pictures, args.repeats, args.threads, quiet=args.quiet)
+    if args.format == "json":
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return 0
+    for family, cases in found.items():
+        print(f"{family}: CPU time in units of one bare image-tower forward pass on the same pictures")
+        shown = [["-" if value is None else str(value) for value in case.values()] for case in cases]
+        print(table([list(cases[0]), *shown]), end="\n\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 with one line."""
+    return cli.run(benchmark, parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

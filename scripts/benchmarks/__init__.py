@@ -1,0 +1,1 @@
+"""Measured loops at full size; run by scripts/benchmark.py."""

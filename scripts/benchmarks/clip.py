@@ -1,0 +1,166 @@
+"""CLIP ViT-B/16, random weights from a configuration: 5 captions of 12 tokens, 60 leave-one-out targets a picture.
+
+`maps`: the maps alone, text excluded, from prepared inputs and targets. `end_to_end`: `explain()` with its defaults on
+opened pictures, preprocessing and text included (65 entries: the captions too). The tutorial loop is a full forward and
+backward pass per target with all parameters on the graph, its text excluded, measured on a few targets and scaled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from adapters.clip import ClipAdapter
+from benchmarks.meter import Cost, cost
+from grounding.engine import compute, explain
+from grounding.images import open_image
+from grounding.plan import columns
+
+CAPTIONS, TOKENS = 5, 12
+METHODS = ("gradcam", "rollout", "relevance")
+NAIVE_TARGETS = 3
+BOS, EOS = 49406, 49407
+
+
+def measure(pictures: Sequence[int], repeats: int, threads: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """All cases for each number of pictures. Relevance of more than one picture is left out: it grows in proportion."""
+    torch.set_num_threads(threads)
+    adapter = make_adapter()
+    cases = []
+    for count in pictures:
+        say = _quiet if quiet else _say
+        images = [open_image(_noise(seed)) for seed in range(count)]
+        inputs = adapter.prepare(images, [captions()] * count)
+        targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
+        pixels = inputs.tensors["pixel_values"]
+        say(f"{count} pictures, {len(targets)} targets: bare forward")
+        bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
+        for method in METHODS:
+            if method == "relevance" and count > 1:
+                continue
+            naive = None if method == "rollout" else _naive(adapter, inputs, targets, method) / bare.seconds
+            say(f"{count} pictures: {method}, maps")
+            plan = columns(adapter, [method])
+            found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, i, t, p), repeats)
+            cases.append(_case("maps", method, count, len(targets), found, bare, naive))
+            say(f"{count} pictures: {method}, end to end")
+            found = cost(
+                lambda m=method, i=images: explain(adapter, i, [captions()] * len(i), methods=[m], batch_size=len(i)),
+                repeats,
+            )
+            cases.append(_case("end_to_end", method, count, len(targets) + CAPTIONS * count, found, bare, None))
+    return cases
+
+
+def make_adapter() -> ClipAdapter:
+    """A CLIP of ViT-B/16's size that knows nothing."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+            "vocab_size": EOS + 1, "max_position_embeddings": 77, "bos_token_id": BOS, "eos_token_id": EOS,
+        },
+        vision_config={
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "image_size": 224, "patch_size": 16,
+        },
+        projection_dim=512,
+    )  # fmt: skip
+    words = {f"w{i}": i for i in range(1000)} | {"<bos>": BOS, "<eos>": EOS}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    return ClipAdapter(CLIPModel(config).eval(), tokenizer=fast, image_processor=CLIPImageProcessorPil())
+
+
+def captions() -> list[str]:
+    """Five texts of twelve tokens."""
+    return [" ".join(f"w{1 + TOKENS * c + t}" for t in range(TOKENS)) for c in range(CAPTIONS)]
+
+
+def _noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (224, 224, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def _forward(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    return model.get_image_features(pixel_values=pixels).pooler_output
+
+
+def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> float:
+    """CPU seconds of the tutorial loop over all targets: a few measured, scaled."""
+    model, pixels = adapter.model, inputs.tensors["pixel_values"]
+    eager = method == "relevance"
+    before = model.config._attn_implementation
+    if eager:
+        model.set_attn_implementation("eager")
+    chosen = list(range(NAIVE_TARGETS))
+    steps: list[Callable[[], object]] = [
+        lambda k=k: _tutorial_step(adapter, pixels[targets.image[k]][None], targets.data["seeds"][k], attention=eager)
+        for k in chosen
+    ]
+    found = cost(lambda: [step() for step in steps], 1)
+    model.set_attn_implementation(before)
+    model.zero_grad(set_to_none=True)
+    return found.seconds / NAIVE_TARGETS * len(targets)
+
+
+def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
+    """One full forward and backward pass, gradients of every parameter included, and the map of one target."""
+    model, kept = adapter.model, []
+    layer = model.get_submodule(adapter.sites.tap)
+
+    def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
+        out.retain_grad()
+        kept.append(out)
+
+    handle = layer.register_forward_hook(keep)
+    out = model.vision_model(pixels, output_attentions=attention)
+    handle.remove()
+    for weights in out.attentions if attention else ():
+        weights.retain_grad()
+    image = F.normalize(model.visual_projection(out.pooler_output), dim=-1)
+    model.zero_grad()
+    (image[0] @ seed).backward()
+    if attention:
+        relevance = torch.eye(out.attentions[0].shape[-1])
+        for weights in out.attentions:
+            relevance = relevance + (weights.grad * weights).clamp(min=0).mean(1)[0].detach() @ relevance
+        return relevance[0, 1:]
+    return torch.relu(kept[0][0, 1:].detach() @ kept[0].grad[0, 1:].mean(0))
+
+
+def _case(
+    case: str, method: str, pictures: int, targets: int, found: Cost, bare: Cost, naive: float | None
+) -> dict[str, Any]:
+    ratio = found.seconds / bare.seconds
+    return {
+        "case": case,
+        "method": method,
+        "pictures": pictures,
+        "targets": targets,
+        "ratio_to_forward": round(ratio, 3),
+        "naive_ratio": None if naive is None else round(naive, 1),
+        "speedup": None if naive is None else round(naive / ratio, 1),
+        "peak_mb": round(found.peak_mb),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _quiet(_text: str) -> None:
+    pass

@@ -1,0 +1,59 @@
+"""CPU time and peak memory of a piece of work, in this process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = 4096
+INTERVAL = 0.002
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`seconds` of CPU time (median of the runs) and `peak_mb`, the most memory held above the start (largest run)."""
+
+    seconds: float
+    peak_mb: float
+
+
+def cost(work: Callable[[], object], repeats: int) -> Cost:
+    """Run once to warm up, then `repeats` times."""
+    work()
+    runs = [_one(work) for _ in range(repeats)]
+    return Cost(statistics.median(r.seconds for r in runs), max(r.peak_mb for r in runs))
+
+
+def _one(work: Callable[[], object]) -> Cost:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one takes
+    before, peak, done = _resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(INTERVAL):
+            peak[0] = max(peak[0], _resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    # Of this thread alone: the watcher's own time is not the work's. With one torch thread that is all there is.
+    started = time.thread_time()
+    work()
+    seconds = time.thread_time() - started
+    peak[0] = max(peak[0], _resident())
+    done.set()
+    watcher.join()
+    return Cost(seconds, (peak[0] - before) / 2**20)
+
+
+def _resident() -> int:
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
