@@ -140,12 +140,11 @@ class Adapter(ABC):
 
     def readout_row(self, trace: Trace) -> Float[Tensor, "K N"]:
         """How much each token of the vision stack's output is read, per target: where attention chains start."""
-        tokens = trace.attentions()[-1].shape[-1]
-        row = torch.zeros(len(trace.targets), tokens, dtype=torch.float32, device=self.device)
+        row = torch.zeros(len(trace.targets), trace.tokens, dtype=torch.float32, device=self.device)
         if self.sites.readout == "cls":
             row[:, 0] = 1
         elif self.sites.readout == "mean":
-            row[:, self.sites.prefix :] = 1 / (tokens - self.sites.prefix)
+            row[:, self.sites.prefix :] = 1 / (trace.tokens - self.sites.prefix)
         else:
             raise ModelError(f"{type(self).__name__} has read-out {self.sites.readout!r} and must answer readout_row")
         return row

@@ -27,7 +27,8 @@ class Method:
     `needs` are the signals it reads (see `grounding.trace`), `signed` says that raw values may be negative and that
     the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
     `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
-    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own.
+    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. Of n blocks it reads
+    `blocks(options, n)`: gradients go no further back than that.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Method:
     signed: bool
     function: Callable[..., Tensor]
     rule: str | None = None
+    blocks: Callable[[Mapping[str, Any], int], slice] = lambda _options, _count: slice(None)
 
     def __call__(self, trace: Trace, **options: Any) -> Tensor:
         """The raw maps (k, rows, columns) of a trace."""
@@ -109,9 +111,14 @@ def _boolean(value: Any) -> bool:
 
 
 def method(
-    title: str, needs: set[str], *, signed: bool = False, rule: str | None = None
+    title: str,
+    needs: set[str],
+    *,
+    signed: bool = False,
+    rule: str | None = None,
+    blocks: Callable[[Mapping[str, Any], int], slice] = lambda _options, _count: slice(None),
 ) -> Callable[[Callable[..., Tensor]], Method]:
-    """Mark a function as a method. `needs`: the signals it reads; `rule`: the backward rule it asks for."""
+    """Mark a function as a method. `needs`: the signals it reads; `rule`, `blocks`: as in `Method`."""
     if unknown := needs - SIGNALS:
         raise ValueError(f"unknown signals {sorted(unknown)} (there are: {', '.join(sorted(SIGNALS))})")
-    return lambda function: Method(title, frozenset(needs), signed, function, rule)
+    return lambda function: Method(title, frozenset(needs), signed, function, rule, blocks)

@@ -108,7 +108,8 @@ def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, 
         if needs & {"attention", "attention_gradient"}:
             gradient = "attention_gradient" in needs
             paths = adapter.stack("vision").attention
-            attention |= {path: attention.get(path, False) or gradient for path in paths}
+            read = paths[column.method.blocks(column.options, len(paths))]
+            attention |= {path: attention.get(path, False) or gradient for path in read}
     return taps, attention
 
 

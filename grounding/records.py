@@ -40,8 +40,8 @@ class Record:
     """One picture with its captions.
 
     `boxes` maps a chain to its boxes (x0, y0, x1, y1): original pixels, origin top-left, half-open. `no_box` says of a
-    chain without any why: `scene`, `nobndbox`, `notvisual` or `missing` (no object of the annotation that can be used). `problems` are
-    sentences about lines and objects that could not be used as they stand.
+    chain without any why: `scene`, `nobndbox`, `notvisual` or `missing` (no object of the annotation that can be used).
+    `problems` are sentences about lines and objects that could not be used as they stand.
     """
 
     id: str

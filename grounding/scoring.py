@@ -115,7 +115,7 @@ def score_picture(
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What is read off one map: peak (x, y), mean heat by chain, box by threshold, share of the seen area that is hot."""
+    """Read off one map: peak (x, y), mean heat by chain, box by threshold, share of the seen area that is hot."""
 
     raw: Float[np.ndarray, "rows columns"]
     peak: tuple[float, float] | None
@@ -133,7 +133,7 @@ def read(
     map at original size (bilinear), as the centre of that pixel.
     """
     if not found.status:
-        return Reading(found.raw, None, {}, {}, None)
+        return Reading(found.raw, None, {}, dict.fromkeys(thresholds), None)
     heat = found.heat()
     seen = ~np.isnan(heat)
     means = {chain: float(heat[mask & seen].mean()) for chain, mask in masks.items() if (mask & seen).any()}
@@ -205,18 +205,16 @@ def overlap(a: Box, b: Box) -> float:
 
 def _phrase_score(mention: Mention, reading: Reading, boxes: Mapping[str, tuple[Box, ...]], peak: Peak) -> PhraseScore:
     own = boxes[mention.chain]
-    if reading.peak is None:
-        entity = 0.0 if len(boxes) > 1 else None
-        return PhraseScore(mention, 0.0, entity, None, None, degenerate=True)
     return PhraseScore(
         mention,
-        float(inside(np.array([reading.peak]), own, peak)[0]),
+        float(reading.peak is not None and inside(np.array([reading.peak]), own, peak)[0]),
         _entity(mention.chain, reading.means) if len(boxes) > 1 else None,
         {
             threshold: 0.0 if found is None else max(overlap(found, box) for box in own)
             for threshold, found in reading.boxes.items()
         },
         reading.area,
+        degenerate=reading.peak is None,
     )
 
 

@@ -36,8 +36,8 @@ class Trace:
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     shifts: Mapping[str, Tensor]
-    weights: Mapping[str, Sequence[Tensor]]
-    weight_gradients: Mapping[str, Sequence[Tensor]]
+    weights: Mapping[str, Tensor]
+    weight_gradients: Mapping[str, Tensor]
     tap: str | None = None
 
     def at(self, tap: str | None, needs: frozenset[str]) -> Trace:
@@ -85,15 +85,20 @@ class Trace:
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
         return maps
 
-    def attentions(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
-        """Attention weights of a stack, first block to last."""
+    def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "k H Q S"]]:
+        """Attention weights of the blocks of a stack, first to last."""
         self._declared("attention")
-        return [self._per_target(weights) for weights in self.weights[stack]]
+        return [self._per_target(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
 
-    def attention_gradients(self, stack: str = "vision") -> list[Float[Tensor, "k H Q S"]]:
-        """d score / d attention weights of a stack, first block to last."""
+    def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "k H Q S"]]:
+        """d score / d attention weights of the blocks of a stack, first to last."""
         self._declared("attention_gradient")
-        return [self._per_target(gradient) for gradient in self.weight_gradients[stack]]
+        return [self._per_target(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
+
+    @property
+    def tokens(self) -> int:
+        """N, the length of the vision stack's sequence, prefix included."""
+        return self.adapter.sites.prefix + self.grid[0] * self.grid[1]
 
     def readout_row(self) -> Float[Tensor, "k N"]:
         """How much each token of the vision stack's output is read: where chains of attention start."""

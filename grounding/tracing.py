@@ -80,7 +80,7 @@ def _one_pass(
             outputs=recorder.outputs,
             gradients={},
             shifts={},
-            weights={"vision": [recorder.weights[path] for path in attention]} if attention else {},
+            weights=recorder.weights,
             weight_gradients={},
         )
         if slow:
@@ -114,7 +114,7 @@ def _slow_chunks(
         chunk = record.of(
             members,
             gradients={path: named[path] for path in wanted_taps},
-            weight_gradients={"vision": [named[path] for path in wanted_attention]} if wanted_attention else {},
+            weight_gradients={path: named[path] for path in wanted_attention},
         )
         yield Chunk(tuple(columns), chunk, members, scores.detach())
 

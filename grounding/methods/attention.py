@@ -6,7 +6,8 @@ fraction of the matrix product and is the same number.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -49,26 +50,34 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     return trace.patches(row)
 
 
-@method("Relevance", {"attention", "attention_gradient"})
+def _from_start(options: Mapping[str, Any], count: int) -> slice:
+    return slice(_block(options["start_layer"], count, "relevance.start_layer"), None)
+
+
+def _one(options: Mapping[str, Any], count: int) -> slice:
+    layer = _block(options["layer"], count, "attention.layer")
+    return slice(layer, layer + 1)
+
+
+@method("Relevance", {"attention", "attention_gradient"}, blocks=_from_start)
 def relevance(trace: Trace, *, start_layer: int = 0) -> Float[Tensor, "k rows columns"]:
     """Relevance, "GAE" (Chefer et al. 2021): R <- R + Abar^l R from R = I, Abar^l = E_h (G^l A^l)+, the read-out's row.
 
     `start_layer` is the first block that takes part (negative: from the end). Values >= 0.
-    Cost: one backward through the vision stack per target.
+    Cost: one backward per target through the blocks that take part.
     """
-    pairs = list(zip(trace.attentions(), trace.attention_gradients(), strict=True))
-    start = _block(start_layer, len(pairs), "relevance.start_layer")
+    blocks = slice(start_layer, None)
+    pairs = zip(trace.attentions(blocks=blocks), trace.attention_gradients(blocks=blocks), strict=True)
     row = trace.readout_row()
-    for weights, gradient in reversed(pairs[start:]):
+    for weights, gradient in reversed(list(pairs)):
         row = row + _chain(row, (weights * gradient).clamp(min=0).mean(1))
     return trace.patches(row)
 
 
-@method("Attention", {"attention"})
+@method("Attention", {"attention"}, blocks=_one)
 def raw_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
     """The read-out's attention row of one block (`layer`), one `head` or the mean over heads. Values in [0, 1]."""
-    attentions = trace.attentions()
-    weights = attentions[_block(layer, len(attentions), "attention.layer")]
+    [weights] = trace.attentions(blocks=slice(layer, layer + 1 or None))
     if head is not None:
         weights = weights[:, [_block(head, weights.shape[1], "attention.head")]]
     return trace.patches(_chain(trace.readout_row(), weights.mean(1)))

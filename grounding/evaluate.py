@@ -1,0 +1,288 @@
+"""Scoring maps against boxes: explain every picture of a data set once, count, and say under which rules.
+
+Rules (`mention-anybox`): a case is every mention of a phrase whose chain has a box, the text is the phrase alone in
+lower case, a hit is a peak strictly inside any of the chain's boxes. Numbers of other protocols (unions of boxes, chains
+in place of mentions, other texts) must not stand beside these.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from grounding.adapter import Adapter
+from grounding.engine import explain
+from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
+from grounding.explanation import Explanation
+from grounding.faithfulness import WHOLE, faithfulness
+from grounding.flickr30k import open_dataset
+from grounding.perturbation import Baseline, Case
+from grounding.plan import columns
+from grounding.records import Dataset, Record
+from grounding.resampling import CONFIDENCE, RESAMPLES, Estimate, mean
+from grounding.results import provenance_of
+from grounding.scoring import (
+    BASELINES,
+    OVERLAP,
+    THRESHOLD,
+    Captions,
+    MapScores,
+    Mention,
+    Peak,
+    PhraseScore,
+    mentions_of,
+    score_picture,
+)
+
+PROTOCOL = "mention-anybox"
+FORMAT = "grounding.evaluation"
+FEW = "min_entities"
+TUNING_SPLIT = "val"
+TUNING = tuple(round(float(t), 2) for t in np.arange(0.1, 0.91, 0.05))
+# Wrong for every picture alike: no case for counting.
+FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is scored, and how.
+
+    `captions`: mentions of the first caption of a picture, or of all. `min_entities`: pictures need so many chains with
+    boxes. `limit`: only the first so many pictures that qualify. `threshold`: where a map's range is cut for its box,
+    or with `tune_threshold` the value per method with the best IoU score on the validation split. `faithfulness` adds
+    deletion, insertion and what maps depend on, with patches replaced by `baseline`.
+    """
+
+    captions: Captions = "first"
+    peak: Peak = "patch"
+    min_entities: int = 1
+    limit: int | None = None
+    threshold: float = THRESHOLD
+    tune_threshold: bool = False
+    faithfulness: bool = False
+    baseline: Baseline = "blur"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise OptionError(f"limit must be at least 1 picture, got {self.limit}")
+        if self.min_entities < 1:
+            raise OptionError(f"min_entities must be at least 1, got {self.min_entities}")
+        if not 0 < self.threshold <= 1:
+            raise OptionError(f"threshold must be a part of the map's range, above 0 and up to 1, got {self.threshold}")
+
+
+@dataclass(eq=False)
+class Tally:
+    """What one way through a split gave: scores per picture, and what was left out and why."""
+
+    scored: list[dict[str, MapScores]] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    skipped_pictures: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def failed(self, error: GroundingError, phrases: int) -> None:
+        """One picture could not be scored."""
+        self.skipped_pictures[error.status] += 1
+        self.skipped[error.status] += phrases
+        self.problems.append(str(error))
+
+
+def evaluate(
+    adapter: Adapter, dataset: Dataset, rules: Rules | None = None, *, progress: bool = False, **how: Any
+) -> dict[str, Any]:
+    """Score methods on one split and return the document that `scripts/evaluate.py --format json` prints.
+
+    `how` are keyword arguments of `explain`: methods, options, layers, target, seed, ... Raises GroundingError where an
+    argument is wrong, and where not one phrase could be scored; a picture that fails is counted and named.
+    """
+    rules = rules or Rules()
+    how = {**how, "select": WHOLE}
+    # Before anything runs: a wrong name costs nothing.
+    plan = columns(
+        adapter, how.get("methods"), how.get("layers", ()), how.get("options"), how.get("average_layers", False)
+    )
+    adapter.check_kind(how.get("target"), how.get("token_target", adapter.token_targets[0]))
+    keys = [column.key for column in plan]
+    thresholds = dict.fromkeys(keys, rules.threshold)
+    if rules.tune_threshold:
+        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), rules, TUNING, how, progress)
+        thresholds = {key: _best_threshold(tuning.scored, key) for key in keys}
+    tally = _tally(adapter, dataset, rules, sorted(set(thresholds.values())), how, progress, rules.faithfulness)
+    scored = tally.scored
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "protocol": PROTOCOL,
+        "model": adapter.info.id,
+        "data": str(dataset.folder),
+        "split": dataset.split,
+        "pictures": len(scored),
+        "phrases": sum(len(next(iter(picture.values())).phrases) for picture in scored),
+        "skipped": dict(tally.skipped),
+        "skipped_pictures": dict(tally.skipped_pictures),
+        "rules": _rules(adapter, dataset, rules, how),
+        "methods": {
+            key: _summary([picture[key] for picture in scored], thresholds.get(key), rules.seed)
+            for key in (*keys, *BASELINES)
+        },
+        "problems": tally.problems,
+        "provenance": provenance_of(adapter, rules.seed),
+    }
+    if rules.faithfulness:
+        document["faithfulness"] = faithfulness(adapter, tally.cases, how, rules.baseline, rules.seed)
+    return document
+
+
+def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the numbers depend on, in words and values."""
+    pixel = rules.peak == "pixel"
+    return {
+        "layout": dataset.layout,
+        "text": "the phrase alone, lower case",
+        "captions": rules.captions,
+        "min_entities": rules.min_entities,
+        "limit": rules.limit,
+        "target": how.get("target") or adapter.kinds[0],
+        "peak": rules.peak,
+        "interpolation": "bilinear" if pixel else None,
+        "hit": "strictly inside any box of the chain",
+        "iou": OVERLAP,
+        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.threshold,
+        "centre": "the centre of the picture",
+        "random": f"exact, any seen {rules.peak} alike",
+        "interval": {"method": "percentile bootstrap over pictures", "resamples": RESAMPLES, "level": CONFIDENCE},
+        "options": {key: str(value) for key, value in (how.get("options") or {}).items()},
+        "layers": list(how.get("layers", ())),
+    }
+
+
+# ---------------------------------------------------------------- through the pictures
+
+
+def _tally(
+    adapter: Adapter,
+    dataset: Dataset,
+    rules: Rules,
+    thresholds: Sequence[float],
+    how: Mapping[str, Any],
+    progress: bool,
+    keep_cases: bool = False,
+) -> Tally:
+    """Explain and score every picture that qualifies. Raises GroundingError where none could be scored."""
+    tally = Tally(problems=list(dataset.problems))
+    seen = 0
+    for name in tqdm(dataset.ids, desc=dataset.split, unit="picture", disable=not progress):
+        if seen == rules.limit:
+            break
+        try:
+            record = dataset.read(name)
+        except GroundingError as error:
+            seen += 1
+            tally.failed(error, 0)
+            continue
+        mentions = _mentions(record, dataset, rules, tally)
+        if not mentions:
+            continue
+        seen += 1
+        try:
+            texts = tuple(dict.fromkeys(mention.text for mention in mentions))
+            found = explain(adapter, [str(record.picture)], [list(texts)], **how)[0]
+        except FATAL:
+            raise
+        except GroundingError as error:
+            tally.failed(error, len(mentions))
+            continue
+        explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
+        tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
+        if keep_cases:
+            tally.cases.append(Case.of(record.picture, explanations, (caption.text for caption in record.captions)))
+    if not tally.scored:
+        why = "; ".join([f"{n} pictures {reason}" for reason, n in tally.skipped_pictures.items()] or ["no boxes"])
+        first = f"; first of all: {tally.problems[0]}" if tally.problems else ""
+        raise GroundingError(f"not one phrase of split {dataset.split!r} could be scored ({why}){first}")
+    return tally
+
+
+def _mentions(record: Record, dataset: Dataset, rules: Rules, tally: Tally) -> list[Mention]:
+    """The mentions to score, none where the picture does not qualify; what is left out is counted."""
+    mentions, skipped = mentions_of(record, rules.captions, dataset.heldout or frozenset())
+    if len(record.boxes) < rules.min_entities:
+        tally.skipped_pictures[FEW] += 1
+        tally.skipped[FEW] += len(mentions) + skipped.total()
+        return []
+    tally.problems += record.problems
+    tally.skipped += skipped
+    if not mentions:
+        tally.skipped_pictures["no_boxes"] += 1
+    return mentions
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -> dict[str, Any]:
+    """All numbers of one method, fractions from 0 to 1; null where a number makes no sense for it."""
+    baseline = threshold is None
+    phrases = [picture.phrases for picture in pictures]
+    found = [[_overlap(p, threshold) for p in picture] for picture in phrases]
+    iou50 = [[None if o is None else float(o >= OVERLAP) for o in picture] for picture in found]
+    types = Counter(kind for picture in phrases for phrase in picture for kind in phrase.mention.types)
+    entity = mean([[p.entity for p in picture] for picture in phrases], seed)
+    area_found = mean(iou50, seed)
+    swap = mean([picture.swaps for picture in pictures], seed)
+    return {
+        **_pointing(phrases, seed),
+        "entity": entity.value,
+        "entity_ci": entity.interval,
+        "iou50": area_found.value,
+        "iou50_ci": area_found.interval,
+        "mean_iou": mean(found, seed).value,
+        "threshold": threshold,
+        "area": mean([[p.area for p in picture] for picture in phrases], seed).value,
+        "swap": swap.value,
+        "swap_ci": swap.interval,
+        "swap_pairs": swap.count,
+        "caption_swap_correlation": mean([picture.correlations for picture in pictures], seed).value,
+        "degenerate": None if baseline else sum(p.degenerate for picture in phrases for p in picture),
+        "by_type": {kind: _pointing(_only(phrases, kind=kind), seed) for kind, _ in types.most_common()},
+        "heldout": _part(_only(phrases, heldout=True), seed),
+        "not_heldout": _part(_only(phrases, heldout=False), seed),
+    }
+
+
+def _overlap(phrase: PhraseScore, threshold: float | None) -> float | None:
+    return None if threshold is None or phrase.overlaps is None else phrase.overlaps[threshold]
+
+
+def _pointing(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any]:
+    estimate = mean([[p.hit for p in picture] for picture in phrases], seed)
+    return {"pointing": estimate.value, "ci": estimate.interval, "phrases": estimate.count}
+
+
+def _part(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any] | None:
+    return _pointing(phrases, seed) if any(phrases) else None
+
+
+def _only(
+    phrases: Iterable[Sequence[PhraseScore]], kind: str | None = None, heldout: bool | None = None
+) -> list[list[PhraseScore]]:
+    def wanted(mention: Mention) -> bool:
+        return (kind is None or kind in mention.types) and (heldout is None or heldout == mention.heldout)
+
+    return [[p for p in picture if wanted(p.mention)] for picture in phrases]
+
+
+def _best_threshold(scored: Sequence[Mapping[str, MapScores]], key: str) -> float:
+    """The threshold with the most boxes at IoU 0.5, then the higher mean IoU, then the lower threshold."""
+
+    def worth(threshold: float) -> tuple[float, float, float]:
+        found = [o for picture in scored for p in picture[key].phrases if (o := _overlap(p, threshold)) is not None]
+        return float(np.mean([o >= OVERLAP for o in found])), float(np.mean(found)), -threshold
+
+    return max(TUNING, key=worth)

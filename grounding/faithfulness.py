@@ -1,0 +1,145 @@
+"""Whether maps can be believed: deletion and insertion, and what a map depends on, for all cases of an evaluation.
+
+Text sensitivity: the correlation of the maps of two captions of one picture; 1 where a map cannot see the text.
+Parameter randomisation (Adebayo et al. 2018, cascading): weights are drawn anew block by block from the top, in a copy
+of the model, and each map is correlated with that of the trained model; a map that stays alike shows the picture and
+the architecture, not what was learned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grounding.adapter import Adapter
+from grounding.engine import explain
+from grounding.errors import GroundingError
+from grounding.perturbation import BLUR, CONTROL, STEPS, Areas, Baseline, Case, areas
+from grounding.plan import Selection
+from grounding.recorder import find_module
+from grounding.resampling import Estimate, mean, pearson, ratio
+
+WHOLE = Selection(tokens=False)
+EVERYTHING = "every parameter"
+
+
+def faithfulness(
+    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], baseline: Baseline = "blur", seed: int = 0
+) -> dict[str, Any]:
+    """The scores as a document: per method deletion, insertion, text sensitivity, randomisation.
+
+    `how`: the keyword arguments of `explain` that the maps of the `cases` were made with. Intervals are over pictures.
+    Raises GroundingError.
+    """
+    measured = [areas(adapter, case, baseline, how.get("target"), seed) for case in cases]
+    keys = list(cases[0].maps)
+    names, by_depth = randomisation(adapter, cases, how, seed)
+    sensitivity = text_sensitivity(adapter, cases, how)
+    methods: dict[str, Any] = {key: _area_scores(measured, key, seed) for key in [*keys, CONTROL]}
+    for key in keys:
+        methods[key]["text_sensitivity"] = mean(sensitivity[key], seed).value
+        methods[key]["randomisation"] = [mean(groups, seed).value for groups in by_depth[key]]
+    texts = sum(one.texts for one in measured)
+    return {
+        "protocol": "deletion-insertion",
+        "steps": STEPS,
+        "baseline": baseline,
+        "blur": BLUR if baseline == "blur" else None,
+        "pictures": len(cases),
+        "texts": texts,
+        "score": {
+            "whole": sum(one.full for one in measured) / texts,
+            "nothing": sum(one.empty for one in measured) / texts,
+        },
+        "randomised": names,
+        "methods": methods,
+    }
+
+
+def _area_scores(measured: Sequence[Areas], key: str, seed: int) -> dict[str, Any]:
+    gap = [one.full - one.empty for one in measured]
+    scores: dict[str, Any] = {}
+    for name in ("deletion", "insertion"):
+        own = [getattr(one, name)[key] for one in measured]
+        control = [getattr(one, name)[CONTROL] for one in measured]
+        scores[name] = _named(ratio(own, gap, seed))
+        if key != CONTROL:
+            paired = ratio([a - b for a, b in zip(own, control, strict=True)], gap, seed)
+            scores[name] |= {"minus_random": paired.value, "minus_random_ci": paired.interval}
+    return scores
+
+
+def _named(estimate: Estimate) -> dict[str, Any]:
+    return {"auc": estimate.value, "ci": estimate.interval}
+
+
+def text_sensitivity(
+    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any]
+) -> dict[str, list[list[float | None]]]:
+    """Per method and picture, the correlation between the raw maps of its two captions, over seen patches."""
+    found: dict[str, list[list[float | None]]] = {key: [] for key in cases[0].maps}
+    for case in cases:
+        if not case.captions:
+            continue
+        a, b = explain(adapter, [str(case.picture)], [list(case.captions)], **{**how, "select": WHOLE})[0]
+        for key, groups in found.items():
+            groups.append([pearson(a.map(0, key).raw[case.seen], b.map(0, key).raw[case.seen])])
+    return found
+
+
+def randomisation(
+    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], seed: int = 0
+) -> tuple[list[str], dict[str, list[list[list[float | None]]]]]:
+    """What was drawn anew at each depth, and per method, depth and picture the correlations with the trained maps.
+
+    A picture that the re-drawn model cannot explain (a dead layer, NaN) has no correlation.
+    """
+    names: list[str] = []
+    found: dict[str, list[list[list[float | None]]]] = {key: [] for key in cases[0].maps}
+    for name, redrawn in cascade(adapter, seed):
+        names.append(name)
+        for groups in found.values():
+            groups.append([])
+        for case in cases:
+            try:
+                maps = explain(redrawn, [str(case.picture)], [list(case.texts)], **{**how, "select": WHOLE})[0]
+            except GroundingError:
+                continue
+            for key, groups in found.items():
+                pairs = zip(case.texts, maps, strict=True)
+                groups[-1].append(
+                    [pearson(case.maps[key][t][case.seen], m.map(0, key).raw[case.seen]) for t, m in pairs]
+                )
+    return names, found
+
+
+def cascade(adapter: Adapter, seed: int = 0) -> Iterator[tuple[str, Adapter]]:
+    """A copy of the adapter with the last block of the vision stack drawn anew, then the last two, ..., then all.
+
+    The same copy each time: use it before the next is asked for. The user's model is never touched.
+    """
+    redrawn = copy.deepcopy(adapter)
+    generator = torch.Generator().manual_seed(seed)
+    for path in reversed(redrawn.stack("vision").blocks):
+        redraw(find_module(redrawn.model, path), generator)
+        yield path, redrawn
+    redraw(redrawn.model, generator)
+    yield EVERYTHING, redrawn
+
+
+def redraw(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw each parameter anew from a normal distribution with its own mean and standard deviation.
+
+    Scales stay, whatever the architecture's own initialisation would be, so that the model still computes something.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.is_floating_point():
+                continue
+            old = parameter.detach().float()
+            fresh = torch.randn(old.shape, generator=generator)
+            parameter.copy_(fresh.to(old) * old.std(correction=0) + old.mean())

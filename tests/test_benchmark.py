@@ -1,0 +1,51 @@
+"""The benchmark's machinery, on a tiny model: its figures are reported, never asserted."""
+
+import json
+import sys
+
+import pytest
+
+from tests import tiny
+from tests.test_cli import ROOT, script
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmarks.clip as loops
+
+    monkeypatch.setattr(loops, "make_adapter", lambda: tiny.clip_adapter(dtype=tiny.torch.float32, layers=4))
+    monkeypatch.setattr(loops, "captions", lambda: ["red car", "two dogs"])
+    monkeypatch.setattr(loops, "CAPTIONS", 2)
+    yield script(ROOT / "scripts" / "benchmark.py")
+    for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+def test_json_has_the_documented_cases(benchmark, capsys):
+    assert benchmark.main(["clip", "--format", "json", "--pictures", "1", "2", "--repeats", "1", "-q"]) == 0
+    cases = json.loads(capsys.readouterr().out)["clip"]
+    keys = ["case", "method", "pictures", "targets", "ratio_to_forward", "naive_ratio", "speedup", "peak_mb"]
+    assert all(list(case) == keys for case in cases)
+    assert {case["case"] for case in cases} == {"maps", "end_to_end"}
+    gradcam = [c for c in cases if (c["case"], c["method"]) == ("maps", "gradcam")]
+    assert [c["pictures"] for c in gradcam] == [1, 2]
+    assert gradcam[1]["targets"] == 2 * gradcam[0]["targets"]
+    assert all(c["speedup"] == pytest.approx(c["naive_ratio"] / c["ratio_to_forward"], rel=0.05) for c in gradcam)
+
+
+def test_text_is_a_table(benchmark, capsys):
+    assert benchmark.main(["clip", "--pictures", "1", "--repeats", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "ratio_to_forward" in out
+    assert "bare forward" in err
+
+
+def test_the_meter_sees_memory_and_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmarks.meter import cost
+
+    found = cost(lambda: sum(bytearray(64 * 2**20)), 1)
+    assert found.seconds > 0.05
+    if sys.platform == "linux":
+        assert 60 < found.peak_mb < 80
