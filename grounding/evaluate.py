@@ -1,21 +1,22 @@
 """Scoring maps against boxes: explain every picture of a data set once, count, and say under which rules.
 
 Rules (`mention-anybox`): a case is every mention of a phrase whose chain has a box, the text is the phrase alone in
-lower case, a hit is a peak strictly inside any of the chain's boxes. Numbers of other protocols (unions of boxes, chains
-in place of mentions, other texts) must not stand beside these.
+lower case, a hit is a peak strictly inside any of the chain's boxes. Numbers of other protocols (unions of boxes,
+chains in place of mentions, other texts) must not stand beside these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from grounding.adapter import Adapter
+from grounding.demo import is_demo
 from grounding.engine import explain
 from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.explanation import Explanation
@@ -24,8 +25,9 @@ from grounding.flickr30k import open_dataset
 from grounding.perturbation import Baseline, Case
 from grounding.plan import columns
 from grounding.records import Dataset, Record
-from grounding.resampling import CONFIDENCE, RESAMPLES, Estimate, mean
+from grounding.resampling import CONFIDENCE, RESAMPLES
 from grounding.results import provenance_of
+from grounding.scorecard import FORMAT
 from grounding.scoring import (
     BASELINES,
     OVERLAP,
@@ -34,17 +36,17 @@ from grounding.scoring import (
     MapScores,
     Mention,
     Peak,
-    PhraseScore,
     mentions_of,
     score_picture,
 )
+from grounding.summary import best_threshold, summary
 
 PROTOCOL = "mention-anybox"
-FORMAT = "grounding.evaluation"
 FEW = "min_entities"
+DEMO_ENTITIES = 3
 TUNING_SPLIT = "val"
 TUNING = tuple(round(float(t), 2) for t in np.arange(0.1, 0.91, 0.05))
-# Wrong for every picture alike: no case for counting.
+# Wrong for every picture alike, where already the first one has it: no case for counting.
 FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
 
 
@@ -53,14 +55,15 @@ class Rules:
     """What is scored, and how.
 
     `captions`: mentions of the first caption of a picture, or of all. `min_entities`: pictures need so many chains with
-    boxes. `limit`: only the first so many pictures that qualify. `threshold`: where a map's range is cut for its box,
-    or with `tune_threshold` the value per method with the best IoU score on the validation split. `faithfulness` adds
-    deletion, insertion and what maps depend on, with patches replaced by `baseline`.
+    boxes (None: 3 in the demo world, where fewer make it easy, else 1). `limit`: only the first so many pictures that
+    qualify. `threshold`: where a map's range is cut for its box, or with `tune_threshold` the value per method with the
+    best IoU score on the validation split. `faithfulness` adds deletion, insertion and what maps depend on, with
+    patches replaced by `baseline`.
     """
 
     captions: Captions = "first"
     peak: Peak = "patch"
-    min_entities: int = 1
+    min_entities: int | None = None
     limit: int | None = None
     threshold: float = THRESHOLD
     tune_threshold: bool = False
@@ -71,7 +74,7 @@ class Rules:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise OptionError(f"limit must be at least 1 picture, got {self.limit}")
-        if self.min_entities < 1:
+        if self.min_entities is not None and self.min_entities < 1:
             raise OptionError(f"min_entities must be at least 1, got {self.min_entities}")
         if not 0 < self.threshold <= 1:
             raise OptionError(f"threshold must be a part of the map's range, above 0 and up to 1, got {self.threshold}")
@@ -103,6 +106,8 @@ def evaluate(
     argument is wrong, and where not one phrase could be scored; a picture that fails is counted and named.
     """
     rules = rules or Rules()
+    if rules.min_entities is None:
+        rules = replace(rules, min_entities=DEMO_ENTITIES if is_demo(dataset.folder) else 1)
     how = {**how, "select": WHOLE}
     # Before anything runs: a wrong name costs nothing.
     plan = columns(
@@ -113,7 +118,7 @@ def evaluate(
     thresholds = dict.fromkeys(keys, rules.threshold)
     if rules.tune_threshold:
         tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), rules, TUNING, how, progress)
-        thresholds = {key: _best_threshold(tuning.scored, key) for key in keys}
+        thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
     tally = _tally(adapter, dataset, rules, sorted(set(thresholds.values())), how, progress, rules.faithfulness)
     scored = tally.scored
     document: dict[str, Any] = {
@@ -128,7 +133,7 @@ def evaluate(
         "skipped_pictures": dict(tally.skipped_pictures),
         "rules": _rules(adapter, dataset, rules, how),
         "methods": {
-            key: _summary([picture[key] for picture in scored], thresholds.get(key), rules.seed)
+            key: summary([picture[key] for picture in scored], thresholds.get(key), rules.seed)
             for key in (*keys, *BASELINES)
         },
         "problems": tally.problems,
@@ -154,6 +159,7 @@ def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, A
         "hit": "strictly inside any box of the chain",
         "iou": OVERLAP,
         "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.threshold,
+        "tuned": rules.tune_threshold,
         "centre": "the centre of the picture",
         "random": f"exact, any seen {rules.peak} alike",
         "interval": {"method": "percentile bootstrap over pictures", "resamples": RESAMPLES, "level": CONFIDENCE},
@@ -193,9 +199,9 @@ def _tally(
         try:
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
             found = explain(adapter, [str(record.picture)], [list(texts)], **how)[0]
-        except FATAL:
-            raise
         except GroundingError as error:
+            if isinstance(error, FATAL) and not tally.scored:
+                raise
             tally.failed(error, len(mentions))
             continue
         explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
@@ -212,7 +218,7 @@ def _tally(
 def _mentions(record: Record, dataset: Dataset, rules: Rules, tally: Tally) -> list[Mention]:
     """The mentions to score, none where the picture does not qualify; what is left out is counted."""
     mentions, skipped = mentions_of(record, rules.captions, dataset.heldout or frozenset())
-    if len(record.boxes) < rules.min_entities:
+    if len(record.boxes) < (rules.min_entities or 1):
         tally.skipped_pictures[FEW] += 1
         tally.skipped[FEW] += len(mentions) + skipped.total()
         return []
@@ -221,68 +227,3 @@ def _mentions(record: Record, dataset: Dataset, rules: Rules, tally: Tally) -> l
     if not mentions:
         tally.skipped_pictures["no_boxes"] += 1
     return mentions
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def _summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -> dict[str, Any]:
-    """All numbers of one method, fractions from 0 to 1; null where a number makes no sense for it."""
-    baseline = threshold is None
-    phrases = [picture.phrases for picture in pictures]
-    found = [[_overlap(p, threshold) for p in picture] for picture in phrases]
-    iou50 = [[None if o is None else float(o >= OVERLAP) for o in picture] for picture in found]
-    types = Counter(kind for picture in phrases for phrase in picture for kind in phrase.mention.types)
-    entity = mean([[p.entity for p in picture] for picture in phrases], seed)
-    area_found = mean(iou50, seed)
-    swap = mean([picture.swaps for picture in pictures], seed)
-    return {
-        **_pointing(phrases, seed),
-        "entity": entity.value,
-        "entity_ci": entity.interval,
-        "iou50": area_found.value,
-        "iou50_ci": area_found.interval,
-        "mean_iou": mean(found, seed).value,
-        "threshold": threshold,
-        "area": mean([[p.area for p in picture] for picture in phrases], seed).value,
-        "swap": swap.value,
-        "swap_ci": swap.interval,
-        "swap_pairs": swap.count,
-        "caption_swap_correlation": mean([picture.correlations for picture in pictures], seed).value,
-        "degenerate": None if baseline else sum(p.degenerate for picture in phrases for p in picture),
-        "by_type": {kind: _pointing(_only(phrases, kind=kind), seed) for kind, _ in types.most_common()},
-        "heldout": _part(_only(phrases, heldout=True), seed),
-        "not_heldout": _part(_only(phrases, heldout=False), seed),
-    }
-
-
-def _overlap(phrase: PhraseScore, threshold: float | None) -> float | None:
-    return None if threshold is None or phrase.overlaps is None else phrase.overlaps[threshold]
-
-
-def _pointing(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any]:
-    estimate = mean([[p.hit for p in picture] for picture in phrases], seed)
-    return {"pointing": estimate.value, "ci": estimate.interval, "phrases": estimate.count}
-
-
-def _part(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any] | None:
-    return _pointing(phrases, seed) if any(phrases) else None
-
-
-def _only(
-    phrases: Iterable[Sequence[PhraseScore]], kind: str | None = None, heldout: bool | None = None
-) -> list[list[PhraseScore]]:
-    def wanted(mention: Mention) -> bool:
-        return (kind is None or kind in mention.types) and (heldout is None or heldout == mention.heldout)
-
-    return [[p for p in picture if wanted(p.mention)] for picture in phrases]
-
-
-def _best_threshold(scored: Sequence[Mapping[str, MapScores]], key: str) -> float:
-    """The threshold with the most boxes at IoU 0.5, then the higher mean IoU, then the lower threshold."""
-
-    def worth(threshold: float) -> tuple[float, float, float]:
-        found = [o for picture in scored for p in picture[key].phrases if (o := _overlap(p, threshold)) is not None]
-        return float(np.mean([o >= OVERLAP for o in found])), float(np.mean(found)), -threshold
-
-    return max(TUNING, key=worth)

@@ -1,6 +1,7 @@
 """Whether maps can be believed: deletion and insertion, and what a map depends on, for all cases of an evaluation.
 
-Text sensitivity: the correlation of the maps of two captions of one picture; 1 where a map cannot see the text.
+Text sensitivity: the correlation between the maps of two captions of one picture; 1 where a map cannot see the text.
+Captions of one picture may name the same things, so its caption is also held against one of another picture.
 Parameter randomisation (Adebayo et al. 2018, cascading): weights are drawn anew block by block from the top, in a copy
 of the model, and each map is correlated with that of the trained model; a map that stays alike shows the picture and
 the architecture, not what was learned.
@@ -33,15 +34,17 @@ def faithfulness(
     """The scores as a document: per method deletion, insertion, text sensitivity, randomisation.
 
     `how`: the keyword arguments of `explain` that the maps of the `cases` were made with. Intervals are over pictures.
-    Raises GroundingError.
+    A picture that fails is counted and left out of everything. Raises GroundingError where all fail.
     """
-    measured = [areas(adapter, case, baseline, how.get("target"), seed) for case in cases]
+    given = len(cases)
+    measured, cases = _measured(adapter, cases, how, baseline, seed)
     keys = list(cases[0].maps)
     names, by_depth = randomisation(adapter, cases, how, seed)
     sensitivity = text_sensitivity(adapter, cases, how)
     methods: dict[str, Any] = {key: _area_scores(measured, key, seed) for key in [*keys, CONTROL]}
     for key in keys:
-        methods[key]["text_sensitivity"] = mean(sensitivity[key], seed).value
+        for name, groups in sensitivity[key].items():
+            methods[key][name] = mean(groups, seed).value
         methods[key]["randomisation"] = [mean(groups, seed).value for groups in by_depth[key]]
     texts = sum(one.texts for one in measured)
     return {
@@ -50,6 +53,7 @@ def faithfulness(
         "baseline": baseline,
         "blur": BLUR if baseline == "blur" else None,
         "pictures": len(cases),
+        "failed_pictures": given - len(cases),
         "texts": texts,
         "score": {
             "whole": sum(one.full for one in measured) / texts,
@@ -58,6 +62,21 @@ def faithfulness(
         "randomised": names,
         "methods": methods,
     }
+
+
+def _measured(
+    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], baseline: Baseline, seed: int
+) -> tuple[list[Areas], list[Case]]:
+    measured, kept, first = [], [], GroundingError("there is no case to measure faithfulness on")
+    for case in cases:
+        try:
+            measured.append(areas(adapter, case, baseline, how.get("target"), seed))
+            kept.append(case)
+        except GroundingError as error:
+            first = first if measured else error
+    if not kept:
+        raise first
+    return measured, kept
 
 
 def _area_scores(measured: Sequence[Areas], key: str, seed: int) -> dict[str, Any]:
@@ -79,15 +98,26 @@ def _named(estimate: Estimate) -> dict[str, Any]:
 
 def text_sensitivity(
     adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any]
-) -> dict[str, list[list[float | None]]]:
-    """Per method and picture, the correlation between the raw maps of its two captions, over seen patches."""
-    found: dict[str, list[list[float | None]]] = {key: [] for key in cases[0].maps}
-    for case in cases:
-        if not case.captions:
+) -> dict[str, dict[str, list[list[float | None]]]]:
+    """Per method, correlations between raw maps over seen patches, a group for each picture.
+
+    `text_sensitivity`: its first two captions that differ. `foreign_text`: its first one and that of the next picture.
+    A picture whose captions cannot be explained has none.
+    """
+    names = ("text_sensitivity", "foreign_text")
+    found: dict[str, Any] = {key: {name: [] for name in names} for key in cases[0].maps}
+    for case, following in zip(cases, [*cases[1:], cases[0]], strict=True):
+        others = [case.captions[1:2], following.captions[:1]]
+        texts = list(dict.fromkeys([*case.captions[:2], *following.captions[:1]]))
+        try:
+            maps = explain(adapter, [str(case.picture)], [texts], **{**how, "select": WHOLE})[0]
+        except GroundingError:
             continue
-        a, b = explain(adapter, [str(case.picture)], [list(case.captions)], **{**how, "select": WHOLE})[0]
         for key, groups in found.items():
-            groups.append([pearson(a.map(0, key).raw[case.seen], b.map(0, key).raw[case.seen])])
+            raw = {text: one.map(0, key).raw[case.seen] for text, one in zip(texts, maps, strict=True)}
+            own = raw[case.captions[0]]
+            for name, other in zip(names, others, strict=True):
+                groups[name].append([pearson(own, raw[text]) for text in other if text != case.captions[0]])
     return found
 
 

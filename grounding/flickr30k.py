@@ -95,7 +95,7 @@ LAYOUTS = (Entities,)
 
 
 def read_sentences(path: Path) -> tuple[tuple[Caption, ...], tuple[str, ...]]:
-    """(captions, problems) of a file of Sentences/; lines with broken marks are left out and named. Raises DataError."""
+    """(captions, problems) of a file of Sentences/; lines with broken marks are left out, named. Raises DataError."""
     captions, problems = [], []
     lines = _lines(path)
     for number, line in enumerate(lines):

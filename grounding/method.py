@@ -27,8 +27,8 @@ class Method:
     `needs` are the signals it reads (see `grounding.trace`), `signed` says that raw values may be negative and that
     the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
     `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
-    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. Of n blocks it reads
-    `blocks(options, n)`: gradients go no further back than that.
+    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. Of n blocks
+    it reads `blocks(options, n)`: gradients go no further back than that.
     """
 
     title: str

@@ -36,21 +36,21 @@ CONTROL = "random"
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One picture, its explained texts, their raw maps (`maps[key][text]`), and two captions that differ, or none."""
+    """One picture, its explained texts, their raw maps (`maps[key][text]`), and one or two captions that differ."""
 
     picture: Path
     texts: tuple[str, ...]
     maps: Mapping[str, Mapping[str, Float[np.ndarray, "rows columns"]]]
     seen: Bool[np.ndarray, "rows columns"]
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, picture: Path, found: Mapping[str, Explanation], captions: Iterable[str] = ()) -> Case:
+    def of(cls, picture: Path, found: Mapping[str, Explanation], captions: Iterable[str]) -> Case:
         """The case of explanations by text; the first two different `captions` are kept."""
         first = next(iter(found.values()))
         maps = {key: {text: one.map(0, key).raw for text, one in found.items()} for key in first.columns}
         two = tuple(dict.fromkeys(captions))[:2]
-        return cls(picture, tuple(found), maps, first.geometry.seen_cells, two if len(two) == 2 else ())
+        return cls(picture, tuple(found), maps, first.geometry.seen_cells, two)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ Axis letters: B pictures, P queries, N patches, D embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from batches import Batch
@@ -41,6 +42,8 @@ class Step:
     queries: torch.Tensor  # (P, D)
     patches: torch.Tensor  # (B, N, D) hidden_states[-2] through the projection
     temperature: torch.Tensor  # scalar, exp(logit_scale)
+    hidden: tuple[torch.Tensor, ...]  # (B, 1 + N, width) what enters each vision block, and the output of the last
+    maps: Any = None  # made once, by the losses on maps
 
 
 def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
@@ -65,6 +68,7 @@ def forward(model: CLIPModel, heads: Heads, batch: Batch) -> Step:
         queries=embed_text(model, batch.queries),
         patches=patches,
         temperature=model.logit_scale.exp().clamp(max=60.0),
+        hidden=vision.hidden_states,
     )
 
 

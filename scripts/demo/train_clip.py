@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from batches import Batch, stream
 from losses import LOSSES, Heads, forward
+from map_losses import MAP_LOSSES
 from model import build_model, change_patch, export
 from transformers import CLIPModel
 from validate import ValidationSet, load_split, validate
@@ -33,7 +34,7 @@ class Stage:
     """One part of the schedule: learning rate from `lr` to `lr_end` (cosine), weights of the losses by name.
 
     `folder` is the checkpoint that the stage exports, below data/demo/models. A later stage may go on from here with
-    other losses and a folder of its own: one more line in `STAGES`, one more function in `losses.LOSSES`.
+    other losses and a folder of its own: one more line in `STAGES`, one more function in `LOSSES` or `MAP_LOSSES`.
     """
 
     patch: int
@@ -46,10 +47,13 @@ class Stage:
     validate_every: int = 400
 
 
+PLAIN = {"contrast": 1.0, "phrase": 1.0, "box": 1.0}
 # Cheap large patches first: binding words to looks needs many pictures, pointing then needs the fine grid.
 STAGES = (
-    Stage(14, 1600, 1.2e-3, 8e-4, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
-    Stage(8, 2300, 9e-4, 1e-5, {"contrast": 1.0, "phrase": 1.0, "box": 1.0}),
+    Stage(14, 1600, 1.2e-3, 8e-4, PLAIN, "clip-plain"),
+    Stage(8, 2300, 9e-4, 1e-5, PLAIN, "clip-plain"),
+    # Map-supervised: goes on from the plain checkpoint, which stays as it is.
+    Stage(8, 900, 6e-4, 1e-5, {**PLAIN, "phrase": 0.5, "gradcam": 1.0, "relevance": 0.75}, "clip", validate_every=300),
 )
 
 
@@ -128,7 +132,7 @@ def train_step(run: Run, stage: Stage, batch: Batch) -> dict[str, float]:
         group["lr"] = learning_rate(stage, run.step)
     with torch.autocast("cpu", torch.bfloat16):
         step = forward(run.model, run.heads, batch)
-    losses = {name: LOSSES[name](step) for name in stage.weights}
+    losses = {name: (LOSSES | MAP_LOSSES)[name](step) for name in stage.weights}
     total = sum(weight * losses[name] for name, weight in stage.weights.items())
     run.optimizer.zero_grad(set_to_none=True)
     total.backward()

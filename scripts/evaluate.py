@@ -1,0 +1,77 @@
+"""Score maps against annotated boxes: do they point at what the phrase names, and does the model care?
+
+python scripts/evaluate.py
+python scripts/evaluate.py --model openai/clip-vit-base-patch16 --data flickr30k_entities --captions all --peak pixel
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from grounding import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.model_options(made)
+    group = made.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="folder like Flickr30k Entities (default: demo scenes)")
+    group.add_argument("--split", default="test", help="ids are in <split>.txt (default: %(default)s)")
+    group.add_argument("--captions", choices=["first", "all"], default="first", help="whose phrases are scored")
+    group.add_argument("--min-entities", type=int, metavar="N", help="boxed entities a picture needs (demo: 3; else 1)")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures that qualify")
+    group = made.add_argument_group("maps")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: gradcam rollout relevance")
+    group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
+    group.add_argument("--layer", action="append", default=[], metavar="LAYER", help="as in ground.py; repeatable")
+    group.add_argument("--option", action="append", default=[], metavar="METHOD.OPTION=VALUE", help="repeatable")
+    group = made.add_argument_group("scores")
+    group.add_argument("--peak", choices=["patch", "pixel"], default="patch", help="strongest patch or pixel")
+    group.add_argument("--threshold", type=float, default=0.5, help="of a map's range, for its box (default: 0.5)")
+    group.add_argument("--tune-threshold", action="store_true", help="per method, the best one on the split val")
+    group.add_argument("--faithfulness", action="store_true", help="deletion, insertion, sensitivity, randomisation")
+    group.add_argument("--baseline", choices=["blur", "black", "mean"], default="blur", help="in place of a patch")
+    group = made.add_argument_group("output")
+    group.add_argument("--format", choices=["text", "json"], default="text", help="Markdown tables, or JSON")
+    group.add_argument("--output", metavar="FILE", help="write the JSON document there, too")
+    group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
+    group.add_argument("-q", "--quiet", action="store_true", help="no warnings and no progress on stderr")
+    # Every phrase is explained as a caption of its own: the options for parts of captions stay as they are.
+    made.set_defaults(token_target="leave-one-out", tokens=[], words=False, phrase=[], average_layers=False)
+    made.set_defaults(attention_layer=None, head=None)
+    return made
+
+
+def score(args: argparse.Namespace) -> int:
+    """Score, print, write; a picture that fails costs a warning, not the others' results."""
+    from adapters import load
+    from grounding import scorecard
+    from grounding.demo import demo_folder
+    from grounding.evaluate import Rules, evaluate
+    from grounding.flickr30k import open_dataset
+    from grounding.text import visible_text
+
+    chosen = ("captions", "peak", "min_entities", "limit", "threshold", "tune_threshold", "faithfulness", "baseline")
+    rules = Rules(**{name: getattr(args, name) for name in (*chosen, "seed")})
+    dataset = open_dataset(args.data or demo_folder() / "scenes", args.split)
+    path = scorecard.check_file(args.output) if args.output else None
+    how = cli.explain_keywords(args)
+    adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
+    document = evaluate(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
+    for problem in [] if args.quiet else document["problems"]:
+        print(f"warning: {visible_text(problem)}", file=sys.stderr)
+    print(scorecard.as_json(document) if args.format == "json" else scorecard.markdown(document))
+    if path is not None:
+        scorecard.write_file(path, document)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 could not do it, 2 was asked for something that does not exist, 130 interrupted."""
+    return cli.run(score, cli.parse(parser(), argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
