@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PLAIN = (nn.Linear, nn.LayerNorm, nn.GELU)
+
 
 @dataclass(frozen=True, eq=False)
 class LastBlock:
@@ -34,6 +36,15 @@ class LastBlock:
     def block(self) -> Any:
         """The block itself."""
         return self.model.vision_model.encoder.layers[-1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parts that are recomputed here are CLIP's own, with nothing attached to them."""
+        parts = [*self.block.modules(), self.model.vision_model.post_layernorm, self.model.visual_projection]
+        own = all(type(p) in PLAIN or type(p).__module__.startswith("transformers.") for p in parts)
+        hooks = [h for p in parts for h in (*p._forward_hooks.values(), *p._forward_pre_hooks.values())]
+        # transformers' own hooks only look.
+        return own and all(getattr(h, "__module__", "").startswith("transformers.") for h in hooks)
 
     def embed(
         self, hidden: Float[Tensor, "N D"], shift: Float[Tensor, "k D"], *, before_norm: bool
@@ -63,8 +74,11 @@ class LastBlock:
     ) -> tuple[Float[Tensor, "N"], _Moved]:
         """The shift as it comes out of the first layer norm: the patch mask over sigma, and the moved part."""
         norm = self.block.layer_norm1
-        centred = hidden - hidden.mean(-1, keepdim=True)
+        # Squares of half-precision features overflow.
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1) + norm.eps).sqrt()  # (N,)
+        centred, deviation = centred.to(hidden.dtype), deviation.to(hidden.dtype)
         through = norm.weight * (shift - shift.mean(-1, keepdim=True))
         along = None
         if self.rule is None:
@@ -94,13 +108,14 @@ class LastBlock:
         if self.rule is None:
             return norm(x)
         centred = x - x.mean(-1, keepdim=True)
-        deviation = (x.detach().var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        deviation = (wide.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
         return centred / deviation * norm.weight + norm.bias
 
 
 @dataclass(frozen=True, eq=False)
 class _Moved:
-    """A shift behind the first norm: `shift` (k, D) for every patch, less `along` (N, k) times `direction` (N, D) if any."""
+    """A shift behind the first norm: `shift` (k, D) for every patch, less `along` (N, k) x `direction` (N, D)."""
 
     shift: Tensor
     along: Tensor | None

@@ -23,12 +23,12 @@ def embed_left_out(
     ids: Int[Tensor, "T L"],
     mask: Int[Tensor, "T L"],
     texts: Sequence[int],
-    hidden: Sequence[Sequence[int]],
+    masked: Sequence[Sequence[int]],
 ) -> Float[Tensor, "V E"]:
-    """Normalised embeddings, by a CLIPModel, of V variants: text `texts[v]` with the tokens at positions `hidden[v]` masked."""
+    """Normalised embeddings by a CLIPModel of V variants: text `texts[v]` with the tokens at `masked[v]` masked."""
     end = end_positions(model, ids)
-    kept = torch.stack([_without(mask[t].bool(), positions) for t, positions in zip(texts, hidden, strict=True)])
-    variants = _Variants.of(kept, torch.tensor(texts, device=ids.device), [min(p) for p in hidden], end)
+    kept = torch.stack([_without(mask[t].bool(), positions) for t, positions in zip(texts, masked, strict=True)])
+    variants = _Variants.of(kept, torch.tensor(texts, device=ids.device), [min(p) for p in masked], end)
     whole = model.text_model.embeddings(input_ids=ids)  # (T, L, D)
     packed = whole[variants.text[variants.owner], variants.place]  # (M, D)
     length = ids.shape[1]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters._processors import geometry_of
 from grounding.adapter import Adapter
 from grounding.demo import is_demo
 from grounding.errors import ModelError
 from grounding.geometry import Geometry
 from grounding.images import Picture, open_image
-from grounding.processors import geometry_of
 
 # Below this share of the picture the reader should hear that much of it was cropped away; a 3 : 2 photograph has 0.67.
 SEEN_ENOUGH = 0.6
@@ -34,12 +34,11 @@ class Prepared:
     warnings: tuple[tuple[str, ...], ...]
 
 
-def prepare_images(adapter: Adapter, images: Sequence[Any], patch: int) -> Prepared:
-    """Open, process, and locate pictures for an adapter with an `image_processor`; `patch` is a patch's side in pixels.
+def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patch: int) -> Prepared:
+    """Open, process, and locate pictures for an adapter by its image processor; `patch` is a patch's side in pixels.
 
     Raises ImageError for a picture that cannot be used, ModelError where pictures of a batch get different sizes.
     """
-    processor = adapter.image_processor  # type: ignore[attr-defined]
     pictures = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
     tensors = [_pixels(processor, picture) for picture in pictures]
     if len({tensor.shape for tensor in tensors}) > 1:

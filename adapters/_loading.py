@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from adapters._table import ADAPTERS, MODEL_TYPES
 from grounding.adapter import Adapter, ModelInfo
-from grounding.demo import demo_model
+from grounding.demo import DEMO_NAME, demo_model
 from grounding.errors import ModelError
 from grounding.text import visible_text
 
-# How the embedded model is called in results, wherever its files lie.
-DEMO_NAME = "demo-clip"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -134,6 +131,8 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used: {_first_line(error)}") from None
@@ -173,16 +172,7 @@ def _one_line(name: str, part: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:
         raise ModelError(f"cannot load the {part} of {visible_text(name)!r}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from adapters._clip_fast import LastBlock
-from adapters._clip_text import embed_left_out
+from adapters._clip_text import embed_left_out, end_positions
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import TOKEN_TARGETS, Adapter, ModelInfo
-from grounding.errors import TextError
+from grounding.errors import ModelError, TextError
 from grounding.recorder import Recorder
 from grounding.text import Span, Tokens
 from grounding.types import Inputs, Sites, Targets
@@ -51,6 +51,8 @@ class ClipAdapter(Adapter):
     ) -> None:
         self.model = model
         # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
+        if processor is None and (tokenizer is None or image_processor is None):
+            raise ModelError("ClipAdapter needs a processor, or a tokenizer and an image_processor")
         self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
         self.image_processor = image_processor or processor.image_processor
         check_tokenizer(self.tokenizer)
@@ -73,9 +75,15 @@ class ClipAdapter(Adapter):
 
     def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
         """Pixel values (B, 3, H, W), token ids and mask (T, L) padded to the longest text."""
-        pictures = prepare_images(self, images, patch=self._config.vision_config.patch_size)
+        pictures = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
         found = [tokenise(self.tokenizer, text, self._limit) for own in texts for text in own]
         ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
+        for (tokens, _), end in zip(found, end_positions(self.model, ids).tolist(), strict=True):
+            if end != len(tokens) - 1:
+                raise TextError(
+                    f"the model would read {tokens.text!r} up to token {end} of {len(tokens)} only: its end token is "
+                    "there (an unknown sign, or a tokenizer of another model)"
+                )
         return Inputs(
             pictures=pictures.pictures,
             geometry=pictures.geometry,
@@ -130,8 +138,13 @@ class ClipAdapter(Adapter):
 
     @property
     def fast_taps(self) -> dict[str, tuple[str, ...]]:
-        """The input of the last block's attention, and the block before it; both start from the latter's output."""
+        """The input of the last block's attention, and the block before it; both start from the latter's output.
+
+        None where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
+        """
         stack = self.sites.stacks["vision"]
+        if not LastBlock(self.model).is_plain:
+            return {}
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}
 
@@ -174,10 +187,10 @@ class ClipAdapter(Adapter):
         parts = []
         with Recorder(self.model):
             for first in range(0, len(spans), TEXT_BATCH):
-                texts, hidden = zip(*[(t, s.positions) for t, s in spans[first : first + TEXT_BATCH]], strict=True)
+                texts, masked = zip(*[(t, s.positions) for t, s in spans[first : first + TEXT_BATCH]], strict=True)
                 used = sorted(set(texts))
                 rows = [used.index(t) for t in texts]
-                parts.append(whole[list(texts)] - embed_left_out(self.model, ids[used], mask[used], rows, hidden))
+                parts.append(whole[list(texts)] - embed_left_out(self.model, ids[used], mask[used], rows, masked))
         return torch.cat(parts)
 
     @property
@@ -199,8 +212,6 @@ class ClipAdapter(Adapter):
 
     def _piece(self, tokens: Tokens, span: Span) -> list[int]:
         """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
-        if not span.positions:
-            raise TextError(f"{span.label!r} lies in the part of the text that the model does not read")
         first, last = tokens.visible[0], tokens.visible[-1]
         inner = [tokens.ids[i] for i in span.positions]
         return [*tokens.ids[:first], *inner, *tokens.ids[last + 1 :]]

@@ -13,6 +13,7 @@ An adapter is made around a model and its processor; it never changes either. To
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,11 +85,20 @@ class Adapter(ABC):
     def forward(self, inputs: Inputs, targets: Targets | None) -> Float[Tensor, "K"] | None:
         """The scores (K,), differentiable, in one pass; without targets the vision stack alone runs."""
 
+    @classmethod
+    def from_checkpoint(cls, source: Any) -> Adapter:
+        """The adapter of a checkpoint, for `adapters.load`: `source` has `model(class)`, `tokenizer()`,
+        `image_processor()` and `info(model, image_processor)`. Not needed for models that are handed over."""
+        raise ModelError(f"{cls.__name__} cannot load {source.id!r} by name: make it around a model")
+
     # ------------------------------------------------------------------ what every architecture inherits
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is. Raises ModelError where some of it lies nowhere (offloaded to disk, meta device)."""
+        found = {parameter.device for parameter in self.model.parameters()}
+        if any(device.type == "meta" for device in found):
+            raise ModelError("some weights are on the meta device (offloaded?): load the whole model onto one device")
         return next(self.model.parameters()).device
 
     @property
@@ -205,13 +215,14 @@ class Adapter(ABC):
         """Inputs whose k-th picture is the picture of target k; texts as they are."""
         index = targets.image.tolist()
         tensors = dict(inputs.tensors)
-        tensors["pixel_values"] = tensors["pixel_values"][index]
+        tensors |= {name: tensors[name][index] for name in inputs.per_picture}
         return Inputs(
             pictures=tuple(inputs.pictures[b] for b in index),
             geometry=tuple(inputs.geometry[b] for b in index),
             tokens=inputs.tokens,
             text_image=inputs.text_image,
             tensors=tensors,
+            per_picture=inputs.per_picture,
         )
 
     def check_kind(self, kind: str | None, token_target: str) -> str:
@@ -243,7 +254,7 @@ class Adapter(ABC):
             return self.sites.tap
         name, _, rest = layer.rpartition(":")
         index, _, part = rest.partition(".")
-        if not index.lstrip("-").isdecimal() or part not in ("", "in"):
+        if not re.fullmatch(r"-?\d+", index) or part not in ("", "in"):
             find_module(self.model, layer)
             return layer
         stack = self.stack(name or "vision")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grounding.text import WORD_RULE, visible_text
+
 if TYPE_CHECKING:
     from grounding.errors import GroundingError
     from grounding.explanation import Explanation
@@ -46,7 +48,7 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN",
         help="only these tokens, by text or index; none after it: no tokens (default: all)",
     )
-    group.add_argument("--words", action="store_true", help="words in place of tokens (sub-word pieces joined)")
+    group.add_argument("--words", action="store_true", help=f"words in place of tokens: {WORD_RULE}")
     group.add_argument(
         "--phrase", action="append", default=[], metavar="TEXT", help="part of the caption, scored alone; repeatable"
     )
@@ -147,9 +149,10 @@ def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path
 
     Several pictures of the same name get a number; with `--output`, several pictures get a folder each inside it.
     """
+    from grounding.demo import DEMO_NAME
     from grounding.export import check_output, slug
 
-    model = slug(Path(args.model).name if args.model else "demo-clip")
+    model = slug(Path(args.model).name if args.model else DEMO_NAME)
     names: list[str] = []
     for image in images:
         name = f"{slug(Path(image).stem)}-{model}"
@@ -229,15 +232,13 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         # The reader left (`| head`): nothing more to say, not even while Python shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         return fail(error, verbose=args.verbose)
     return status
 
 
 def fail(error: BaseException, *, verbose: bool = False) -> int:
     """Print one line about an error (or its traceback) and return the exit code that goes with it."""
-    from grounding.text import visible_text
-
     if verbose:
         traceback.print_exception(error)
     words = " ".join(str(error).split()) or type(error).__name__
@@ -247,7 +248,5 @@ def fail(error: BaseException, *, verbose: bool = False) -> int:
 
 def warn(explanation: Explanation) -> None:
     """What the reader of an explanation must know, on stderr."""
-    from grounding.text import visible_text
-
     for warning in explanation.warnings:
         print(f"warning: {visible_text(warning)}", file=sys.stderr)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# How the embedded model is called in results, wherever its files lie.
+DEMO_NAME = "demo-clip"
 _PACKAGED = Path(__file__).parent / "_demo"
 _CHECKOUT = Path(__file__).parent.parent / "data" / "demo"
 

@@ -15,6 +15,7 @@ from grounding.adapter import TOKEN_TARGETS, Adapter
 from grounding.errors import GroundingError, LayerError
 from grounding.explanation import Explanation
 from grounding.plan import Column, Selection, columns
+from grounding.recorder import random_state
 from grounding.results import doubts, entry_of, flatten, map_column, provenance_of
 from grounding.tracing import trace
 from grounding.types import Inputs, Targets
@@ -69,11 +70,7 @@ def explain(
     results: list[list[Explanation]] = []
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        with (
-            torch.inference_mode(False),
-            torch.random.fork_rng(devices=[adapter.device] if adapter.device.type == "cuda" else []),
-        ):
-            torch.manual_seed(seed)
+        with torch.inference_mode(False), random_state(adapter.model, seed):
             inputs = adapter.prepare(pictures[part], captions[part])
             results += _explain_batch(adapter, inputs, plan, select, target, token_target, seed)
     return rebuild(results)
@@ -146,10 +143,10 @@ def compute(
             scores = chunk.scores
             for column in chunk.columns:
                 if column not in static:
-                    made[column.key][chunk.members] = column.maps(chunk.trace).cpu().numpy()
+                    made[column.key][chunk.members] = column.maps(chunk.trace)
                 elif column.key not in filled:
                     # No text can change it: the first chunk, which has a target of every picture, says it all.
-                    made[column.key][chunk.trace.targets.image.tolist()] = column.maps(chunk.trace).cpu().numpy()
+                    made[column.key][chunk.trace.targets.image.tolist()] = column.maps(chunk.trace)
                 filled.add(column.key)
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)

@@ -20,10 +20,11 @@ class TextError(GroundingError):
     exit_code = 2
 
 
-class UnknownNameError(GroundingError):
+class UnknownNameError(GroundingError, KeyError):
     """A name that no table entry answers to; the message lists what there is and the nearest match."""
 
     exit_code = 2
+    __str__ = ValueError.__str__  # a KeyError would quote its message
 
 
 class OptionError(GroundingError):

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from grounding.adapter import Adapter
-from grounding.demo import is_demo
+from grounding.demo import demo_folder, is_demo
 from grounding.engine import explain
 from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.explanation import Explanation
@@ -26,7 +27,7 @@ from grounding.perturbation import Baseline, Case
 from grounding.plan import columns
 from grounding.records import Dataset, Record
 from grounding.resampling import CONFIDENCE, RESAMPLES
-from grounding.results import provenance_of
+from grounding.results import doubts, provenance_of
 from grounding.scorecard import FORMAT
 from grounding.scoring import (
     BASELINES,
@@ -89,6 +90,7 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_pictures: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    warnings: Counter[str] = field(default_factory=Counter)
 
     def failed(self, error: GroundingError, phrases: int) -> None:
         """One picture could not be scored."""
@@ -125,7 +127,7 @@ def evaluate(
         "format": FORMAT,
         "protocol": PROTOCOL,
         "model": adapter.info.id,
-        "data": str(dataset.folder),
+        "data": _name_of(dataset.folder),
         "split": dataset.split,
         "pictures": len(scored),
         "phrases": sum(len(next(iter(picture.values())).phrases) for picture in scored),
@@ -137,11 +139,19 @@ def evaluate(
             for key in (*keys, *BASELINES)
         },
         "problems": tally.problems,
+        "warnings": dict(tally.warnings.most_common()),
         "provenance": provenance_of(adapter, rules.seed),
     }
     if rules.faithfulness:
-        document["faithfulness"] = faithfulness(adapter, tally.cases, how, rules.baseline, rules.seed)
+        document["faithfulness"] = faithfulness(
+            adapter, tally.cases, how, rules.baseline, rules.seed, progress=progress
+        )
     return document
+
+
+def _name_of(folder: Path) -> str:
+    """The folder as it was given; the demo scenes by a name that is the same on every machine."""
+    return "demo scenes" if folder.resolve() == (demo_folder() / "scenes").resolve() else str(folder)
 
 
 def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +215,8 @@ def _tally(
             tally.failed(error, len(mentions))
             continue
         explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
+        for one in found:  # what the methods say of their maps is in the scores already
+            tally.warnings.update(set(one.warnings) - set(doubts(one.columns, one.entries)))
         tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
         if keep_cases:
             tally.cases.append(Case.of(record.picture, explanations, (caption.text for caption in record.captions)))

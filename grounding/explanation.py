@@ -28,7 +28,7 @@ BOX_SIDE = 1024
 class Entry:
     """What is explained: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
 
-    `score` is the explained scalar, `kind` the entry's, `piece` the position in the model's sequence of a token.
+    `score` is the explained scalar; `token_id` is that of a token, or of a word of one token.
     """
 
     label: str

@@ -10,11 +10,12 @@ the architecture, not what was learned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from grounding.adapter import Adapter
 from grounding.engine import explain
@@ -29,7 +30,13 @@ EVERYTHING = "every parameter"
 
 
 def faithfulness(
-    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], baseline: Baseline = "blur", seed: int = 0
+    adapter: Adapter,
+    cases: Sequence[Case],
+    how: Mapping[str, Any],
+    baseline: Baseline = "blur",
+    seed: int = 0,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """The scores as a document: per method deletion, insertion, text sensitivity, randomisation.
 
@@ -37,9 +44,10 @@ def faithfulness(
     A picture that fails is counted and left out of everything. Raises GroundingError where all fail.
     """
     given = len(cases)
-    measured, cases = _measured(adapter, cases, how, baseline, seed)
+    shown = tqdm(cases, desc="deletion, insertion", unit="picture", disable=not progress)
+    measured, cases = _measured(adapter, shown, how, baseline, seed)
     keys = list(cases[0].maps)
-    names, by_depth = randomisation(adapter, cases, how, seed)
+    names, by_depth = randomisation(adapter, cases, how, seed, progress=progress)
     sensitivity = text_sensitivity(adapter, cases, how)
     methods: dict[str, Any] = {key: _area_scores(measured, key, seed) for key in [*keys, CONTROL]}
     for key in keys:
@@ -65,7 +73,7 @@ def faithfulness(
 
 
 def _measured(
-    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], baseline: Baseline, seed: int
+    adapter: Adapter, cases: Iterable[Case], how: Mapping[str, Any], baseline: Baseline, seed: int
 ) -> tuple[list[Areas], list[Case]]:
     measured, kept, first = [], [], GroundingError("there is no case to measure faithfulness on")
     for case in cases:
@@ -122,7 +130,7 @@ def text_sensitivity(
 
 
 def randomisation(
-    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], seed: int = 0
+    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], seed: int = 0, *, progress: bool = False
 ) -> tuple[list[str], dict[str, list[list[list[float | None]]]]]:
     """What was drawn anew at each depth, and per method, depth and picture the correlations with the trained maps.
 
@@ -134,7 +142,7 @@ def randomisation(
         names.append(name)
         for groups in found.values():
             groups.append([])
-        for case in cases:
+        for case in tqdm(cases, desc="randomisation", unit="picture", disable=not progress):
             try:
                 maps = explain(redrawn, [str(case.picture)], [list(case.texts)], **{**how, "select": WHOLE})[0]
             except GroundingError:

@@ -113,12 +113,7 @@ def plain(value: Any) -> Any:
 def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], picture: Picture) -> Explanation:
     """The inverse of `to_json`, given the maps of a method's key. Raises GroundingError for what does not fit."""
     geometry = Geometry.from_dict(content["geometry"])
-    entries = tuple(
-        Entry(
-            e["label"], e["kind"], e["start"], e["end"], math.nan if e["score"] is None else e["score"], e["token_id"]
-        )
-        for e in content["entries"]
-    )
+    entries = tuple(_entry(item) for item in content["entries"])
     columns = {
         key: _column(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
         for key, about in content["methods"].items()

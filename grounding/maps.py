@@ -5,6 +5,7 @@ Nothing here changes what is stored. All maps are NumPy arrays; NaN marks what w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,13 @@ def view(raw: Float[np.ndarray, "*shape"], *, signed: bool, threshold: float = 0
     positive = np.maximum(raw, 0)
     if threshold <= 0 or not np.isfinite(positive).any():
         return positive
-    return np.where(positive < threshold * np.nanmax(positive), 0, positive) + np.where(np.isnan(raw), np.nan, 0)
+    return np.where(positive < threshold * np.nanmax(positive), 0, positive)
+
+
+def join_layers(layers: Sequence[Float[np.ndarray, "k rows columns"]]) -> Float[np.ndarray, "k rows columns"]:
+    """The mean over layers, each map divided by its largest absolute value first: layers differ in size by orders."""
+    sizes = [np.abs(maps).max((1, 2), keepdims=True) for maps in layers]
+    return np.mean([maps / np.where(size > 0, size, 1) for maps, size in zip(layers, sizes, strict=True)], axis=0)
 
 
 def limits(maps: list[NDArray[np.floating]], scale: Scale, fixed: tuple[float, float] | None) -> tuple[float, float]:

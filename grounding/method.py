@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +19,21 @@ from grounding.trace import GRADIENT_SIGNALS, SIGNALS, TAP_SIGNALS, Trace
 
 # A signed map is shown from here upwards, as a fraction of its maximum: 0 is the ReLU of the CAM papers.
 THRESHOLD = "threshold"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Values an option may take, in an annotation: `Annotated[float, Interval(0, 1)]` is 0 <= value < 1."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.low:g} or more" if self.high == math.inf else f"a fraction in [{self.low:g}, {self.high:g})"
+
+
+Fraction = Annotated[float, Interval(0, 1)]
+NotNegative = Annotated[float, Interval(0)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,8 @@ class Method:
         return self.defaults | {key: self._convert(f"{name}.{key}", key, value) for key, value in given.items()}
 
     def _convert(self, label: str, key: str, value: Any) -> Any:
-        hint = float if key == THRESHOLD and self.signed else typing.get_type_hints(self.function)[key]
+        hints = typing.get_type_hints(self.function, include_extras=True) | {THRESHOLD: Fraction}
+        hint = hints[key]
         try:
             return convert(value, hint)
         except ValueError as error:
@@ -84,6 +101,12 @@ class Method:
 
 def convert(value: Any, hint: Any) -> Any:
     """`value` (perhaps a text from a command line) as the annotated type. Raises ValueError saying what is wanted."""
+    if typing.get_origin(hint) is Annotated:
+        hint, limits = typing.get_args(hint)
+        value = convert(value, hint)
+        if not limits.low <= value < limits.high:
+            raise ValueError(f"expected {limits}, got {value}")
+        return value
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None or str(value).lower() == "none":
             return None

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from grounding.adapter import Adapter
-from grounding.errors import ModelError
+from grounding.errors import ModelError, NumericError
 from grounding.explanation import Explanation
 from grounding.geometry import Geometry
 from grounding.recorder import random_state
@@ -99,13 +99,18 @@ def curves(
 def scores_of(
     adapter: Adapter, inputs: Inputs, targets: Targets, pixels: Float[Tensor, "S C H W"]
 ) -> Float[np.ndarray, "K S"]:
-    """The scores of all targets (of one picture) on S versions of that picture, in one forward pass."""
+    """The scores of all targets (of one picture) on S versions of that picture, in one forward pass.
+
+    Raises NumericError for NaN or Inf.
+    """
     count = len(pixels)
     versions = adapter.one_picture_per_target(inputs, targets.select([0] * count))
     versions = replace(versions, tensors={**versions.tensors, "pixel_values": pixels})
     repeated = targets.select([k for k in range(len(targets)) for _ in range(count)])
     repeated = replace(repeated, image=torch.arange(count).repeat(len(targets)))
     scores = adapter.scores(versions, repeated)
+    if not torch.isfinite(scores).all():
+        raise NumericError("scores of a picture with patches taken away are NaN or Inf")
     return scores.detach().cpu().double().numpy().reshape(len(targets), count)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float
 
 from grounding.adapter import Adapter
 from grounding.errors import OptionError, UnknownNameError
+from grounding.maps import join_layers
 from grounding.method import Method
 from grounding.methods import DEFAULT_METHODS, METHODS
 from grounding.text import Span, Tokens
@@ -26,6 +27,12 @@ class Selection:
     tokens: bool | Sequence[str] = True
     words: bool = False
     phrases: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        # A text alone would be taken for a list of letters.
+        for name in ("tokens", "phrases"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
 
     def spans(self, tokens: Tokens) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
@@ -52,23 +59,19 @@ class Column:
     layer: str | None = None
     paths: tuple[str, ...] = ()
 
-    def maps(self, trace: Trace) -> Tensor:
-        """Raw maps (k, rows, columns). Layers are averaged, each first divided by its largest absolute value."""
+    def maps(self, trace: Trace) -> Float[np.ndarray, "k rows columns"]:
+        """Raw maps of a chunk of targets; those of several layers are joined."""
         options = {k: v for k, v in self.options.items() if k in self.method.own_options}
         if not self.paths:
-            return self.method(trace.at(None, self.method.needs), **options)
-        layers = [self.method(trace.at(path, self.method.needs), **options) for path in self.paths]
-        if len(layers) == 1:
-            return layers[0]
-        return torch.stack(
-            [m / m.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(m.dtype).tiny) for m in layers]
-        ).mean(0)
+            return self.method(trace.at(None, self.method.needs), **options).cpu().numpy()
+        layers = [self.method(trace.at(path, self.method.needs), **options).cpu().numpy() for path in self.paths]
+        return layers[0] if len(layers) == 1 else join_layers(layers)
 
 
 def columns(
     adapter: Adapter,
-    methods: Sequence[str] | None = None,
-    layers: Sequence[str] = (),
+    methods: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     average_layers: bool = False,
 ) -> tuple[Column, ...]:
@@ -77,8 +80,13 @@ def columns(
     `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
     Raises UnknownNameError, OptionError, LayerError.
     """
-    names = list(dict.fromkeys(methods or DEFAULT_METHODS))
+    names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods or DEFAULT_METHODS))
+    layers = [layers] if isinstance(layers, str) else layers
     given = _options_by_method(options or {}, names)
+    if layers and not any(METHODS[name].reads_tap for name in names):
+        raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
+    if average_layers and len(set(layers)) < 2:
+        raise OptionError(f"averaging needs at least two layers, got {len(set(layers))}")
     made: list[Column] = []
     for name in names:
         method: Method = METHODS[name]
@@ -87,7 +95,7 @@ def columns(
             made.append(Column(name, name, method, chosen))
             continue
         taps = {layer: adapter.resolve(layer) for layer in layers} or {"": adapter.resolve(None)}
-        if average_layers and len(taps) > 1:
+        if average_layers:
             key = f"{name}@{'+'.join(taps)}"
             made.append(Column(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values())))
             continue

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,11 @@ from grounding.errors import LayerError, ModelError
 
 IMPLEMENTATION = "grounding_recorded"
 LAYERNORM_RULE = "layernorm"
+# Forms of attention that the recorded one does not compute.
+OTHER_ATTENTION = ("position_bias", "softcap", "s_aux")
+# One recorder at a time on a model: threads wait for each other, or one would restore the other's state.
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_registering = Lock()
 _active: ContextVar[Recorder | None] = ContextVar("active_recorder", default=None)
 
 
@@ -32,9 +39,11 @@ def _recorded_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention, step for step as in transformers, with the weights handed to the active recorder."""
+    if unknown := [name for name in OTHER_ATTENTION if options.get(name) is not None]:
+        raise ModelError(f"attention with {', '.join(unknown)} cannot be recorded in {type(module).__name__}")
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -89,6 +98,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 
     def __enter__(self) -> Recorder:
         with contextlib.ExitStack() as stack:
+            with _registering:
+                lock = _locks.setdefault(self.model, RLock())
+            stack.enter_context(lock)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(random_state(self.model))
@@ -220,8 +232,16 @@ def _implementation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_state(model: nn.Module) -> Iterator[None]:
-    """Torch's random state, of the CPU and of the model's device, is the same after the block as before."""
+def random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Torch's random state, of the CPU and of the model's device, is the same after the block as before.
+
+    Inside, both start from `seed` where one is given; no other device is touched.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
         yield

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from grounding.maps import FLAT
+
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
@@ -66,8 +68,9 @@ def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64], seed: int) 
 
 
 def pearson(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float | None:
-    """Pearson's correlation of two arrays of one shape; None where one of them is constant. Equal arrays give 1.0."""
+    """Pearson's correlation of arrays of one shape; None where one is constant (to rounding). Equal ones give 1.0."""
     x, y = (np.asarray(v, np.float64).ravel() for v in (a, b))
+    if any(v.size == 0 or v.max() - v.min() <= FLAT * np.abs(v).max() for v in (x, y)):
+        return None
     x, y = x - x.mean(), y - y.mean()
-    size = float((x @ x) * (y @ y))
-    return float(np.clip((x @ y) / np.sqrt(size), -1, 1)) if size > 0 else None
+    return float(np.clip((x @ y) / np.sqrt((x @ x) * (y @ y)), -1, 1))

@@ -14,6 +14,8 @@ from grounding.text import visible_text
 
 # What marks a file as one of ours; only such files are replaced.
 FORMAT = "grounding.evaluation"
+# Warnings about texts that are printed; a data set may have one for every phrase.
+SAID = 5
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -26,6 +28,13 @@ def markdown(document: Mapping[str, Any]) -> str:
     if "faithfulness" in document:
         parts += _faithfulness(document["faithfulness"])
     return "\n\n".join(parts)
+
+
+def warnings_of(document: Mapping[str, Any]) -> list[str]:
+    """What a reader must know besides: every problem of the data, and the commonest warnings about texts."""
+    said = [f"{text} ({count} of the texts)" for text, count in document["warnings"].items()]
+    more = [f"and {len(said) - SAID} other warnings, see the JSON document"] if len(said) > SAID else []
+    return [*document["problems"], *said[:SAID], *more]
 
 
 def check_file(path: str | Path) -> Path:

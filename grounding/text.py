@@ -68,8 +68,8 @@ class Tokens:
         )
 
     def words(self) -> tuple[Span, ...]:
-        """One span per occurrence of a word that has tokens; see WORD_RULE."""
-        spans = word_spans(self.text)
+        """One span per occurrence of a word that was read to its end; see WORD_RULE."""
+        spans = [span for span in word_spans(self.text) if span[1] <= self.read]
         pieces: dict[tuple[int, int], list[int]] = {}
         for i in self.visible:
             start = self.offsets[i][0]
@@ -88,19 +88,26 @@ class Tokens:
             for (start, end), positions in pieces.items()
         )
 
-    def phrase(self, phrase: str, occurrence: int = 0) -> Span:
-        """The given occurrence of `phrase` in the text (case ignored), to be scored alone.
+    @property
+    def read(self) -> int:
+        """Where the part of the text ends that the model reads."""
+        return len(self.text) if not self.dropped else max(self.offsets[i][1] for i in self.visible)
 
-        Raises TextError where the phrase is empty or does not occur.
+    def phrase(self, phrase: str) -> Span:
+        """The first occurrence of `phrase` in the text (case ignored, whole words), to be scored alone.
+
+        Raises TextError where the phrase is empty, does not occur, or lies where the model does not read.
         """
         wanted = phrase.strip()
         if not wanted:
             raise TextError("a phrase is empty: give some of the caption's words")
-        start = -1
-        for _ in range(occurrence + 1):
-            start = _fold(self.text).find(_fold(wanted), start + 1)
-            if start < 0:
-                raise TextError(f"phrase {phrase!r} does not occur in the caption {self.text!r}")
+        text, wanted = _fold(self.text), _fold(wanted)
+        starts = (i for i in range(len(text)) if text.startswith(wanted, i))
+        start = next((i for i in starts if _whole_words(self.text, i, i + len(wanted))), None)
+        if start is None:
+            raise TextError(f"phrase {phrase!r} does not occur in the caption {self.text!r} as whole words")
+        if start + len(wanted) > self.read:
+            raise TextError(f"phrase {phrase!r} lies in the part of the caption that the model does not read")
         return replace(self.span("phrase", start, start + len(wanted)), alone=True)
 
     def choose(self, wanted: Sequence[str], spans: Sequence[Span]) -> tuple[Span, ...]:
@@ -123,6 +130,16 @@ class Tokens:
 def _fold(text: str) -> str:
     """Lower case, one character for one: character offsets stay as they are (casefold may change the length)."""
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+def _whole_words(text: str, start: int, end: int) -> bool:
+    """Whether [start, end) cuts no word in two. Scripts written without blanks may be cut between any two signs."""
+
+    def joined(i: int) -> bool:
+        pair = text[i - 1 : i + 1]
+        return len(pair) == 2 and all(_is_letter(c) and unicodedata.east_asian_width(c) not in "WF" for c in pair)
+
+    return not (start > 0 and joined(start)) and not joined(end)
 
 
 def _continues(character: str) -> bool:

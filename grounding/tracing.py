@@ -52,7 +52,9 @@ def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Col
 def is_fast(adapter: Adapter, targets: Targets, column: Column) -> bool:
     """Whether a column needs no more than shifts at fast taps."""
     taps = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
-    return column.method.needs <= {"activations", "shift"} and len(column.paths) == 1 and column.paths[0] in taps
+    needs = column.method.needs
+    shift_alone = "shift" in needs and needs <= {"activations", "shift"}
+    return shift_alone and len(column.paths) == 1 and column.paths[0] in taps
 
 
 def _one_pass(

@@ -23,7 +23,8 @@ class Inputs:
     """What `Adapter.prepare` makes of B pictures and T texts.
 
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
-    index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know.
+    index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
+    `per_picture` names the tensors that have the pictures first.
     """
 
     pictures: tuple[Picture, ...]
@@ -33,6 +34,7 @@ class Inputs:
     tensors: Mapping[str, Tensor]
     warnings: tuple[tuple[str, ...], ...] = ()
     text_warnings: tuple[tuple[str, ...], ...] = ()
+    per_picture: tuple[str, ...] = ("pixel_values",)
 
 
 @dataclass(frozen=True, eq=False)

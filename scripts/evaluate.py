@@ -60,8 +60,8 @@ def score(args: argparse.Namespace) -> int:
     how = cli.explain_keywords(args)
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     document = evaluate(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
-    for problem in [] if args.quiet else document["problems"]:
-        print(f"warning: {visible_text(problem)}", file=sys.stderr)
+    for line in [] if args.quiet else scorecard.warnings_of(document):
+        print(f"warning: {visible_text(line)}", file=sys.stderr)
     print(scorecard.as_json(document) if args.format == "json" else scorecard.markdown(document))
     if path is not None:
         scorecard.write_file(path, document)

@@ -29,12 +29,14 @@ def ground(args: argparse.Namespace) -> int:
     from adapters import load
     from grounding.demo import demo_picture
     from grounding.engine import explain
-    from grounding.images import ImageError
+    from grounding.errors import GroundingError, TextError
     from grounding.layers import list_layers
     from grounding.tables import layer_table
     from grounding.text import check_text
 
-    caption = check_text(args.caption if args.caption is not None or not args.list_layers else "picture")
+    if args.caption is None and not args.list_layers:
+        raise TextError("nothing to ground: give --caption TEXT")
+    caption = check_text("picture" if args.caption is None else args.caption)
     images = args.image or [str(demo_picture())]
     folders = cli.output_folders(args, images)
     keywords = cli.explain_keywords(args)
@@ -46,7 +48,9 @@ def ground(args: argparse.Namespace) -> int:
     for image, folder in zip(images, folders, strict=True):
         try:
             report.add(explain(adapter, image, caption, **keywords), folder)
-        except ImageError as error:
+        except GroundingError as error:
+            if error.exit_code != 1:  # asked for what does not exist: no other picture will have it
+                raise
             report.failed(error)
     return report.end()
 

@@ -170,7 +170,7 @@ def test_the_demo_model_warns_on_a_users_picture_and_names_unknown_words(ground,
     [
         (["--caption", ""], 2, "caption is empty"),
         (["--caption", "   "], 2, "caption is empty"),
-        ([], 2, "must be text"),
+        ([], 2, "give --caption TEXT"),
         (["--caption", CAPTION, "--tokens", "blue"], 2, "'blue' is not in the caption; it has 0:'man', 1:'in'"),
         (["--caption", CAPTION, "--phrase", "blue hat"], 2, "does not occur"),
         (["--caption", CAPTION, "--methods", "gradcan"], 2, "did you mean 'gradcam'"),

@@ -78,6 +78,7 @@ def test_maps_point_better_than_the_centre(adapter):
             hits["centre"].append(inside(centre, boxes[chain]))
     rate = {method: float(np.mean(found)) for method, found in hits.items()}
     print(rate, len(hits["centre"]), "phrases")
-    assert rate["gradcam"] > 2 * rate["centre"]
-    assert rate["relevance"] > rate["gradcam"]
-    assert rate["relevance"] > 2 * rate["rollout"]
+    for method in ("gradcam", "relevance"):
+        assert rate[method] > 0.8
+        assert rate[method] > 3 * rate["centre"]
+        assert rate[method] > 2 * rate["rollout"]  # which never sees the text

@@ -1,29 +1,47 @@
 """The engine, the adapter's contract and text handling of an adapter, over all architectures."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from transformers import ViTImageProcessor
 
+import adapters
 from adapters import ADAPTERS
-from grounding import Selection, explain
-from grounding.errors import GroundingError, LayerError, ModelError, TargetError, TextError
+from grounding import METHODS, Selection, explain
+from grounding.errors import GroundingError, LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.layers import list_layers
+from grounding.method import Method
 from grounding.plan import columns
 from grounding.recorder import Recorder
+from grounding.render import overlay
 from grounding.tracing import one_per_picture, trace
 from grounding.types import Sites
-from tests import tiny
+from tests import oracles, tiny
 from tests.conftest import noise
 from tests.tolerances import ORACLE, SINGLE, close
 
 CAPTION = "a man in a red jacket"
+ENERGY = None
 
 
 def test_every_architecture_in_the_table_is_tested():
     assert set(ADAPTERS) <= set(tiny.FACTORIES)
+
+
+def test_every_adapter_in_the_folder_is_in_the_table():
+    """An architecture is one file and one line: this is what fails while the line is missing."""
+    targets = {ADAPTERS.target(name) for name in ADAPTERS}
+    for path in Path(adapters.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(
+                isinstance(b, ast.Name) and b.id == "Adapter" for b in node.bases
+            ):
+                assert f"adapters.{path.stem}:{node.name}" in targets
 
 
 def prepared(adapter, captions=(CAPTION,)):
@@ -94,6 +112,157 @@ def test_fast_taps_equal_the_slow_way(any_adapter, rule):
             close(scores.detach(), plain)
             found.append(torch.autograd.grad(scores.sum(), shift)[0])
         close(found[1], found[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("method", ["gradcam", "gradcam_ln"])
+def test_fast_taps_of_towers_with_few_blocks(layers, method, picture, monkeypatch):
+    adapter = tiny.clip_adapter(layers=layers)
+    assert len(adapter.fast_taps) == 2
+    for tap in adapter.fast_taps:
+        fast = explain(adapter, picture, CAPTION, methods=[method], layers=[tap])
+        with monkeypatch.context() as patch:
+            patch.setattr(type(adapter), "fast_taps", {})
+            slow = explain(adapter, picture, CAPTION, methods=[method], layers=[tap])
+        close(fast.columns[method].maps, slow.columns[method].maps)
+
+
+class Scaled(torch.nn.Module):
+    """A linear layer with something added, as fine-tuning adapters do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features).double()
+
+    def forward(self, x):
+        return self.base(x) + self.extra(x)
+
+
+@pytest.mark.parametrize("change", ["wrapper", "hook"])
+def test_a_changed_last_block_is_run_and_not_recomputed(clip, picture, change):
+    block = clip.model.vision_model.encoder.layers[-1]
+    before = explain(clip, picture, CAPTION, methods=["gradcam"])
+    if change == "wrapper":
+        block.self_attn.k_proj = Scaled(block.self_attn.k_proj)
+    else:
+        block.self_attn.register_forward_hook(lambda module, args, out: (0.1 * out[0], *out[1:]))
+    found = explain(clip, picture, CAPTION, methods=["gradcam"])
+    for entry, (score, features, gradient, _) in zip(
+        found, tutorial_runs(clip, picture, CAPTION, clip.sites.tap), strict=True
+    ):
+        assert entry.entry.score == pytest.approx(score, abs=1e-6)
+        close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
+    assert np.abs(found[0].raw - before[0].raw).max() > 0.01 * np.abs(before[0].raw).max()
+
+
+def tutorial_runs(adapter, picture, caption, layer):
+    """The tutorial loop for the caption and each of its tokens left out."""
+    whole = oracles.text_embedding(adapter.model, adapter.tokenizer, caption)
+    count = len(adapter.tokenizer(caption)["input_ids"]) - 2
+    left = [oracles.text_embedding(adapter.model, adapter.tokenizer, caption, [i + 1]) for i in range(count)]
+    pixels = adapter.image_processor(picture, return_tensors="pt")["pixel_values"].to(adapter.dtype)
+    tutorial = oracles.Tutorial(adapter.model, pixels)
+    return [tutorial.run(seed, layer) for seed in [whole, *(whole - other for other in left)]]
+
+
+def test_large_features_do_not_overflow_in_half_precision(picture):
+    """Squares of features above 255 overflow in float16: a live layer must not look dead."""
+    half, double = (tiny.clip_adapter(dtype=dtype) for dtype in (torch.float16, torch.float64))
+    with torch.no_grad():
+        for adapter in (half, double):
+            adapter.model.vision_model.encoder.layers[-2].mlp.fc2.bias[0] += 400
+    found, expected = (explain(a, picture, CAPTION, methods=["gradcam"], layers=["-2"])[0].raw for a in (half, double))
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9
+
+
+def test_one_forward_pass_for_all_methods(any_adapter, picture):
+    counted = []
+    first = next(m for m in any_adapter.model.modules() if isinstance(m, torch.nn.Conv2d))
+    handle = first.register_forward_hook(lambda module, args, out: counted.append(1))
+    methods = ["gradcam", "rollout", "relevance", "gradient_rollout", "attention"]
+    explain(any_adapter, [picture, noise(40, 40)], [["red car", "two dogs"], ["a bus"]], methods=methods)
+    handle.remove()
+    assert len(counted) == 1
+
+
+def test_a_map_of_features_alone_reaches_every_picture_of_a_split_batch(clip, monkeypatch):
+    """Static columns are filled from the first chunk, which must have a target of every picture."""
+    energy = Method("Energy", frozenset({"activations"}), False, lambda trace: trace.activations().square().sum(-1))
+    monkeypatch.setattr("tests.test_engine.ENERGY", energy)
+    monkeypatch.setitem(METHODS._table, "energy", "tests.test_engine:ENERGY")
+    monkeypatch.setattr("grounding.tracing.FAST_BUDGET", 300)
+    pictures = [noise(50, 40, 1), noise(50, 40, 2)]
+    together = explain(clip, pictures, ["red car", "two dogs"], methods=["energy"])
+    for found, picture in zip(together, pictures, strict=True):
+        alone = explain(clip, picture, "red car", methods=["energy"])
+        close(found.columns["energy"].maps, alone.columns["energy"].maps)
+
+
+def test_threads_wait_for_each_other(clip, picture):
+    expected = explain(clip, picture, CAPTION)
+    found, failed = {}, []
+
+    def work(name):
+        try:
+            found[name] = [explain(clip, picture, CAPTION) for _ in range(5)]
+        except Exception as error:  # noqa: BLE001  (an error in a thread would be lost)
+            failed.append(error)
+
+    threads = [Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert all(p.requires_grad for p in clip.model.parameters())
+    assert clip.model.config.vision_config._attn_implementation == "sdpa"
+    for result in [r for results in found.values() for r in results]:
+        assert all(np.array_equal(c.maps, expected.columns[k].maps) for k, c in result.columns.items())
+
+
+def test_what_the_crop_cut_off_is_nan_and_hatched(clip):
+    found = explain(clip, noise(1600, 400), CAPTION, select=Selection(tokens=False))
+    assert found.geometry.seen == (600, 0, 1000, 400)
+    heat = found[0].heat()
+    assert np.isnan(heat[:, :600]).all()
+    assert np.isnan(heat[:, 1000:]).all()
+    assert np.isfinite(heat[:, 600:1000]).all()
+    assert any("saw 25% of the picture" in w for w in found.warnings)
+    drawn = np.asarray(overlay(found[0], found.picture).convert("RGB"), int)
+    unseen, seen = drawn[:, :590], drawn[:, 610:990]
+    assert (unseen.max(2) == unseen.min(2)).all()  # grey, no heat
+    assert unseen.std() > 5  # and hatched
+    assert (seen.max(2) - seen.min(2)).max() > 30
+
+
+def test_layers_are_refused_where_no_method_reads_them(clip, picture):
+    with pytest.raises(OptionError, match="none of rollout is computed at a layer"):
+        explain(clip, picture, CAPTION, methods=["rollout"], layers=["-1.in"])
+    with pytest.raises(OptionError, match="at least two layers, got 1"):
+        explain(clip, picture, CAPTION, layers=["-1.in"], average_layers=True)
+
+
+def test_a_text_alone_stands_for_a_list_of_one(clip, picture):
+    found = explain(clip, picture, CAPTION, methods="gradcam", layers="-2", select=Selection(phrases="red jacket"))
+    assert list(found.columns) == ["gradcam"]
+    assert [e.label for e in found.entries if e.kind == "phrase"] == ["red jacket"]
+
+
+def test_an_end_token_inside_the_text_is_an_error(clip, picture):
+    clip.model.text_model.eos_token_id = clip.tokenizer(" car")["input_ids"][-2]
+    with pytest.raises(TextError, match=r"up to token \d of \d+ only"):
+        explain(clip, picture, "red car bus")
+
+
+def test_an_adapter_needs_its_parts():
+    with pytest.raises(ModelError, match="needs a processor, or a tokenizer and an image_processor"):
+        adapters.ClipAdapter(tiny.clip_model())
+
+
+def test_weights_that_lie_nowhere_are_refused(clip, picture):
+    clip.model.visual_projection.to("meta")
+    with pytest.raises(ModelError, match="meta device"):
+        explain(clip, picture, CAPTION)
 
 
 def test_fast_chunks_that_do_not_fit_are_split(clip, picture, monkeypatch):
@@ -298,6 +467,8 @@ def test_a_long_text_is_cut_with_its_end_token_and_said(clip, picture):
     assert any("longer than the model's 24 tokens" in w and "word29" in w for w in found.warnings)
     with pytest.raises(TextError, match="does not read"):
         explain(clip, picture, text, select=Selection(phrases=["word29"]))
+    cut = explain(clip, picture, text, select=Selection(words=True))
+    assert all(entry.end <= len(text) - len(tokens.dropped) for entry in cut.entries[1:])
 
 
 def test_literal_special_tokens_are_ordinary_characters(clip, picture):

@@ -67,8 +67,15 @@ def test_brackets_and_strange_signs_that_are_no_marks_stay(text):
 
 @pytest.mark.parametrize(
     "line",
-    ["[/EN#1/people A man sits", "[/EN#1/people A man [/EN#2/other hat]", "[/EN#x/people A man]", "[/EN#1 A man]"]
-    + ["[/EN#1/people ] sits", "[/EN#1/people  ] sits", ""],
+    [
+        "[/EN#1/people A man sits",
+        "[/EN#1/people A man [/EN#2/other hat]",
+        "[/EN#x/people A man]",
+        "[/EN#1 A man]",
+        "[/EN#1/people ] sits",
+        "[/EN#1/people  ] sits",
+        "",
+    ],
 )
 def test_broken_lines_are_refused(line):
     with pytest.raises(DataError):
@@ -91,7 +98,7 @@ def test_normal_is_lower_case_with_single_blanks():
 
 
 def test_boxes_are_one_based_and_inclusive_in_the_file(folder):
-    assert one(folder).boxes == {"1": (((10, 20, 30, 40)),)}
+    assert one(folder).boxes == {"1": ((10, 20, 30, 40),)}
     # One pixel, the first of all, and the last.
     assert annotate(folder, thing(1, box=(1, 1, 1, 1))).boxes == {"1": ((0, 0, 1, 1),)}
     record = annotate(folder, thing(1, box=(80, 60, 80, 60)))

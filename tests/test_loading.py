@@ -77,6 +77,13 @@ def test_a_pickle_with_code_is_refused(copy, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_cut_off_weights_are_one_line(copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        load(str(copy))
+
+
 def test_missing_weights_are_not_replaced_by_random_ones(copy):
     from safetensors.torch import load_file, save_file
 
@@ -137,7 +144,12 @@ def test_folders_that_hold_no_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"device": "warp"}, "device 'warp'"), ({"dtype": "int8"}, "unknown dtype 'int8'")]
+    ("options", "words"),
+    [
+        ({"device": "warp"}, "device 'warp'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"device": "meta"}, "holds no numbers"),
+    ],
 )
 def test_wrong_device_or_dtype(checkpoint, options, words):
     with pytest.raises(ModelError, match=words):
@@ -155,8 +167,10 @@ def test_the_table_is_open_to_third_parties(copy, monkeypatch):
     from tests.third_party import MeanAdapter
 
     monkeypatch.setitem(adapters.ADAPTERS._table, "Foreign", "tests.third_party:MeanAdapter")
-    monkeypatch.setattr(MeanAdapter, "from_checkpoint", classmethod(lambda cls, source: cls()), raising=False)
     edit(copy, architectures=["Foreign"])
+    with pytest.raises(ModelError, match=r"MeanAdapter cannot load .* by name"):
+        load(str(copy))
+    monkeypatch.setattr(MeanAdapter, "from_checkpoint", classmethod(lambda cls, source: cls()))
     assert isinstance(load(str(copy)), MeanAdapter)
 
 

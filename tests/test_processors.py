@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from adapters._processors import ProcessorError, _centre_offset, geometry_of, known_steps
 from grounding.geometry import GeometryError
 from grounding.probe import ProbeError, measure_geometry
-from grounding.processors import ProcessorError, _centre_offset, geometry_of, known_steps
 
 PROCESSORS = {
     # shortest edge, centre crop

@@ -84,17 +84,31 @@ def test_sub_word_pieces_join_and_stay_viewable():
     assert "".join(t.label for t in tokens.tokens() if t.start < 12) == "unbelievably"
 
 
-def test_phrases_are_found_by_occurrence_and_case():
+def test_phrases_are_found_whatever_their_case():
     tokens, _ = tokenise(TOKENIZER, "Red car and red car", 24)
-    first, second = tokens.phrase("red car"), tokens.phrase("RED CAR", occurrence=1)
+    first = tokens.phrase("red CAR")
     assert (first.start, first.end, first.label) == (0, 7, "Red car")
-    assert (second.start, second.end) == (12, 19)
     assert first.alone
-    assert set(first.positions).isdisjoint(second.positions)
-    with pytest.raises(TextError, match="does not occur"):
-        tokens.phrase("red car", occurrence=2)
     with pytest.raises(TextError, match="is empty"):
         tokens.phrase("  ")
+
+
+def test_phrases_are_whole_words():
+    tokens, _ = tokenise(TOKENIZER, "woman and man", 24)
+    assert tokens.phrase("man").start == 10
+    assert tokens.phrase("and man").start == 6
+    with pytest.raises(TextError, match="as whole words"):
+        tokens.phrase("wo")
+    chinese, _ = tokenise(TOKENIZER, "红色的车", 24)
+    assert chinese.phrase("的车").start == 2
+
+
+def test_phrases_behind_the_limit_are_refused():
+    tokens, _ = tokenise(TOKENIZER, "red car and red jackets", 5)
+    assert tokens.read < len(tokens.text)
+    with pytest.raises(TextError, match="does not read"):
+        tokens.phrase("red jackets")
+    assert all(word.end <= tokens.read for word in tokens.words())
 
 
 def test_lower_case_that_changes_the_length_moves_nothing():

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import LayerError, OptionError
-from grounding.method import method
+from grounding.errors import LayerError
+from grounding.method import Fraction, method
 from grounding.trace import Trace
 
 
 @method("Attention rollout", {"attention"})
 def rollout(
-    trace: Trace, *, fusion: Literal["mean", "max", "min"] = "mean", discard: float = 0.0
+    trace: Trace, *, fusion: Literal["mean", "max", "min"] = "mean", discard: Fraction = 0.0
 ) -> Float[Tensor, "k rows columns"]:
     """Attention rollout (Abnar & Zuidema 2020): J = prod_l rownorm(fusion_h A^l + I), the read-out's row.
 
@@ -29,8 +29,6 @@ def rollout(
     copied implementation forgets. Values in [0, 1], never negative. Cost: the forward pass alone; without a gradient
     the text can only enter through attention.
     """
-    if not 0 <= discard < 1:
-        raise OptionError(f"option rollout.discard: expected a fraction in [0, 1), got {discard}")
     row = trace.readout_row()
     for weights in reversed(trace.attentions()):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)

@@ -10,14 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from grounding.errors import OptionError
-from grounding.method import method
+from grounding.method import NotNegative, method
 from grounding.recorder import LAYERNORM_RULE
 from grounding.trace import Trace
 
 
 @method("Grad-CAM", {"activations", "shift"}, signed=True)
-def gradcam(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -> Float[Tensor, "k rows columns"]:
+def gradcam(trace: Trace, *, token_centred: bool = False, smooth: NotNegative = 0.0) -> Float[Tensor, "k rows columns"]:
     """Grad-CAM (Selvaraju et al. 2017, eq. 1-2): sum_d w_d F_pd with w_d = mean_p d score / d F_pd.
 
     Raw and signed: the paper's final ReLU is a matter of the view (option `threshold`). `token_centred` takes the
@@ -28,7 +27,9 @@ def gradcam(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -
 
 
 @method("Grad-CAM (LN-rule)", {"activations", "shift"}, signed=True, rule=LAYERNORM_RULE)
-def gradcam_ln(trace: Trace, *, token_centred: bool = False, smooth: float = 0.0) -> Float[Tensor, "k rows columns"]:
+def gradcam_ln(
+    trace: Trace, *, token_centred: bool = False, smooth: NotNegative = 0.0
+) -> Float[Tensor, "k rows columns"]:
     """Grad-CAM whose backward pass treats every LayerNorm's standard deviation as a constant.
 
     The rule is that of conservative propagation for transformers (Ali et al. 2022). A layer that is read only through a
@@ -46,9 +47,7 @@ def weighted_features(trace: Trace, token_centred: bool, smooth: float) -> Float
 
 
 def smoothed(maps: Float[Tensor, "k rows columns"], sigma: float) -> Float[Tensor, "k rows columns"]:
-    """The maps blurred by a Gaussian of `sigma` patches (0: as they are), edges mirrored. Raises OptionError."""
-    if sigma < 0 or not math.isfinite(sigma):
-        raise OptionError(f"option gradcam.smooth: expected a width in patches, 0 or more, got {sigma}")
+    """The maps blurred by a Gaussian of `sigma` patches (0: as they are), edges mirrored."""
     if sigma == 0:
         return maps
     for axis in (1, 2):
