@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -73,9 +74,14 @@ class ClipAdapter(Adapter):
         stack = find_stack(self.model, "vision_model")
         return Sites(stacks={"vision": stack}, tap=stack.inputs[-1], readout="cls", prefix=1)
 
-    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
-        """Pixel values (B, 3, H, W), token ids and mask (T, L) padded to the longest text."""
-        pictures = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
+    def see(self, images: Sequence[Any]) -> Inputs:
+        """Pixel values (B, 3, H, W)."""
+        found = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
+        tensors = {"pixel_values": found.pixel_values}
+        return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
+
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[str]]) -> Inputs:
+        """Token ids and mask (T, L), padded to the longest text."""
         found = [tokenise(self.tokenizer, text, self._limit) for own in texts for text in own]
         ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
         for (tokens, _), end in zip(found, end_positions(self.model, ids).tolist(), strict=True):
@@ -84,13 +90,11 @@ class ClipAdapter(Adapter):
                     f"the model would read {tokens.text!r} up to token {end} of {len(tokens)} only: its end token is "
                     "there (an unknown sign, or a tokenizer of another model)"
                 )
-        return Inputs(
-            pictures=pictures.pictures,
-            geometry=pictures.geometry,
+        return replace(
+            inputs,
             tokens=tuple(tokens for tokens, _ in found),
             text_image=tuple(b for b, own in enumerate(texts) for _ in own),
-            tensors={"pixel_values": pictures.pixel_values, "input_ids": ids, "attention_mask": mask},
-            warnings=pictures.warnings,
+            tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
             text_warnings=tuple(warnings for _, warnings in found),
         )
 

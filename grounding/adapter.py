@@ -1,13 +1,13 @@
 """What an architecture must answer, and what it inherits.
 
 An adapter is made around a model and its processor; it never changes either. To add an architecture, subclass
-`Adapter`, answer the four abstract methods, give `sites` and `kinds`, and add one line to the table in
+`Adapter`, answer the abstract methods, give `sites` and `kinds`, and add one line to the table in
 `adapters/_table.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
 
 1. `forward` computes all K scores in ONE pass over the B pictures, differentiable from every tap to every score,
    and pictures do not influence each other (no batch statistics): one backward serves one target per picture.
 2. With `targets=None` it runs the vision stack alone and returns None.
-3. `prepare` gives every picture its own `Geometry`, grid included, and never cuts a text in silence.
+3. `see` gives every picture its own `Geometry`, grid included; `read` never cuts a text in silence.
 4. `targets` scores a span of a text as `kind` and `token_target` say, or raises TargetError naming what there is.
 """
 
@@ -65,8 +65,13 @@ class Adapter(ABC):
         """Where things are in this model."""
 
     @abstractmethod
-    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
-        """Pictures (anything `open_image` takes) and the texts of each (`texts[b]`, any number, any length)."""
+    def see(self, images: Sequence[Any]) -> Inputs:
+        """Inputs of pictures (anything `open_image` takes), without texts. `explain` takes the result in place of the
+        pictures, and then runs the picture tower once for all texts that it is called with."""
+
+    @abstractmethod
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[str]]) -> Inputs:
+        """The inputs with the texts of each picture added (`texts[b]`: any number, any length)."""
 
     @abstractmethod
     def targets(
@@ -92,6 +97,10 @@ class Adapter(ABC):
         raise ModelError(f"{cls.__name__} cannot load {source.id!r} by name: make it around a model")
 
     # ------------------------------------------------------------------ what every architecture inherits
+
+    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
+        """Pictures and the texts of each."""
+        return self.read(self.see(images), texts)
 
     @property
     def device(self) -> torch.device:

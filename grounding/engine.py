@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ def explain(
     Parameters
     ----------
     adapter: a model and its processor, e.g. `adapters.load("openai/clip-vit-base-patch16")`.
-    images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them.
+    images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
+        (`adapter.see([...])`), whose pass is then reused for every later text.
     texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture.
     methods: names in `grounding.METHODS`; default Grad-CAM, rollout, relevance.
     select: which entries of a caption are explained; default the caption and each token.
@@ -68,12 +69,22 @@ def explain(
     plan = columns(adapter, methods, layers, options, average_layers)
     select = select or Selection()
     results: list[list[Explanation]] = []
+    with torch.inference_mode(False), random_state(adapter.model, seed):
+        for seen, own in _batches(adapter, images, pictures, captions, batch_size):
+            results += _explain_batch(adapter, adapter.read(seen, own), plan, select, target, token_target, seed)
+    return rebuild(results)
+
+
+def _batches(
+    adapter: Adapter, images: Any, pictures: list[Any], captions: list[list[str]], batch_size: int
+) -> Iterator[tuple[Inputs, list[list[str]]]]:
+    """Seen pictures and their texts, `batch_size` at a time; pictures that came seen stay together."""
+    if isinstance(images, Inputs):
+        yield images, captions
+        return
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        with torch.inference_mode(False), random_state(adapter.model, seed):
-            inputs = adapter.prepare(pictures[part], captions[part])
-            results += _explain_batch(adapter, inputs, plan, select, target, token_target, seed)
-    return rebuild(results)
+        yield adapter.see(pictures[part]), captions[part]
 
 
 def _explain_batch(

@@ -73,7 +73,12 @@ def provenance_of(adapter: Adapter, seed: int) -> dict[str, Any]:
 
 
 def flatten(images: Any, texts: Any) -> tuple[list[Any], list[list[str]], Any]:
-    """Pictures, the texts of each, and how to give results back in the shape the user's arguments had."""
+    """Pictures, the texts of each, and how to give results back in the shape the user's arguments had.
+
+    Pictures that were seen already (`Adapter.see`) stand for their list, or for one picture where there is one.
+    """
+    if isinstance(images, Inputs):
+        images = list(images.pictures) if len(images.pictures) > 1 else images.pictures[0]
     many = isinstance(images, (list, tuple))
     pictures = list(images) if many else [images]
     per_picture = list(texts) if many and not isinstance(texts, str) else [texts] * len(pictures)

@@ -66,31 +66,69 @@ def _one_pass(
     rule: str | None,
 ) -> Iterator[Chunk]:
     taps, attention = wanted_signals(adapter, slow)
-    needed = {path: False for column in fast for tap in column.paths for path in (tap, *adapter.fast_taps[tap])}
-    with Recorder(adapter.model, needed | taps, attention, rule) as recorder:
-        scores = adapter.forward(inputs, targets)
-        recorder.check()
-        assert scores is not None
-        _finite(scores, "scores")
-        for path, weights in recorder.weights.items():
-            _finite(weights, f"attention weights of {path}")
-        record = Trace(
-            adapter=adapter,
-            targets=targets,
-            grid=adapter.grid(inputs),
-            needs=frozenset(),
-            outputs=recorder.outputs,
-            gradients={},
-            shifts={},
-            weights=recorder.weights,
-            weight_gradients={},
-        )
+    starts = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
+    needed = {path: False for tap, others in starts.items() for path in (tap, *others)} | taps
+    differentiated = any([*taps.values(), *attention.values()]) or rule is not None
+    record = None if differentiated else _remembered(adapter, inputs, targets, needed, attention)
+    if record is not None:
+        scores = _scores_again(record, inputs, next(iter(starts)))
         if slow:
-            yield from _slow_chunks(record, slow, taps, attention, scores, recorder)
+            yield from _slow_chunks(record, slow, {}, {}, scores)
+    else:
+        with Recorder(adapter.model, needed, attention, rule) as recorder:
+            found = adapter.forward(inputs, targets)
+            recorder.check()
+            assert found is not None
+            scores = found
+            for path, weights in recorder.weights.items():
+                _finite(weights, f"attention weights of {path}")
+            if not differentiated:
+                inputs.memory.update(recorder.outputs | recorder.weights)
+            record = _record(adapter, inputs, targets, recorder.outputs, recorder.weights)
+            _finite(scores, "scores")
+            if slow:
+                yield from _slow_chunks(record, slow, taps, attention, scores)
     with Recorder(adapter.model):  # without the taps: parts of the model run again
         for tap, wanted_rule in dict.fromkeys((column.paths[0], column.method.rule) for column in fast):
             columns = tuple(c for c in fast if c.paths == (tap,) and c.method.rule == wanted_rule)
             yield from _fast_chunks(record, columns, inputs, scores)
+
+
+def _record(
+    adapter: Adapter, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> Trace:
+    return Trace(
+        adapter=adapter,
+        targets=targets,
+        grid=adapter.grid(inputs),
+        needs=frozenset(),
+        outputs=outputs,
+        gradients={},
+        shifts={},
+        weights=weights,
+        weight_gradients={},
+    )
+
+
+def _remembered(
+    adapter: Adapter, inputs: Inputs, targets: Targets, taps: Mapping[str, bool], attention: Mapping[str, bool]
+) -> Trace | None:
+    """The record of an earlier pass over the same pictures, if it holds all that is wanted and scores can start there."""
+    memory = inputs.memory
+    if not adapter.fast_taps or targets.kind not in adapter.fast_kinds or not {*taps, *attention} <= memory.keys():
+        return None
+    outputs, weights = ({path: memory[path] for path in paths} for paths in (taps, attention))
+    return _record(adapter, inputs, targets, outputs, weights)
+
+
+def _scores_again(record: Trace, inputs: Inputs, tap: str) -> Tensor:
+    """The scores from a remembered fast tap."""
+    features = record.outputs[tap]
+    shift = torch.zeros(len(record.targets), features.shape[-1], dtype=features.dtype, device=features.device)
+    with Recorder(record.adapter.model):
+        scores = record.adapter.score_from(tap, inputs, record.targets, shift, record.outputs)
+    _finite(scores, "scores")
+    return scores
 
 
 def _slow_chunks(
@@ -99,12 +137,11 @@ def _slow_chunks(
     taps: Mapping[str, bool],
     attention: Mapping[str, bool],
     scores: Tensor,
-    recorder: Recorder,
 ) -> Iterator[Chunk]:
     """One backward per group: as pictures do not influence each other, a sum over them gives each its own gradient."""
     wanted_taps = [path for path, gradient in taps.items() if gradient]
     wanted_attention = [path for path, gradient in attention.items() if gradient]
-    leaves = [recorder.outputs[p] for p in wanted_taps] + [recorder.weights[p] for p in wanted_attention]
+    leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
     groups = one_per_picture(record.targets.image.tolist())
     if not leaves:  # nothing depends on the score: one target per picture says it all
         groups = groups[:1]

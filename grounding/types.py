@@ -20,11 +20,12 @@ from grounding.text import Span, Tokens
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What `Adapter.prepare` makes of B pictures and T texts.
+    """What `Adapter.see` makes of B pictures and `Adapter.read` adds of T texts.
 
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
     index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
-    `per_picture` names the tensors that have the pictures first.
+    `per_picture` names the tensors that have the pictures first. `memory` is the engine's: what it recorded of the
+    vision stack without gradients, for later texts of the same pictures while the model stays as it is.
     """
 
     pictures: tuple[Picture, ...]
@@ -35,6 +36,7 @@ class Inputs:
     warnings: tuple[tuple[str, ...], ...] = ()
     text_warnings: tuple[tuple[str, ...], ...] = ()
     per_picture: tuple[str, ...] = ("pixel_values",)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,6 +198,30 @@ def test_a_map_of_features_alone_reaches_every_picture_of_a_split_batch(clip, mo
         close(found.columns["energy"].maps, alone.columns["energy"].maps)
 
 
+def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
+    pictures = [noise(50, 40, 1), noise(50, 40, 2)]
+    counted = []
+    handle = clip.model.vision_model.encoder.layers[0].register_forward_hook(
+        lambda module, args, out: counted.append(1)
+    )
+    seen = clip.see(pictures)
+    first = explain(clip, seen, "red car", methods=["gradcam", "gradcam_ln", "rollout"])
+    assert len(counted) == 1
+    again = explain(clip, seen, [["two dogs", "a bus"], ["red car"]], methods=["gradcam", "gradcam_ln", "rollout"])
+    assert len(counted) == 1
+    handle.remove()
+    assert [len(found) for found in again] == [2, 1]
+    for found, text, picture in [(first[1], "red car", 1), (again[0][1], "a bus", 0), (again[1][0], "red car", 1)]:
+        alone = explain(clip, pictures[picture], text, methods=["gradcam", "gradcam_ln", "rollout"])
+        assert [e.score for e in found.entries] == pytest.approx([e.score for e in alone.entries], abs=1e-9)
+        for key, column in alone.columns.items():
+            close(found.columns[key].maps, column.maps)
+    relevance = explain(clip, seen, "red car", methods=["relevance"])[0]
+    close(relevance.columns["relevance"].maps, explain(clip, pictures[0], "red car").columns["relevance"].maps)
+    one = explain(clip, clip.see(pictures[:1]), "red car")
+    assert one.caption == "red car"
+
+
 def test_threads_wait_for_each_other(clip, picture):
     expected = explain(clip, picture, CAPTION)
     found, failed = {}, []

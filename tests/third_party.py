@@ -1,5 +1,6 @@
 """An architecture that the project does not know: what a stranger would write from the Adapter's requirements."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -75,29 +76,24 @@ class MeanAdapter(Adapter):
         stack = Stack(blocks, tuple(f"{b}.norm" for b in blocks), tuple(f"{b}.attend" for b in blocks))
         return Sites(stacks={"vision": stack}, tap="blocks.1", readout="mean", prefix=0)
 
-    def prepare(self, images, texts):
+    def see(self, images):
         pictures = tuple(open_image(image) for image in images)
         size = (COLUMNS * PATCH, ROWS * PATCH)
         pixels = [torch.frombuffer(bytearray(p.image.resize(size).tobytes()), dtype=torch.uint8) for p in pictures]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
+        geometry = tuple(
+            Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in pictures
+        )
+        return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
+
+    def read(self, inputs, texts):
         tokens = []
         for text in (text for own in texts for text in own):
             spans = word_spans(text)
             ids = tuple(sum(map(ord, text[a:b].lower())) % 97 for a, b in spans)
             tokens.append(Tokens(text, ids, spans, (False,) * len(ids)))
-        geometry = tuple(
-            Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in pictures
-        )
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        return Inputs(
-            pictures,
-            geometry,
-            tuple(tokens),
-            owner,
-            {"pixel_values": pixels},
-            ((),) * len(pictures),
-            ((),) * len(tokens),
-        )
+        return replace(inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(tokens))
 
     def targets(self, inputs, spans, kind=None, token_target=TOKEN_TARGETS[0]):
         kind = self.check_kind(kind, token_target)
