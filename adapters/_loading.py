@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +20,8 @@ from grounding.demo import DEMO_NAME, demo_model
 from grounding.errors import ModelError
 from grounding.text import visible_text
 
+HUB_PATIENCE = 5.0  # seconds
+UNREACHABLE = "no hub could be reached and it is not in the local cache; give the folder of a checkpoint instead"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -108,6 +111,8 @@ def load(
         local_files_only=local_files_only,
     )
     _check_folder(source.id)
+    if not (local_files_only or Path(source.id).is_dir() or _hub_answers()):
+        source = replace(source, local_files_only=True)  # what is cached loads; the rest fails now, not after retries
     adapter_class = find_adapter(source.config(), source.id)
     return adapter_class.from_checkpoint(source)
 
@@ -135,7 +140,7 @@ def choose_device(device: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)[:100]}") from None
     return chosen
 
 
@@ -157,6 +162,14 @@ def _check_folder(name: str) -> None:
         raise ModelError(f"no model folder {visible_text(name)!r}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"model folder {visible_text(name)!r} holds no config.json")
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # noqa: BLE001  (of every kind: offline mode, name look-up, proxy, time-out)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -187,7 +200,9 @@ def _reason(error: BaseException) -> str:
         "trust_remote_code": "it needs code of its own, which is not run; if you trust it, load it from Python with "
         "trust_remote_code=True and a pinned revision",
         "gated repo": "it is gated: accept its terms on the hub and log in (`hf auth login`)",
-        "couldn't connect": "no hub could be reached and it is not in the local cache",
+        "couldn't connect": UNREACHABLE,
+        "cannot find the requested files in the disk cache": UNREACHABLE,
+        "couldn't find them in the cached files": UNREACHABLE,
         "is not a local folder and is not a valid model identifier": "no such model on the hub, and no such folder",
         "Repository Not Found": "no such model on the hub",
         "outgoing traffic has been disabled": "offline mode is on (HF_HUB_OFFLINE) and it is not in the local cache",

@@ -52,6 +52,8 @@ class ClipAdapter(Adapter):
     ) -> None:
         self.model = model
         # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
+        if not isinstance(model, CLIPModel):
+            raise ModelError(f"ClipAdapter needs a CLIPModel, got {type(model).__name__}")
         if processor is None and (tokenizer is None or image_processor is None):
             raise ModelError("ClipAdapter needs a processor, or a tokenizer and an image_processor")
         self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)

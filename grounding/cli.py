@@ -24,7 +24,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     """`--model` and how it is loaded."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="ID|DIR", help="Hugging Face id or folder (default: the embedded demo model)")
-    group.add_argument("--revision", help="branch, tag or commit of the model")
+    group.add_argument("--revision", help="branch, tag or commit of --model on the hub")
     group.add_argument(
         "--device", default="auto", help="auto (cuda, mps, cpu), or a torch device (default: %(default)s)"
     )
@@ -59,7 +59,7 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="METHOD.OPTION=VALUE",
-        help="e.g. gradcam.threshold=0.1 or rollout.fusion=max; repeatable",
+        help="e.g. gradcam.threshold=0.1 (of the maximum) or rollout.fusion=max; repeatable",
     )
     group.add_argument(
         "--layer",
@@ -88,10 +88,27 @@ def figure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--signed", action="store_true", help="raw signed maps in diverging colours, zero in the middle")
 
 
+def image_options(parser: argparse.ArgumentParser) -> None:
+    """Which pictures, and what they may be."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--image", nargs="+", action="extend", metavar="FILE", help="pictures (default: the embedded demo scene)"
+    )
+    group.add_argument("--allow-url", action="store_true", help="fetch pictures given as http(s) addresses")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default: 100 million)")
+
+
+def image_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `open_image`."""
+    return {"allow_url": args.allow_url} | ({} if args.max_pixels is None else {"max_pixels": args.max_pixels})
+
+
 def output_options(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output", metavar="DIR", help="default: outputs/<picture>-<model>/")
+    group.add_argument(
+        "--output", metavar="DIR", help="default: outputs/<picture>-<model>/; an earlier result there is replaced"
+    )
     group.add_argument(
         "--write",
         nargs="*",
@@ -109,7 +126,7 @@ def figure_keywords(args: argparse.Namespace) -> dict[str, Any]:
     names = ("layout", "scale", "cmap", "opacity", "background")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.fixed is not None:
-        given |= {"fixed": tuple(args.fixed), "scale": "fixed"}
+        given = {"scale": "fixed"} | given | {"fixed": tuple(args.fixed)}
     return given | {name: True for name in ("grid", "signed") if getattr(args, name)}
 
 
@@ -130,6 +147,8 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
         options[key] = value
     attention = {"attention.layer": args.attention_layer, "attention.head": args.head}
     attention = {key: value for key, value in attention.items() if value is not None}
+    if twice := attention.keys() & options.keys():
+        raise OptionError(f"{', '.join(sorted(twice))} was given twice: by --option and by an option of its own")
     methods = [*(args.methods or DEFAULT_METHODS), *(["attention"] if attention else [])]
     tokens = True if args.tokens is None else args.tokens
     return {
@@ -155,8 +174,10 @@ def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path
     model = slug(Path(args.model).name if args.model else DEMO_NAME)
     names: list[str] = []
     for image in images:
-        name = f"{slug(Path(image).stem)}-{model}"
-        names.append(name if name not in names else f"{name}-{len(names)}")
+        stem, number = slug(Path(image).stem, "picture"), 1
+        while f"{stem}{'' if number == 1 else f'-{number}'}-{model}" in names:
+            number += 1
+        names.append(f"{stem}{'' if number == 1 else f'-{number}'}-{model}")
     root = Path(args.output or "outputs")
     folders = [root] if args.output and len(images) == 1 else [root / name for name in names]
     if args.write:
@@ -168,8 +189,9 @@ def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path
 class Report:
     """What a command prints and writes: each explanation as it comes, files at once, the paths last."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, *, several: bool) -> None:
         self.args = args
+        self.several = several
         self.status = 0
         self.written: list[Path] = []
         self.documents: list[dict[str, Any]] = []
@@ -180,7 +202,7 @@ class Report:
         from grounding.tables import explanation_table, headline
 
         if not self.args.quiet:
-            warn(explanation)
+            warn(explanation, named=self.several)
         files = explanation.save(folder, self.args.write, **figure_keywords(self.args)) if self.args.write else {}
         self.written += files.values()
         if self.args.format == "json":
@@ -189,15 +211,18 @@ class Report:
             return
         print(headline(explanation), explanation_table(explanation), "", sep="\n")
 
-    def failed(self, error: GroundingError) -> None:
+    def failed(self, image: str, error: GroundingError) -> None:
         """One picture could not be explained: say so, go on with the others."""
         self.status = max(self.status, fail(error, verbose=self.args.verbose))
+        self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
 
     def end(self) -> int:
         """Print what remains; return the exit code."""
         if self.args.format == "json":
-            documents = self.documents[0] if len(self.documents) == 1 and not self.status else self.documents
-            print(json.dumps(documents, indent=2, allow_nan=False))
+            if self.several:
+                print(json.dumps(self.documents, indent=2, allow_nan=False))
+            elif not self.status:
+                print(json.dumps(self.documents[0], indent=2, allow_nan=False))
         elif self.written:
             print("wrote", *self.written)
         return self.status
@@ -246,7 +271,8 @@ def fail(error: BaseException, *, verbose: bool = False) -> int:
     return int(getattr(error, "exit_code", 1))
 
 
-def warn(explanation: Explanation) -> None:
-    """What the reader of an explanation must know, on stderr."""
+def warn(explanation: Explanation, *, named: bool = False) -> None:
+    """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
+    name = f"{visible_text(explanation.picture.path or 'picture')}: " if named else ""
     for warning in explanation.warnings:
-        print(f"warning: {visible_text(warning)}", file=sys.stderr)
+        print(f"warning: {name}{visible_text(warning)}", file=sys.stderr)

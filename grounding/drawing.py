@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +42,8 @@ FADE_TO, FADED = 208, 0.45
 STRETCH = 8.0
 
 Rgb = UInt8[np.ndarray, "height width 3"]
+Segment = tuple[tuple[float, float], tuple[float, float]]
+Segments = Sequence[Segment]
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,22 @@ def hatch(rgb: Rgb, pale: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
     return np.where(unseen[..., None], np.where(line, pale // 5 * 3, pale), rgb)
 
 
+def grid_lines(geometry: Geometry) -> list[Segment]:
+    """Outlines of the patches that saw the picture: lines from (x, y) to (x, y), as fractions of the picture."""
+    seen = geometry.seen_cells
+    cells = [geometry.cell_box(int(row), int(column)) for row, column in zip(*np.nonzero(seen), strict=True)]
+    boxes = np.array([cell for cell in cells if cell is not None]) / ((geometry.width, geometry.height) * 2)
+    xs, ys = (sorted({float(x) for x in boxes[:, [axis, axis + 2]].flat}) for axis in (0, 1))
+    return [((x, ys[0]), (x, ys[-1])) for x in xs] + [((xs[0], y), (xs[-1], y)) for y in ys]
+
+
 def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
     """Outlines of the patches that saw the picture, in half-transparent lines, light on dark and dark on light."""
     height, width = rgb.shape[:2]
-    fx, fy = width / geometry.width, height / geometry.height
     mask = np.zeros((height, width), np.uint8)
-    for row, column in zip(*np.nonzero(geometry.seen_cells), strict=True):
-        cell = geometry.cell_box(int(row), int(column))
-        if cell is not None:
-            x0, y0, x1, y1 = cell[0] * fx, cell[1] * fy, cell[2] * fx, cell[3] * fy
-            cv2.rectangle(mask, (round(x0), round(y0)), (round(x1), round(y1)), 255, _stroke(rgb, 700))
+    for line in grid_lines(geometry):
+        start, end = ((min(round(x * width), width - 1), min(round(y * height), height - 1)) for x, y in line)
+        cv2.line(mask, start, end, 255, _stroke(rgb, 500))
     # The ground is judged over some distance: a line that changes sides at every speck looks torn.
     around = cv2.blur(grey(rgb), (max(3, width // 20), max(3, height // 20)))
     contrast = np.where(around < 128, np.uint8(255), np.uint8(0))[..., None]
@@ -164,27 +173,34 @@ def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
 
 
 def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
-    """A half-open box, panel pixels, as a white line in a black one."""
-    x0, y0, x1, y1 = box
-    drawn, line = rgb.copy(), _stroke(rgb, 220)
-    # Inwards, so that a box at the picture's edge keeps its whole line.
+    """A half-open box, panel pixels, as a white line in a black one; around a small box, within a large one."""
+    height, width = rgb.shape[:2]
+    drawn, line = rgb.copy(), _stroke(rgb, 260)
+    # Inwards, so that a box at the picture's edge keeps its whole line, but never over what a small one holds.
+    x0, x1 = _framed(box[0], box[2], width, line)
+    y0, y1 = _framed(box[1], box[3], height, line)
     for colour, outer, inner in ((0, 0, 3 * line), (255, line, 2 * line)):
-        frame = np.zeros(rgb.shape[:2], bool)
+        frame = np.zeros((height, width), bool)
         frame[y0 + outer : y1 - outer, x0 + outer : x1 - outer] = True
         frame[y0 + inner : y1 - inner, x0 + inner : x1 - inner] = False
         drawn[frame] = colour
     return drawn
 
 
+def _framed(start: int, end: int, size: int, line: int) -> tuple[int, int]:
+    """Outer ends of a frame of 3 `line` around [start, end) of `size` pixels."""
+    out = 0 if end - start >= 16 * line else 3 * line
+    return max(0, start - out), min(size, max(end, start + 1) + out)
+
+
 def draw_peak(rgb: Rgb, point: tuple[float, float]) -> Rgb:
-    """A ring with a dot at a point, panel pixels; white in black, to show on every ground."""
+    """An open ring around a point, panel pixels; white in black, to show on every ground."""
     drawn = np.ascontiguousarray(rgb)
-    line, radius = _stroke(rgb, 220), max(3, round(_measure(rgb) / 32))
+    line, radius = _stroke(rgb, 350), max(2.5, _measure(rgb) / 50)
     # cv2 counts from pixel centres; four more bits keep the mark where it belongs between pixels.
     centre = (round((point[0] - 0.5) * 16), round((point[1] - 0.5) * 16))
-    for colour, thickness, dot in (((0, 0, 0), 3 * line, 2.2 * line), ((255, 255, 255), line, 1.2 * line)):
-        cv2.circle(drawn, centre, radius * 16, colour, thickness, cv2.LINE_AA, shift=4)
-        cv2.circle(drawn, centre, round(dot * 16), colour, -1, cv2.LINE_AA, shift=4)
+    for colour, thickness in (((0, 0, 0), 3 * line), ((255, 255, 255), line)):
+        cv2.circle(drawn, centre, round(radius * 16), colour, thickness, cv2.LINE_AA, shift=4)
     return drawn
 
 

@@ -63,6 +63,10 @@ def explain(
     ------
     GroundingError (a ValueError, one line): unusable picture, text, layer, option or target; a dead layer; NaN or Inf.
     """
+    if not isinstance(adapter, Adapter):
+        raise GroundingError(
+            f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
+        )
     pictures, captions, rebuild = flatten(images, texts)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")

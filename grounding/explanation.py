@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,7 @@ class Entry:
     token_id: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MapColumn:
     """One method at one layer: raw maps (entries, rows, columns), or (1, rows, columns) where all entries share one.
 
@@ -56,6 +58,9 @@ class MapColumn:
     maps: Float[np.ndarray, "entries rows columns"]
     status: tuple[Status, ...]
 
+    def __repr__(self) -> str:
+        return f"<MapColumn {self.key}: {len(self.maps)} maps of {self.maps.shape[1]} x {self.maps.shape[2]} patches>"
+
     @property
     def shared(self) -> bool:
         """Whether one map stands for all entries."""
@@ -66,7 +71,7 @@ class MapColumn:
         return 0 if self.shared else entry
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EntryMap:
     """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`."""
 
@@ -75,6 +80,9 @@ class EntryMap:
     raw: Float[np.ndarray, "rows columns"]
     status: Status
     geometry: Geometry
+
+    def __repr__(self) -> str:
+        return f"<EntryMap {self.entry.label!r} by {self.column.key}: peak {self.peak}, {self.status.status}>"
 
     @property
     def view(self) -> Float[np.ndarray, "rows columns"]:
@@ -116,7 +124,7 @@ class EntryMap:
         return (float(values.min()), float(values.max())) if values.size else (float("nan"), float("nan"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """What one picture and one text give: entries, maps per method, geometry, warnings and provenance.
 
@@ -142,7 +150,8 @@ class Explanation:
 
     def index(self, which: int | str, occurrence: int = 0) -> int:
         """The place of an entry, by index or by label (case ignored). Raises TextError listing what there is."""
-        if isinstance(which, int):
+        if not isinstance(which, str):
+            which = operator.index(which)
             if -len(self.entries) <= which < len(self.entries):
                 return which % len(self.entries)
             raise TextError(f"entry {which} is not in 0 to {len(self.entries) - 1}")
@@ -167,6 +176,16 @@ class Explanation:
     def __iter__(self) -> Iterator[EntryMap]:
         return (self.map(i) for i in range(len(self.entries)))
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, label: object) -> bool:
+        return any(str(label).lower() == entry.label.lower() for entry in self.entries)
+
+    def __repr__(self) -> str:
+        name = self.picture.path or f"{self.picture.width} x {self.picture.height} picture"
+        return f"<Explanation of {name!r} and {self.caption!r}: {len(self)} entries by {', '.join(self.columns)}>"
+
     def figure(self, **options: Any) -> Figure:
         """The side-by-side figure; options as in `grounding.render.figure`."""
         from grounding.render import figure
@@ -174,17 +193,27 @@ class Explanation:
         return figure(self, **options)
 
     def show(self, **options: Any) -> None:
-        """Show the figure (in a notebook, or in a window where there is one)."""
-        import matplotlib.pyplot as plt
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        """Show the figure in a notebook, or in a window; a warning where there is neither."""
+        import matplotlib as mpl
+        from matplotlib import pyplot as plt
 
         made = self.figure(**options)
-        manager = plt.figure().canvas.manager
-        if manager is None:
-            FigureCanvasAgg(made)
+        if "inline" in mpl.get_backend() or "nbagg" in mpl.get_backend():
+            from IPython.display import display
+
+            display(made)
             return
-        manager.canvas.figure = made
-        made.set_canvas(manager.canvas)
+        if mpl.get_backend().lower() not in mpl.backends.backend_registry.list_builtin(
+            mpl.backends.BackendFilter.INTERACTIVE
+        ):
+            warnings.warn(
+                f"no window to show the figure in (matplotlib backend {mpl.get_backend()}): use save(directory)",
+                stacklevel=2,
+            )
+            return
+        canvas = plt.figure(figsize=made.get_size_inches()).canvas
+        canvas.figure = made
+        made.set_canvas(canvas)
         plt.show()
 
     def save(

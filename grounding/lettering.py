@@ -71,16 +71,18 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
     return float(_ruler().get_text_width_height_descent(text, font, False)[0]) / RULER_DPI
 
 
-def wrap(text: str, width: float, size: float, weight: str = "normal", lines: int | None = None) -> list[str]:
-    """`text`, made printable, in lines of at most `width` inches; past `lines` of them it ends in an ellipsis."""
+def wrap(
+    text: str, width: float, size: float, weight: str = "normal", lines: int | None = None, ending: str = ELLIPSIS
+) -> list[str]:
+    """`text`, made printable, in lines of at most `width` inches; past `lines` of them it is cut and has `ending`."""
     shown = printable(text[:LONGEST] + (ELLIPSIS if len(text) > LONGEST else ""), weight)
     made: list[str] = []
     for line in _lines(shown.split(), width, size, weight):
         if lines is not None and len(made) == lines:
             last = made[-1]
-            while last and width_of(last + ELLIPSIS, size, weight) > width:
+            while last and width_of(last + ending, size, weight) > width:
                 last = last[:-1]
-            made[-1] = last.rstrip() + ELLIPSIS
+            made[-1] = last.rstrip() + ending
             break
         made.append(line)
     return made

@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from grounding import lettering
+from grounding.drawing import Segment, Segments
 
 DPI = lettering.RULER_DPI
 # Agg cannot draw 2^16 pixels in a row; longer sheets get fewer pixels per inch.
@@ -33,10 +35,11 @@ class Line:
     weight: str = "normal"
     most: int | None = None
     space: float = 0.0  # inches above it
+    ending: str = lettering.ELLIPSIS  # of a paragraph that is cut
 
     def wrapped(self, width: float) -> list[str]:
         """Its lines, `width` inches wide at most."""
-        return lettering.wrap(self.text, width, self.size, self.weight, self.most)
+        return lettering.wrap(self.text, width, self.size, self.weight, self.most, self.ending)
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,16 @@ Block = Sequence[Line | Bar]
 
 @dataclass(frozen=True)
 class Cell:
-    """One panel: what stands above it, the panel, what stands below it. `name` finds its image in the figure (gid)."""
+    """One panel: what stands above it, the panel, what stands below it. `name` finds its image in the figure (gid).
+
+    `grid` are lines over it, as fractions of the panel: drawn last, for they would be lost when pixels are resampled.
+    """
 
     image: UInt8[np.ndarray, "height width 3"]
     name: str
     above: Block = ()
     below: Block = ()
+    grid: Segments = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Sheet:
     """What will be drawn, gathered from top to bottom; the size is known at the end."""
 
     width: float
+    grids: list[list[Segment]] = field(default_factory=list)
     texts: list[tuple[float, float, str, Line]] = field(default_factory=list)
     images: list[tuple[tuple[float, float, float, float], UInt8[np.ndarray, "height width 3"], str]] = field(
         default_factory=list
@@ -138,6 +146,9 @@ class Sheet:
                 x = grid.left(column)
                 self.block(cell.above, x, y - 0.03, grid.cell, anchor_bottom=True)
                 self.images.append(((x, y, *grid.panel), cell.image, cell.name))
+                if cell.grid:
+                    across, down = grid.panel
+                    self.grids.append([tuple((x + u * across, y + v * down) for u, v in line) for line in cell.grid])
                 below = self.block(cell.below, x, y + grid.panel[1] + 0.04, grid.cell)
                 depth = max(depth, grid.panel[1] + 0.04 + below)
             y += depth + grid.gap
@@ -155,9 +166,19 @@ class Sheet:
             image.set_gid(name)
             axes.add_image(image)
             axes.add_patch(Rectangle((x, y), width, depth, fill=False, edgecolor="#bbbbbb", linewidth=0.5))
+        for lines in self.grids:
+            _draw_grid(axes, lines)
         for x, y, text, line in self.texts:
             _write(axes, x, y, text, line)
         return figure
+
+
+def _draw_grid(axes: Axes, lines: list[Segment]) -> None:
+    # A dark and a light line, snapped to whole pixels of the finished figure: the same strength on every ground.
+    for colour, width in (((0.0, 0.0, 0.0, 0.4), 1.0), ((1.0, 1.0, 1.0, 0.5), 0.5)):
+        drawn = LineCollection(lines, colors=[colour], linewidths=width, antialiaseds=True, linestyles="solid")
+        drawn.set_snap(True)
+        axes.add_collection(drawn, autolim=False)
 
 
 def _write(axes: Axes, x: float, y: float, text: str, line: Line) -> None:

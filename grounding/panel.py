@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -47,29 +47,46 @@ def limits_of(
 ) -> Limits:
     """The values at the ends of the colour map that these maps share; maps without evidence have no say.
 
-    A map drawn with its sign has them at the same distance from zero. Equal limits mean: nothing to draw.
+    A map drawn with its sign has them at the same distance from zero, whatever the scale. Equal limits mean: nothing
+    to draw.
     """
     telling = [m for m in entry_maps if m.status]
     low, high = mapping.limits([drawn_values(m, style) for m in telling], scale, fixed)
-    if scale != "fixed" and any(with_sign(m, style) for m in telling):
+    if any(with_sign(m, style) for m in telling):
         reach = max(abs(low), abs(high))
         return -reach, reach
     return low, high
 
 
+def clipped(entry_map: EntryMap, style: Style, limits: Limits) -> tuple[float, float]:
+    """Which parts of the seen patches lie below and above the ends of the colour map, as fractions."""
+    values = drawn_values(entry_map, style)
+    values = values[np.isfinite(values)]
+    return float((values < limits[0]).mean()), float((values > limits[1]).mean())
+
+
+@lru_cache(maxsize=2)
+def _box_of(entry_map: EntryMap) -> tuple[int, int, int, int] | None:
+    """Found once for heat map and overlay."""
+    return entry_map.box
+
+
 class Painter:
     """Draws maps of one picture at one size, (height, width); the work on the picture is done once.
 
-    `image` is the whole upright picture, at any resolution. Raises OptionError where its shape is not the geometry's.
+    `image` is the whole upright picture. The patch grid is left to others with `grid` False, whatever the style.
+    Raises OptionError where the picture's shape is not the geometry's.
     """
 
-    def __init__(self, image: Image.Image, geometry: Geometry, size: tuple[int, int], style: Style) -> None:
+    def __init__(
+        self, image: Image.Image, geometry: Geometry, size: tuple[int, int], style: Style, *, grid: bool = True
+    ) -> None:
         if image.size != (geometry.width, geometry.height):
             raise OptionError(
                 f"the picture has {image.width} x {image.height} pixels, the map belongs to one of "
                 f"{geometry.width} x {geometry.height}"
             )
-        self.geometry, self.size, self.style = geometry, size, style
+        self.geometry, self.size, self.style, self.grid = geometry, size, style, grid and style.grid
         self.picture: Rgb = resized(image, size)
 
     @cached_property
@@ -115,16 +132,18 @@ class Painter:
 
     def _marked(self, panel: Rgb, pale: Rgb, entry_map: EntryMap) -> Rgb:
         panel = hatch(panel, pale, self._unseen)
-        if self.style.grid:
+        if self.grid:
             panel = draw_grid(panel, self.geometry)
-        # At the panel's own size: the box in original pixels costs a second for a large photograph.
-        box = mapping.box(entry_map.heat(self.size)) if self.style.box else None
-        if box is not None:
-            panel = draw_box(panel, box)
+        height, width = self.size
+        across, down = width / self.geometry.width, height / self.geometry.height
         peak = entry_map.peak if self.style.peak else None
         if peak is not None:
-            height, width = self.size
-            panel = draw_peak(panel, (peak[0] * width / self.geometry.width, peak[1] * height / self.geometry.height))
+            panel = draw_peak(panel, (peak[0] * across, peak[1] * down))
+        # One truth for figure, table and JSON: the map's own box, in original pixels.
+        box = _box_of(entry_map) if self.style.box else None
+        if box is not None:
+            x0, y0, x1, y1 = (round(n * scale) for n, scale in zip(box, (across, down) * 2, strict=True))
+            panel = draw_box(panel, (x0, y0, x1, y1))
         return panel
 
 

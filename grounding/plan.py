@@ -21,7 +21,10 @@ from grounding.trace import TAP_SIGNALS, Trace
 
 @dataclass(frozen=True)
 class Selection:
-    """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), words, phrases."""
+    """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), phrases.
+
+    With `words`, words stand in for tokens, also where they are named.
+    """
 
     caption: bool = True
     tokens: bool | Sequence[str] = True
@@ -37,13 +40,11 @@ class Selection:
     def spans(self, tokens: Tokens) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
         chosen: list[Span] = [tokens.caption()] if self.caption else []
+        parts = tokens.words() if self.words else tokens.tokens()
         if isinstance(self.tokens, bool):
-            # Words stand in for tokens unless tokens are asked for by name.
-            chosen += tokens.tokens() if self.tokens and not self.words else ()
+            chosen += parts if self.tokens else ()
         else:
-            chosen += tokens.choose(self.tokens, tokens.tokens())
-        if self.words:
-            chosen += tokens.words()
+            chosen += tokens.choose(self.tokens, parts)
         chosen += [tokens.phrase(phrase) for phrase in self.phrases]
         return tuple(chosen)
 
@@ -85,8 +86,9 @@ def columns(
     given = _options_by_method(options or {}, names)
     if layers and not any(METHODS[name].reads_tap for name in names):
         raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
-    if average_layers and len(set(layers)) < 2:
-        raise OptionError(f"averaging needs at least two layers, got {len(set(layers))}")
+    taps = _taps(adapter, layers)
+    if average_layers and len(taps) < 2:
+        raise OptionError(f"averaging needs at least two different layers, got {len(taps)}")
     made: list[Column] = []
     for name in names:
         method: Method = METHODS[name]
@@ -94,7 +96,6 @@ def columns(
         if not method.reads_tap:
             made.append(Column(name, name, method, chosen))
             continue
-        taps = {layer: adapter.resolve(layer) for layer in layers} or {"": adapter.resolve(None)}
         if average_layers:
             key = f"{name}@{'+'.join(taps)}"
             made.append(Column(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values())))
@@ -103,6 +104,16 @@ def columns(
             key = f"{name}@{layer}" if len(taps) > 1 else name
             made.append(Column(key, name, method, chosen, path, (path,)))
     return tuple(made)
+
+
+def _taps(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
+    """Name as given -> path; a layer named twice, in whatever form, counts once."""
+    taps: dict[str, str] = {}
+    for layer in layers or [""]:
+        path = adapter.resolve(layer or None)
+        if path not in taps.values():
+            taps[layer] = path
+    return taps
 
 
 def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, bool], dict[str, bool]]:

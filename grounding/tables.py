@@ -43,7 +43,7 @@ def _cells(found: EntryMap) -> list[str]:
         return ["no evidence", "-"]
     peak, box = found.peak, found.box
     return [
-        "-" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
+        "-" if peak is None else f"{peak[0]:.1f}, {peak[1]:.1f}",
         "-" if box is None else ", ".join(map(str, box)),
     ]
 

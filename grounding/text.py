@@ -182,13 +182,19 @@ def check_text(text: object) -> str:
     """The text, if it can be used. Raises TextError where it is no string, empty or blank."""
     if not isinstance(text, str):
         raise TextError(f"a caption must be text, got {type(text).__name__}")
-    if not text.strip():
-        raise TextError("the caption is empty: give at least one word")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError(f"the caption is not valid Unicode at character {error.start}") from None
+    if not any(c.isprintable() and not c.isspace() for c in text):
+        raise TextError("the caption is empty: give at least one word")
     return text
+
+
+def quoted(text: str, longest: int) -> str:
+    """The text in quotes, on one line, at most about `longest` characters of it."""
+    shown = visible_text(text if len(text) <= longest else text[: longest - 1] + "\u2026")
+    return f"'{shown}'"
 
 
 def visible_text(text: str) -> str:

@@ -113,7 +113,7 @@ def _record(
 def _remembered(
     adapter: Adapter, inputs: Inputs, targets: Targets, taps: Mapping[str, bool], attention: Mapping[str, bool]
 ) -> Trace | None:
-    """The record of an earlier pass over the same pictures, if it holds all that is wanted and scores can start there."""
+    """The record of an earlier pass over the same pictures, if it holds all that is wanted."""
     memory = inputs.memory
     if not adapter.fast_taps or targets.kind not in adapter.fast_kinds or not {*taps, *attention} <= memory.keys():
         return None

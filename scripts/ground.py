@@ -15,8 +15,8 @@ from grounding import cli
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--image", nargs="+", metavar="FILE", help="pictures (default: the embedded demo scene)")
-    made.add_argument("--caption", metavar="TEXT", help="the text to ground")
+    made.add_argument("--caption", metavar="TEXT", help="the text to ground (required)")
+    cli.image_options(made)
     cli.model_options(made)
     cli.explain_options(made)
     cli.figure_options(made)
@@ -29,7 +29,8 @@ def ground(args: argparse.Namespace) -> int:
     from adapters import load
     from grounding.demo import demo_picture
     from grounding.engine import explain
-    from grounding.errors import GroundingError, TextError
+    from grounding.errors import GroundingError, OptionError, TextError
+    from grounding.images import open_image
     from grounding.layers import list_layers
     from grounding.tables import layer_table
     from grounding.text import check_text
@@ -37,6 +38,8 @@ def ground(args: argparse.Namespace) -> int:
     if args.caption is None and not args.list_layers:
         raise TextError("nothing to ground: give --caption TEXT")
     caption = check_text("picture" if args.caption is None else args.caption)
+    if args.revision and not args.model:
+        raise OptionError("--revision belongs to --model, which was not given")
     images = args.image or [str(demo_picture())]
     folders = cli.output_folders(args, images)
     keywords = cli.explain_keywords(args)
@@ -44,14 +47,15 @@ def ground(args: argparse.Namespace) -> int:
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], caption)))
         return 0
-    report = cli.Report(args)
+    report = cli.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         try:
-            report.add(explain(adapter, image, caption, **keywords), folder)
+            picture = open_image(image, **cli.image_keywords(args))
+            report.add(explain(adapter, picture, caption, **keywords), folder)
         except GroundingError as error:
             if error.exit_code != 1:  # asked for what does not exist: no other picture will have it
                 raise
-            report.failed(error)
+            report.failed(image, error)
     return report.end()
 
 

@@ -1,5 +1,6 @@
 """A model whose answers are known on paper: the score is linear in the pixels, one weight per patch and text."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -33,7 +34,7 @@ class LinearAdapter(Adapter):
     def sites(self):
         return Sites(stacks={"vision": Stack(("layer",))}, tap="layer", readout="mean", prefix=0)
 
-    def prepare(self, images, texts):
+    def see(self, images):
         pictures = tuple(open_image(image) for image in images)
         size = (self.shown * PATCH, ROWS * PATCH)
         pixels = np.ones((len(pictures), 1, ROWS * PATCH, COLUMNS * PATCH))
@@ -45,12 +46,16 @@ class LinearAdapter(Adapter):
             )
             for p in pictures
         )
+        tensors = {"pixel_values": torch.from_numpy(pixels)}
+        return Inputs(pictures, geometry, (), (), tensors, ((),) * len(pictures))
+
+    def read(self, inputs, texts):
         flat = [text for own in texts for text in own]
         tokens = tuple(
             Tokens(t, tuple(range(len(word_spans(t)))), word_spans(t), (False,) * len(word_spans(t))) for t in flat
         )
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        return Inputs(pictures, geometry, tokens, owner, {"pixel_values": torch.from_numpy(pixels)})
+        return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
 
     def targets(self, inputs, spans, kind=None, token_target="leave-one-out"):
         kind = self.check_kind(kind, token_target)

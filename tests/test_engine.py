@@ -262,8 +262,10 @@ def test_what_the_crop_cut_off_is_nan_and_hatched(clip):
 def test_layers_are_refused_where_no_method_reads_them(clip, picture):
     with pytest.raises(OptionError, match="none of rollout is computed at a layer"):
         explain(clip, picture, CAPTION, methods=["rollout"], layers=["-1.in"])
-    with pytest.raises(OptionError, match="at least two layers, got 1"):
-        explain(clip, picture, CAPTION, layers=["-1.in"], average_layers=True)
+    with pytest.raises(OptionError, match="at least two different layers, got 1"):
+        explain(clip, picture, CAPTION, layers=["-1.in", "2.in"], average_layers=True)
+    twice = explain(clip, picture, CAPTION, methods=["gradcam"], layers=["-1.in", "2.in"])
+    assert list(twice.columns) == ["gradcam"]
 
 
 def test_a_text_alone_stands_for_a_list_of_one(clip, picture):
