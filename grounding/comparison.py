@@ -9,20 +9,22 @@ from math import ceil, sqrt
 
 from matplotlib.figure import Figure
 
-from grounding.drawing import STRETCH, Style, colour_table, fit
+from grounding import wording
+from grounding.drawing import STRETCH, Segment, Style, colour_table, fit, grid_lines
 from grounding.explanation import EntryMap, Explanation, MapColumn
-from grounding.lettering import printable
 from grounding.maps import Scale
 from grounding.page import ALERT, DPI, INK, Bar, Block, Cell, Grid, Line, Row, Sheet
 from grounding.panel import Limits, Painter, has_evidence, limits_of
 
 MOST_WARNINGS = 8
+WARNING_LINES = 3
 NARROWEST = 6.5  # inches: room for the words above
 WIDEST = 8.0  # inches of a paragraph
 BESIDE = 3.4  # inches to the right of the picture from which the words stand there and not above it
 LONGEST_BLOCK = 8  # rows that always stand in one block
 BETWEEN_BLOCKS = 0.15
 SLIMMEST, BROADEST = 1.5, 16.0  # height : width of the blocks together, and their width in inches
+SEE_JSON = "… (see the JSON)"
 SHARED_NOTE = "does not see the text: one map for all entries"
 # Panels hold more pixels than the figure shows at its own resolution, so that print at 300 dpi stays sharp.
 OVERSAMPLING = 2
@@ -71,7 +73,15 @@ class Comparison:
         longest = round(max(self._grid.panel) * DPI * OVERSAMPLING)
         geometry = self.explanation.geometry
         size = fit(geometry.width, geometry.height, longest)
-        return Painter(self.explanation.picture.image, geometry, size, self.style)
+        return Painter(self.explanation.picture.image, geometry, size, self.style, grid=False)
+
+    @cached_property
+    def _lines(self) -> list[Segment]:
+        return grid_lines(self.explanation.geometry) if self.style.grid else []
+
+    @cached_property
+    def _titles(self) -> list[str]:
+        return wording.entry_titles(self.explanation)
 
     def draw(self) -> Figure:
         """The figure."""
@@ -116,57 +126,35 @@ class Comparison:
     def _words(self) -> Block:
         """What stands once in the figure: caption, model, scale, legend, warnings."""
         explanation = self.explanation
-        target = explanation.target + (f" ({explanation.token_target})" if explanation.token_target else "")
-        score = [] if explanation.score is None else [f"score {_number(explanation.score)}"]
-        facts = [f"model {explanation.model.get('id') or 'unnamed'}", f"target {target}", *score]
         caption = [Line(f"“{explanation.caption}”", 12.0, INK, "bold", 5)] if explanation.caption else []
+        scale = wording.scale_note(explanation.columns.values(), self.style, self.scale, self.fixed)
+        notes = [wording.legend(explanation, self.style), wording.score_note(explanation)]
+        warnings = explanation.warnings
         block: list[Line | Bar] = [
             *caption,
-            Line(" · ".join(facts), 8.0, INK, most=4),
-            Line(self._scale_note(), space=0.06),
+            Line(wording.facts(explanation), 8.0, INK, most=4),
+            Line(scale, space=0.06),
             *self._bars(),
-        ]
-        block.append(Line(self._legend()))
-        warnings = explanation.warnings
-        block += [
-            Line(f"Warning: {text}", 7.5, ALERT, most=12, space=0.0 if i else 0.06)
-            for i, text in enumerate(warnings[:MOST_WARNINGS])
+            *(Line(note) for note in notes if note),
+            *(
+                Line(f"Warning: {text}", 7.5, ALERT, most=WARNING_LINES, space=0.0 if i else 0.06, ending=SEE_JSON)
+                for i, text in enumerate(warnings[:MOST_WARNINGS])
+            ),
         ]
         if len(warnings) > MOST_WARNINGS:
             block.append(Line(f"and {len(warnings) - MOST_WARNINGS} more warnings: see the JSON", 7.5, ALERT))
         return block
 
-    def _scale_note(self) -> str:
-        text = {
-            "entry": "Scale per entry: each map from its own lowest to its own highest value; compare the raw numbers",
-            "caption": "Scale per caption: one range per method over all entries, given with its name",
-            "fixed": f"Scale fixed: the same range for all maps,{_range(self.fixed or (0.0, 0.0))}",
-        }[self.scale]
-        signed = any(c.signed for c in self.explanation.columns.values())
-        if signed and not self.style.signed:
-            text += "; negative values are drawn as zero"
-        return text + "."
-
-    def _bars(self) -> Iterator[Bar]:
-        low, high = ("lowest", "highest") if self.fixed is None else map(_number, self.fixed)
-        columns = self.explanation.columns.values()
-        if any(not (c.signed and self.style.signed) for c in columns):
-            yield Bar(colour_table(self.style.cmap), low, high)
-        if any(c.signed and self.style.signed for c in columns):
-            ends = ("against", "for") if self.fixed is None else (low, high)
-            yield Bar(colour_table(self.style.diverging), *ends)
-
-    def _legend(self) -> str:
-        unseen = self.explanation.geometry.seen_fraction < 1
-        parts = [
-            *(["◉ strongest patch"] if self.style.peak else []),
-            *(["□ largest region above half of the range"] if self.style.box else []),
-            *(["▨ not seen by the model"] if unseen else []),
-        ]
-        texts = [self.explanation.caption, *(e.label for e in self.explanation.entries), *self.explanation.warnings]
-        if any("\\" in printable(t, "bold") and "\\" not in t for t in texts):
-            parts.append(r"\u.. or \x..: a character that cannot be drawn here")
-        return " · ".join(parts)
+    def _bars(self) -> Iterator[Line | Bar]:
+        """One colour bar, or two with the names of the methods each belongs to."""
+        plain, around = wording.drawn_around_zero(self.explanation.columns.values(), self.style)
+        ends = ("lowest", "highest") if self.fixed is None else self.fixed
+        signed = ("against", "for") if self.fixed is None else wording.symmetric(self.fixed)
+        for columns, name, (low, high) in ((plain, self.style.cmap, ends), (around, self.style.diverging, signed)):
+            if columns:
+                if plain and around:
+                    yield Line(wording.titles(columns) + ":", most=2, space=0.05)
+                yield Bar(colour_table(name), _end(low), _end(high))
 
     def _rows(self) -> Iterator[Row]:
         if self.layout == "panels":
@@ -192,13 +180,15 @@ class Comparison:
             found = self._map(column, entry)
             limits = self._limits(column, entry)
             name = f"{column.key}:{entry}"
+            lines = self._lines_over(found, limits)
+            heat, overlay = self._painter.heat(found, limits), self._painter.overlay(found, limits)
             label = [Line("all entries", 10.0, INK, "bold")] if column.shared else self._entry_label(entry)
             yield Row(
                 [*label, *self._column_lines(column, limits)],
                 [
                     Cell(self._painter.picture, "picture", titles[0], self._stretch_note()),
-                    Cell(self._painter.heat(found, limits), f"heat:{name}", titles[1], self._below(found, limits)),
-                    Cell(self._painter.overlay(found, limits), f"overlay:{name}", titles[2]),
+                    Cell(heat, f"heat:{name}", titles[1], self._below(found, limits), lines),
+                    Cell(overlay, f"overlay:{name}", titles[2], grid=lines),
                 ],
             )
 
@@ -219,25 +209,26 @@ class Comparison:
         }
 
     def _picture_label(self) -> Block:
-        geometry = self.explanation.geometry
-        block = [Line("all entries", 10.0, INK, "bold")] if self._shared else []
-        block.append(Line(f"{geometry.width} x {geometry.height} pixels"))
-        if geometry.seen_fraction < 1:
-            block.append(Line(f"the model saw {_percent(geometry.seen_fraction)} of it"))
-        return block
+        return [Line("all entries", 10.0, INK, "bold")] if self._shared else []
 
     def _entry_label(self, entry: int) -> Block:
         item = self.explanation.entries[entry]
         return [
-            Line(item.label or f"({item.kind})", 10.0, INK, "bold", 6),
-            Line(f"{item.kind} · score {_number(item.score)}"),
+            Line(self._titles[entry], 10.0, INK, "bold", 6),
+            Line(f"{item.kind} · score {wording.number(item.score)}"),
         ]
 
     def _column_lines(self, column: MapColumn, limits: Limits) -> list[Line]:
-        layer = [Line(column.layer, 6.5, most=3)] if column.layer else []
+        options = wording.changed_options(column)
         note = [Line(SHARED_NOTE, 7.0, ALERT)] if column.shared else []
-        scale = [Line(f"scale{_range(limits)}")] if self.scale == "caption" and limits[0] < limits[1] else []
-        return [Line(column.title, 9.0, INK, "bold", 2), *layer, *note, *scale]
+        shown = self.scale == "caption" and limits[0] < limits[1]
+        return [
+            Line(column.title, 9.0, INK, "bold", 2),
+            *([Line(wording.short_layer(column.layer), 6.5, most=3)] if column.layer else []),
+            *([Line(options, 6.5, most=3)] if options else []),
+            *note,
+            *([Line(f"scale {wording.span(limits)}")] if shown else []),
+        ]
 
     def _picture_cell(self) -> Cell:
         return Cell(self._painter.picture, "picture", [Line("Picture", 9.0, INK, "bold")], self._stretch_note())
@@ -245,17 +236,20 @@ class Comparison:
     def _overlay_cell(self, column: MapColumn, entry: int, *, titled: bool) -> Cell:
         found, limits = self._map(column, entry), self._limits(column, entry)
         above = self._column_lines(column, limits) if titled else []
-        return Cell(
-            self._painter.overlay(found, limits), f"overlay:{column.key}:{entry}", above, self._below(found, limits)
-        )
+        panel, name = self._painter.overlay(found, limits), f"overlay:{column.key}:{entry}"
+        return Cell(panel, name, above, self._below(found, limits), self._lines_over(found, limits))
 
     def _below(self, found: EntryMap, limits: Limits) -> Block:
-        low, high = found.range
-        raw = Line(f"raw{_range((low, high))}" if low == low else "raw: none seen", 6.5)
+        low, _ = found.range
+        raw = Line(f"raw {wording.span(found.range)}" if low == low else "raw: none seen", 6.5)
         if has_evidence(found, limits):
-            return [raw]
+            cut = wording.clipping(found, self.style, limits) if self.scale == "fixed" else ""
+            return [raw, *([Line(cut, 6.5, ALERT)] if cut else [])]
         reason = found.status.reason or "a single value: no range to draw"
         return [Line(f"no evidence: {reason}", 7.0, ALERT), raw]
+
+    def _lines_over(self, found: EntryMap, limits: Limits) -> list[Segment]:
+        return self._lines if has_evidence(found, limits) else []
 
     def _stretch_note(self) -> Block:
         geometry = self.explanation.geometry
@@ -267,13 +261,5 @@ class Comparison:
         )
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
-
-
-def _range(limits: Limits) -> str:
-    return f" {_number(limits[0])} to {_number(limits[1])}"
-
-
-def _percent(fraction: float) -> str:
-    return f"{fraction:.0%}" if fraction >= 0.01 else "less than 1%"
+def _end(end: str | float) -> str:
+    return end if isinstance(end, str) else wording.number(end)

@@ -175,7 +175,7 @@ def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
 def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
     """A half-open box, panel pixels, as a white line in a black one; around a small box, within a large one."""
     height, width = rgb.shape[:2]
-    drawn, line = rgb.copy(), _stroke(rgb, 260)
+    drawn, line = rgb.copy(), _stroke(rgb, 220)
     # Inwards, so that a box at the picture's edge keeps its whole line, but never over what a small one holds.
     x0, x1 = _framed(box[0], box[2], width, line)
     y0, y1 = _framed(box[1], box[3], height, line)

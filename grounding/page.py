@@ -148,7 +148,12 @@ class Sheet:
                 self.images.append(((x, y, *grid.panel), cell.image, cell.name))
                 if cell.grid:
                     across, down = grid.panel
-                    self.grids.append([tuple((x + u * across, y + v * down) for u, v in line) for line in cell.grid])
+                    self.grids.append(
+                        [
+                            ((x + u * across, y + v * down), (x + s * across, y + t * down))
+                            for (u, v), (s, t) in cell.grid
+                        ]
+                    )
                 below = self.block(cell.below, x, y + grid.panel[1] + 0.04, grid.cell)
                 depth = max(depth, grid.panel[1] + 0.04 + below)
             y += depth + grid.gap
@@ -175,7 +180,7 @@ class Sheet:
 
 def _draw_grid(axes: Axes, lines: list[Segment]) -> None:
     # A dark and a light line, snapped to whole pixels of the finished figure: the same strength on every ground.
-    for colour, width in (((0.0, 0.0, 0.0, 0.4), 1.0), ((1.0, 1.0, 1.0, 0.5), 0.5)):
+    for colour, width in (((0.0, 0.0, 0.0, 0.3), 0.9), ((1.0, 1.0, 1.0, 0.45), 0.45)):
         drawn = LineCollection(lines, colors=[colour], linewidths=width, antialiaseds=True, linestyles="solid")
         drawn.set_snap(True)
         axes.add_collection(drawn, autolim=False)

@@ -6,6 +6,8 @@ No pyplot: nothing global is touched, no window system is needed, and the same e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from math import inf
 from typing import Any, cast
 
 from matplotlib.figure import Figure
@@ -80,10 +82,23 @@ def figure(
     What the model never saw is hatched, a map without evidence says so and has no colour. Raises OptionError, and
     GroundingError where the picture of a loaded explanation is gone.
     """
-    _check(layout, scale, fixed)
     style = Style(cmap, opacity, grid, peak, box, background, signed)
+    _check(layout, scale, fixed)
     limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
     return Comparison(explanation, style, cast(Scale, scale), limits, layout).draw()
+
+
+def check_options(
+    *, layout: str = "rows", scale: str = "entry", fixed: Sequence[float] | None = None, **style: Any
+) -> None:
+    """The keywords of `figure`, checked before there is anything to draw. Raises OptionError."""
+    known = [field.name for field in fields(Style)]
+    unknown = next((name for name in style if name not in known), None)
+    if unknown is not None:
+        known = ["layout", "scale", "fixed", *known]
+        raise OptionError(f"no figure option {unknown!r}{did_you_mean(unknown, known)} (there are: {', '.join(known)})")
+    Style(**style)
+    _check(layout, scale, fixed)
 
 
 def _check(layout: str, scale: str, fixed: Sequence[float] | None) -> None:
@@ -92,7 +107,10 @@ def _check(layout: str, scale: str, fixed: Sequence[float] | None) -> None:
             raise OptionError(
                 f"unknown {what} {name!r}{did_you_mean(name, list(known))} (there are: {', '.join(known)})"
             )
-    if scale == "fixed" and (fixed is None or len(fixed) != 2 or not fixed[0] < fixed[1]):
-        raise OptionError(f"scale 'fixed' needs its limits, low < high; got {fixed}")
-    if scale != "fixed" and fixed is not None:
-        raise OptionError(f"fixed limits {fixed} are only for scale 'fixed', not for {scale!r}")
+    if scale != "fixed":
+        if fixed is not None:
+            raise OptionError(f"limits (--fixed LOW HIGH) are only for scale 'fixed', not for {scale!r}; got {fixed}")
+    elif fixed is None:
+        raise OptionError("a fixed scale needs its limits: --fixed LOW HIGH, low < high")
+    elif len(fixed) != 2 or not -inf < fixed[0] < fixed[1] < inf:
+        raise OptionError(f"a fixed scale needs two numbers, low < high (--fixed LOW HIGH); got {fixed}")

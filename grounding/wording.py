@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import floor
 from typing import Any
 
 from grounding.drawing import Style
+from grounding.errors import GroundingError
 from grounding.explanation import EntryMap, Explanation, MapColumn
 from grounding.lettering import printable
 from grounding.maps import Scale
-from grounding.panel import Limits, clipped, with_sign
+from grounding.panel import Limits, clipped
 
 LONGEST_NAME = 60
 
@@ -53,26 +54,116 @@ def facts(explanation: Explanation) -> str:
     return " · ".join(parts)
 
 
+def drawn_around_zero(columns: Iterable[MapColumn], style: Style) -> tuple[list[MapColumn], list[MapColumn]]:
+    """The columns drawn from low to high, and those drawn around zero."""
+    chosen = list(columns)
+    return [c for c in chosen if not (style.signed and c.signed)], [c for c in chosen if style.signed and c.signed]
+
+
+def symmetric(limits: Limits) -> Limits:
+    """Fixed limits as a map around zero has them."""
+    reach = max(map(abs, limits))
+    return -reach, reach
+
+
 def scale_note(columns: Iterable[MapColumn], style: Style, scale: Scale, fixed: Limits | None) -> str:
     """Which values have the ends of the colour map, and what becomes of negative ones."""
-    kinds = {column.signed for column in columns}
-    around = style.signed and True in kinds
-    signed = "" if not around else "signed maps as far below zero as above" if False in kinds else "zero in the middle"
-    if scale == "fixed":
-        reach = max(map(abs, fixed or (0.0,)))
-        symmetric = f"all maps from {span((-reach, reach))}" if False not in kinds else ""
-        text = f"Scale fixed: {symmetric or 'all maps from ' + span(fixed or (0.0, 0.0))}"
-        signed = f"signed maps from {span((-reach, reach))}" if around and not symmetric else signed
-        text = text if around else f"Scale fixed: all maps from {span(fixed or (0.0, 0.0))}"
+    plain, around = drawn_around_zero(columns, style)
+    middle = "zero in the middle"
+    if scale == "fixed" and fixed is not None:
+        text = f"Scale fixed: all maps from {span(symmetric(fixed) if around and not plain else fixed)}"
+        extra = f"signed ones from {span(symmetric(fixed))}" if plain else middle
     elif scale == "caption":
         text = "Scale per caption: one range per method over all entries, given with its name"
-    elif around and False not in kinds:
-        text = "Scale per entry: each map to its own largest value, as far below zero as above"
-        signed = "compare the raw numbers"
-    else:
+        extra = f"{middle} of signed ones" if plain else middle
+    elif plain:
         text = "Scale per entry: each map from its own lowest to its own highest value"
-        signed = f"{signed}; compare the raw numbers" if signed else "compare the raw numbers"
-    parts = [text, signed, "negative values are drawn as zero" if True in kinds and not around else ""]
+        extra = "a signed one equally far on both sides of zero"
+    else:
+        text, extra = "Scale per entry: each map out to its own largest value, on both sides of zero", middle
+    parts = [f"{text}, {extra}" if around else text]
+    if scale == "entry":
+        parts.append("compare the raw numbers")
+    if any(c.signed for c in plain):
+        parts.append("negative values are drawn as zero")
     if around and style.diverging != style.cmap != Style.cmap:
-        parts.append(f"{style.cmap} has no middle: signed maps are drawn in {style.diverging}")
-    return "; ".join(part for part in parts if part) + "."
+        parts.append(f"{style.cmap} has no middle: signed maps have {style.diverging}")
+    return "; ".join(parts) + "."
+
+
+def titles(columns: Iterable[MapColumn]) -> str:
+    """The names of methods, each once."""
+    return ", ".join(dict.fromkeys(c.title for c in columns))
+
+
+def legend(explanation: Explanation, style: Style) -> str:
+    """What the marks mean, those that occur."""
+    seen = explanation.geometry.seen_fraction
+    outside = " (may miss the strongest patch)" if style.peak else ""
+    parts = [
+        *(["○ strongest patch"] if style.peak else []),
+        *([f"□ largest region above half the range{outside}"] if style.box else []),
+        *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
+    ]
+    texts = [explanation.caption, *(e.label for e in explanation.entries), *explanation.warnings]
+    if any("\\" in printable(t, "bold") and "\\" not in t for t in texts):
+        parts.append(r"\u.. or \x..: a character that cannot be drawn here")
+    return " · ".join(parts)
+
+
+def score_note(explanation: Explanation) -> str:
+    """What the score of a part of the caption means; empty where there is none."""
+    parts = [k for k in ("token", "word", "phrase") if any(e.kind == k for e in explanation.entries)]
+    # A phrase is a text of its own, whatever becomes of the others.
+    left_out = [k for k in parts if k != "phrase"] if explanation.token_target == "leave-one-out" else []
+    alone = [k for k in parts if k not in left_out] if explanation.token_target else []
+    notes = []
+    if left_out:
+        notes.append(
+            f"Score of a {' or '.join(left_out)}: what the {explanation.target} loses without it; "
+            "below zero, the caption fits better without it."
+        )
+    if alone:
+        notes.append(f"Score of a {' or '.join(alone)}: its {explanation.target} as a text of its own.")
+    return " ".join(notes)
+
+
+def entry_titles(explanation: Explanation) -> list[str]:
+    """The label of each entry, the second and later ones of the same kind with their number."""
+    count: Counter[tuple[str, str]] = Counter()
+    made = []
+    for entry in explanation.entries:
+        count[entry.kind, entry.label] += 1
+        times = count[entry.kind, entry.label]
+        made.append((entry.label or f"({entry.kind})") + (f" ({times})" if times > 1 else ""))
+    return made
+
+
+def changed_options(column: MapColumn) -> str:
+    """The options that are not at the method's defaults; all of them where the method is not here any more."""
+    usual = _defaults(column.method)
+    return ", ".join(f"{k} {_value(v)}" for k, v in column.options.items() if k not in usual or usual[k] != v)
+
+
+def _defaults(method: str) -> Mapping[str, Any]:
+    from grounding.methods import METHODS
+
+    try:
+        return dict(METHODS[method].defaults)
+    except (GroundingError, ImportError, AttributeError):
+        return {}
+
+
+def _value(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def short_layer(layer: str) -> str:
+    """A path from its last numbered part on: `...layers.3.layer_norm1`. Several are shortened one by one."""
+    return re.sub(r"(?<![\w.])(?:\w+\.)+?(?=\w+\.\d+(?:\.[a-zA-Z_]\w*)*(?:,|$))", "…", layer)
+
+
+def clipping(entry_map: EntryMap, style: Style, limits: Limits) -> str:
+    """How much of a map a fixed scale cuts off; empty where it is nothing."""
+    parts = zip(clipped(entry_map, style, limits), ("below", "above"), strict=True)
+    return " and ".join(f"{percent(part)} of the patches {where} the scale" for part, where in parts if part)

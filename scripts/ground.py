@@ -32,6 +32,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.errors import GroundingError, OptionError, TextError
     from grounding.images import open_image
     from grounding.layers import list_layers
+    from grounding.render import check_options
     from grounding.tables import layer_table
     from grounding.text import check_text
 
@@ -43,6 +44,7 @@ def ground(args: argparse.Namespace) -> int:
     images = args.image or [str(demo_picture())]
     folders = cli.output_folders(args, images)
     keywords = cli.explain_keywords(args)
+    check_options(**cli.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], caption)))

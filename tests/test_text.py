@@ -130,7 +130,10 @@ def test_choice_by_text_or_index():
         tokens.choose(["blue"], words)
 
 
-@pytest.mark.parametrize(("text", "words"), [(None, "got NoneType"), (7, "got int"), ("\ud800", "not valid Unicode"), ("\u200b\u200b", "is empty")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "got NoneType"), (7, "got int"), ("\ud800", "not valid Unicode"), ("\u200b\u200b", "is empty")],
+)
 def test_what_is_no_text_is_refused(text, words):
     with pytest.raises(TextError, match=words):
         check_text(text)

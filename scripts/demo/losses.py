@@ -82,7 +82,7 @@ def contrast_loss(step: Step) -> torch.Tensor:
 
 
 def phrase_loss(step: Step) -> torch.Tensor:
-    """Is the phrase true of the picture? Sigmoid loss; true pairs, swaps of the picture and the rest weigh alike."""
+    """Is the phrase true of the picture? Sigmoid loss; half of the weight of false pairs is on swaps."""
     logits = step.heads.phrase_scale.exp() * (step.image @ step.queries.T - step.heads.phrase_threshold)  # (B, P)
     batch = step.batch
     loss = functional.binary_cross_entropy_with_logits(logits, batch.present.float(), reduction="none")
