@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PLAIN = (nn.Linear, nn.LayerNorm, nn.GELU)
+from adapters._plain import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,10 @@ class LastBlock:
     @property
     def is_plain(self) -> bool:
         """Whether the parts that are recomputed here are CLIP's own, with nothing attached to them."""
-        parts = [*self.block.modules(), self.model.vision_model.post_layernorm, self.model.visual_projection]
-        own = all(type(p) in PLAIN or type(p).__module__.startswith("transformers.") for p in parts)
-        hooks = [h for p in parts for h in (*p._forward_hooks.values(), *p._forward_pre_hooks.values())]
-        # transformers' own hooks only look.
-        return own and all(getattr(h, "__module__", "").startswith("transformers.") for h in hooks)
+        return all(
+            is_plain(part)
+            for part in (self.block, self.model.vision_model.post_layernorm, self.model.visual_projection)
+        )
 
     def embed(
         self, hidden: Float[Tensor, "N D"], shift: Float[Tensor, "k D"], *, before_norm: bool

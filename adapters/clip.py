@@ -18,6 +18,7 @@ from adapters._clip_fast import LastBlock
 from adapters._clip_text import embed_left_out, end_positions
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
+from adapters._plain import is_plain
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import TOKEN_TARGETS, Adapter, ModelInfo
@@ -188,8 +189,14 @@ class ClipAdapter(Adapter):
     def _leave_out(
         self, inputs: Inputs, spans: Sequence[tuple[int, Span]], whole: Float[Tensor, "T E"]
     ) -> Float[Tensor, "K E"]:
-        """What each text's embedding loses with a span's tokens masked, a batch of spans at a time."""
+        """What each text's embedding loses with a span's tokens masked; prefixes are shared in a tower that is CLIP's own."""
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
+        if not (is_plain(self.model.text_model) and is_plain(self.model.text_projection)):
+            owners = [t for t, _ in spans]
+            masks = mask[owners].clone()
+            for row, (_, span) in enumerate(spans):
+                masks[row, list(span.positions)] = 0
+            return whole[owners] - self.embed_texts(ids[owners], masks)
         parts = []
         with Recorder(self.model):
             for first in range(0, len(spans), TEXT_BATCH):

@@ -138,9 +138,10 @@ class Scaled(torch.nn.Module):
         return self.base(x) + self.extra(x)
 
 
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
 @pytest.mark.parametrize("change", ["wrapper", "hook"])
-def test_a_changed_last_block_is_run_and_not_recomputed(clip, picture, change):
-    block = clip.model.vision_model.encoder.layers[-1]
+def test_a_changed_block_is_run_and_not_recomputed(clip, picture, tower, change):
+    block = clip.model.get_submodule(tower).encoder.layers[-1]
     before = explain(clip, picture, CAPTION, methods=["gradcam"])
     if change == "wrapper":
         block.self_attn.k_proj = Scaled(block.self_attn.k_proj)
