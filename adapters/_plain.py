@@ -8,7 +8,7 @@ OWN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ModuleList)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """No foreign parts (fine-tuning adapters, quantised layers), no hooks but those of transformers, which only look."""
+    """No foreign parts (fine-tuning, quantisation), no hooks but those of transformers, which only look."""
     for part in module.modules():
         if type(part) not in OWN and not type(part).__module__.startswith("transformers."):
             return False

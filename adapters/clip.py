@@ -189,7 +189,7 @@ class ClipAdapter(Adapter):
     def _leave_out(
         self, inputs: Inputs, spans: Sequence[tuple[int, Span]], whole: Float[Tensor, "T E"]
     ) -> Float[Tensor, "K E"]:
-        """What each text's embedding loses with a span's tokens masked; prefixes are shared in a tower that is CLIP's own."""
+        """What each text's embedding loses with a span's tokens masked; prefixes are shared where that is exact."""
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
         if not (is_plain(self.model.text_model) and is_plain(self.model.text_projection)):
             owners = [t for t, _ in spans]

@@ -84,6 +84,7 @@ def _one_pass(
                 _finite(weights, f"attention weights of {path}")
             if not differentiated:
                 inputs.memory.update(recorder.outputs | recorder.weights)
+                inputs.memory.update({name: inputs.tensors[name] for name in inputs.per_picture})
             record = _record(adapter, inputs, targets, recorder.outputs, recorder.weights)
             _finite(scores, "scores")
             if slow:
@@ -115,6 +116,8 @@ def _remembered(
 ) -> Trace | None:
     """The record of an earlier pass over the same pictures, if it holds all that is wanted."""
     memory = inputs.memory
+    if any(memory.get(name) is not inputs.tensors[name] for name in inputs.per_picture):
+        return None  # other pictures, or none yet
     if not adapter.fast_taps or targets.kind not in adapter.fast_kinds or not {*taps, *attention} <= memory.keys():
         return None
     outputs, weights = ({path: memory[path] for path in paths} for paths in (taps, attention))

@@ -219,6 +219,10 @@ def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
             close(found.columns[key].maps, column.maps)
     relevance = explain(clip, seen, "red car", methods=["relevance"])[0]
     close(relevance.columns["relevance"].maps, explain(clip, pictures[0], "red car").columns["relevance"].maps)
+    # Changed pixels are other pictures, whatever was remembered.
+    pixels = seen.tensors["pixel_values"]
+    dark = explain(clip, replace(seen, tensors={"pixel_values": 0 * pixels}), "red car", methods=["gradcam"])
+    assert dark[0].entries[0].score != pytest.approx(first[0].entries[0].score, abs=1e-6)
     one = explain(clip, clip.see(pictures[:1]), "red car")
     assert one.caption == "red car"
 
