@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint types check clean
+.PHONY: demo test slow network lint types check clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -23,7 +23,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not network" -n 2
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not network"
+
+network: $(STAMP)
+	$(BIN)/python -m pytest -m network
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
