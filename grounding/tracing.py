@@ -146,8 +146,8 @@ def _slow_chunks(
     wanted_attention = [path for path, gradient in attention.items() if gradient]
     leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
     groups = one_per_picture(record.targets.image.tolist())
-    if not leaves:  # nothing depends on the score: one target per picture says it all
-        groups = groups[:1]
+    if not leaves and not record.adapter.text_conditioned(record.targets.kind, gradient=False):
+        groups = groups[:1]  # nothing depends on the target: one per picture says it all
     for number, members in enumerate(groups):
         gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
         named = dict(zip([*wanted_taps, *wanted_attention], gradients, strict=True))

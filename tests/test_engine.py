@@ -227,6 +227,14 @@ def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
     assert one.caption == "red car"
 
 
+def test_attention_that_sees_the_text_is_read_for_every_target(clip, picture):
+    """An architecture whose attention depends on the text gets one map per entry, without any gradient."""
+    clip.__dict__["sites"] = replace(clip.sites, text_stacks=frozenset({"vision"}))
+    found = explain(clip, picture, CAPTION, methods=["rollout"])
+    assert found.columns["rollout"].maps.shape[0] == len(found.entries)
+    assert all(m.raw.max() > 0 for m in found)
+
+
 def test_threads_wait_for_each_other(clip, picture):
     expected = explain(clip, picture, CAPTION)
     found, failed = {}, []
