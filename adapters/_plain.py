@@ -5,14 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 OWN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ModuleList)
+LIBRARY = ("transformers.models.", "transformers.activations")
 
 
 def is_plain(module: nn.Module) -> bool:
-    """No foreign parts (fine-tuning, quantisation), no hooks but those of transformers, which only look."""
+    """No foreign parts (fine-tuning, quantisation), no `forward` in place of a part's own (as offloading puts), and no
+    hooks but those of transformers, which only look."""
     for part in module.modules():
-        if type(part) not in OWN and not type(part).__module__.startswith("transformers."):
+        if "forward" in vars(part) or not (type(part) in OWN or type(part).__module__.startswith(LIBRARY)):
             return False
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        hooks = (
+            *part._forward_hooks.values(),
+            *part._forward_pre_hooks.values(),
+            *part._backward_hooks.values(),
+            *part._backward_pre_hooks.values(),
+        )
         if not all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             return False
     return True

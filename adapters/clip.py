@@ -147,7 +147,7 @@ class ClipAdapter(Adapter):
     def fast_taps(self) -> dict[str, tuple[str, ...]]:
         """The input of the last block's attention, and the block before it; both start from the latter's output.
 
-        None where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
+        Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
         """
         stack = self.sites.stacks["vision"]
         if not LastBlock(self.model).is_plain:

@@ -43,10 +43,11 @@ from grounding.scoring import (
 from grounding.summary import best_threshold, summary
 
 PROTOCOL = "mention-anybox"
+BASELINE: Baseline = "blur"
 FEW = "min_entities"
 DEMO_ENTITIES = 3
 TUNING_SPLIT = "val"
-TUNING = tuple(round(float(t), 2) for t in np.arange(0.1, 0.91, 0.05))
+TUNING = tuple(round(float(t), 2) for t in [0.02, 0.04, 0.06, 0.08, *np.arange(0.1, 0.91, 0.05)])
 # Wrong for every picture alike, where already the first one has it: no case for counting.
 FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
 
@@ -57,19 +58,19 @@ class Rules:
 
     `captions`: mentions of the first caption of a picture, or of all. `min_entities`: pictures need so many chains with
     boxes (None: 3 in the demo world, where fewer make it easy, else 1). `limit`: only the first so many pictures that
-    qualify. `threshold`: where a map's range is cut for its box, or with `tune_threshold` the value per method with the
-    best IoU score on the validation split. `faithfulness` adds deletion, insertion and what maps depend on, with
-    patches replaced by `baseline`.
+    qualify. `threshold`: where a map's range is cut for its box (None: half), or with `tune_threshold` the value per
+    method with the best IoU score on the whole validation split. `faithfulness` adds deletion, insertion and what maps
+    depend on, with patches replaced by `baseline` (None: blur).
     """
 
     captions: Captions = "first"
     peak: Peak = "patch"
     min_entities: int | None = None
     limit: int | None = None
-    threshold: float = THRESHOLD
+    threshold: float | None = None
     tune_threshold: bool = False
     faithfulness: bool = False
-    baseline: Baseline = "blur"
+    baseline: Baseline | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,8 +78,12 @@ class Rules:
             raise OptionError(f"limit must be at least 1 picture, got {self.limit}")
         if self.min_entities is not None and self.min_entities < 1:
             raise OptionError(f"min_entities must be at least 1, got {self.min_entities}")
-        if not 0 < self.threshold <= 1:
+        if self.threshold is not None and self.tune_threshold:
+            raise OptionError("a threshold was given, and tuning it was asked for: choose one")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
             raise OptionError(f"threshold must be a part of the map's range, above 0 and up to 1, got {self.threshold}")
+        if self.baseline is not None and not self.faithfulness:
+            raise OptionError("a baseline belongs to faithfulness, which was not asked for")
 
 
 @dataclass(eq=False)
@@ -117,9 +122,12 @@ def evaluate(
     )
     adapter.check_kind(how.get("target"), how.get("token_target", adapter.token_targets[0]))
     keys = [column.key for column in plan]
-    thresholds = dict.fromkeys(keys, rules.threshold)
+    thresholds = dict.fromkeys(keys, THRESHOLD if rules.threshold is None else rules.threshold)
     if rules.tune_threshold:
-        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), rules, TUNING, how, progress)
+        if dataset.split == TUNING_SPLIT:
+            raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: score another one")
+        whole = replace(rules, limit=None)
+        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, how, progress)
         thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
     tally = _tally(adapter, dataset, rules, sorted(set(thresholds.values())), how, progress, rules.faithfulness)
     scored = tally.scored
@@ -144,7 +152,7 @@ def evaluate(
     }
     if rules.faithfulness:
         document["faithfulness"] = faithfulness(
-            adapter, tally.cases, how, rules.baseline, rules.seed, progress=progress
+            adapter, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
         )
     return document
 
@@ -168,7 +176,7 @@ def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, A
         "interpolation": "bilinear" if pixel else None,
         "hit": "strictly inside any box of the chain",
         "iou": OVERLAP,
-        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.threshold,
+        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.threshold or THRESHOLD,
         "tuned": rules.tune_threshold,
         "centre": "the centre of the picture",
         "random": f"exact, any seen {rules.peak} alike",

@@ -105,7 +105,10 @@ def score_picture(
         readings = {}
         for text in dict.fromkeys(mention.text for mention in mentions):
             found = explanations[text].map(0, key)
-            readings[text] = known.setdefault(found.raw.tobytes(), read(found, masks, peak, thresholds))
+            content = found.raw.tobytes()
+            if content not in known:
+                known[content] = read(found, masks, peak, thresholds)
+            readings[text] = known[content]
         phrases = tuple(_phrase_score(mention, readings[mention.text], boxes, peak) for mention in mentions)
         seen = geometry.seen_cells
         correlations = [pearson(readings[a.text].raw[seen], readings[b.text].raw[seen]) for a, b in _pairs(mentions)]
@@ -166,7 +169,8 @@ def inside(points: Float[np.ndarray, "n 2"], boxes: Sequence[Box], peak: Peak = 
     """Whether points (x, y) lie strictly inside any of the boxes.
 
     For `pixel` the published test on pixel indices: xmin < x < xmax with inclusive corners, so the outermost pixels
-    of a box are no hits; with pixel centres and half-open boxes that is half a pixel less on each side.
+    of a box are no hits; with pixel centres and half-open boxes that is half a pixel less on each side. Boxes were cut
+    to the picture before, which the published test does not do: it can hit on the picture's own outermost pixels.
     """
     inset = 0.5 if peak == "pixel" else 0.0
     found = np.zeros(len(points), bool)

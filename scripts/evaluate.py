@@ -29,10 +29,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--option", action="append", default=[], metavar="METHOD.OPTION=VALUE", help="repeatable")
     group = made.add_argument_group("scores")
     group.add_argument("--peak", choices=["patch", "pixel"], default="patch", help="strongest patch or pixel")
-    group.add_argument("--threshold", type=float, default=0.5, help="of a map's range, for its box (default: 0.5)")
+    group.add_argument("--threshold", type=float, help="of a map's range, for its box (default: 0.5)")
     group.add_argument("--tune-threshold", action="store_true", help="per method, the best one on the split val")
     group.add_argument("--faithfulness", action="store_true", help="deletion, insertion, sensitivity, randomisation")
-    group.add_argument("--baseline", choices=["blur", "black", "mean"], default="blur", help="in place of a patch")
+    group.add_argument("--baseline", choices=["blur", "black", "mean"], help="in place of a patch (default: blur)")
     group = made.add_argument_group("output")
     group.add_argument("--format", choices=["text", "json"], default="text", help="Markdown tables, or JSON")
     group.add_argument("--output", metavar="FILE", help="write the JSON document there, too")
@@ -69,7 +69,7 @@ def score(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 could not do it, 2 was asked for something that does not exist, 130 interrupted."""
+    """Exit code: 0 done, 1 could not do it, 2 an option makes no sense, 130 interrupted."""
     return cli.run(score, cli.parse(parser(), argv))
 
 

@@ -62,7 +62,7 @@ def ground(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 could not do it, 2 was asked for something that does not exist, 130 interrupted."""
+    """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
     return cli.run(ground, cli.parse(parser(), argv))
 
 

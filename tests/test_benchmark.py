@@ -25,13 +25,21 @@ def benchmark(monkeypatch):
 def test_json_has_the_documented_cases(benchmark, capsys):
     assert benchmark.main(["clip", "--format", "json", "--pictures", "1", "2", "--repeats", "1", "-q"]) == 0
     cases = json.loads(capsys.readouterr().out)["clip"]
-    keys = ["case", "method", "pictures", "targets", "ratio_to_forward", "naive_ratio", "speedup", "peak_mb"]
+    keys = ["case", "method", "variant", "pictures", "targets", "ratio_to_forward", "naive_ratio", "speedup", "peak_mb"]
     assert all(list(case) == keys for case in cases)
     assert {case["case"] for case in cases} == {"maps", "end_to_end"}
-    gradcam = [c for c in cases if (c["case"], c["method"]) == ("maps", "gradcam")]
+    gradcam = [c for c in cases if (c["case"], c["method"], c["variant"]) == ("maps", "gradcam", None)]
     assert [c["pictures"] for c in gradcam] == [1, 2]
     assert gradcam[1]["targets"] == 2 * gradcam[0]["targets"]
     assert all(c["speedup"] == pytest.approx(c["naive_ratio"] / c["ratio_to_forward"], rel=0.05) for c in gradcam)
+
+
+@pytest.mark.parametrize("argv", [["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]])
+def test_numbers_below_one_are_refused(benchmark, capsys, argv):
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["clip", *argv])
+    assert caught.value.code == 2
+    assert "1 or more" in capsys.readouterr().err
 
 
 def test_text_is_a_table(benchmark, capsys):

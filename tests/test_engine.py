@@ -139,12 +139,15 @@ class Scaled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tower", ["vision_model", "text_model"])
-@pytest.mark.parametrize("change", ["wrapper", "hook"])
+@pytest.mark.parametrize("change", ["wrapper", "hook", "forward"])
 def test_a_changed_block_is_run_and_not_recomputed(clip, picture, tower, change):
     block = clip.model.get_submodule(tower).encoder.layers[-1]
     before = explain(clip, picture, CAPTION, methods=["gradcam"])
     if change == "wrapper":
         block.self_attn.k_proj = Scaled(block.self_attn.k_proj)
+    elif change == "forward":
+        plain = block.self_attn.v_proj.forward
+        block.self_attn.v_proj.forward = lambda x: 0.3 * plain(x)
     else:
         block.self_attn.register_forward_hook(lambda module, args, out: (0.1 * out[0], *out[1:]))
     found = explain(clip, picture, CAPTION, methods=["gradcam"])

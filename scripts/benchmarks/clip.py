@@ -27,21 +27,22 @@ from grounding.images import open_image
 from grounding.plan import columns
 
 CAPTIONS, TOKENS = 5, 12
-# Name in the report -> method and options. Relevance grows with the number of targets: one picture says it all.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gradcam": ("gradcam", {}),
-    "gradcam_ln": ("gradcam_ln", {}),
-    "rollout": ("rollout", {}),
-    "relevance": ("relevance", {}),
-    "relevance, last 4 blocks": ("relevance", {"relevance.start_layer": -4}),
-}
+SEEN = "picture seen before"
+# Method, variant, options. Relevance grows with the number of targets: one picture says it all.
+METHODS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
+    ("gradcam", None, {}),
+    ("gradcam_ln", None, {}),
+    ("rollout", None, {}),
+    ("relevance", None, {}),
+    ("relevance", "last 4 blocks", {"relevance.start_layer": -4}),
+)
 NAIVE_TARGETS = 3
 BOS, EOS = 49406, 49407
 
 
-def measure(pictures: Sequence[int], repeats: int, threads: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
     """All cases for each number of pictures."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     adapter = make_adapter()
     cases = []
     for count in pictures:
@@ -53,26 +54,27 @@ def measure(pictures: Sequence[int], repeats: int, threads: int, *, quiet: bool 
         say(f"{count} pictures, {len(targets)} targets: bare forward")
         bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
         loops = {m: _naive(adapter, inputs, targets, m) / bare.seconds for m in ("gradcam", "relevance")}
-        for name, (method, options) in METHODS.items():
+        for method, variant, options in METHODS:
             if method == "relevance" and count > 1:
                 continue
-            naive = loops.get(name)
-            say(f"{count} pictures: {name}, maps")
+            naive = None if variant else loops.get(method)
+            say(f"{count} pictures: {method} {variant or ''}")
             plan = columns(adapter, [method], options=options)
             # A memory of its own for every run, or all but the first would find the pass made already.
             found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
-            cases.append(_case("maps", name, count, len(targets), found, bare, naive))
+            cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
             if method != "relevance":
                 found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, i, t, p), repeats)
-                cases.append(_case("maps", f"{name}, picture seen before", count, len(targets), found, bare, None))
-            say(f"{count} pictures: {name}, end to end")
+                cases.append(_case("maps", method, SEEN, count, len(targets), found, bare, None))
             found = cost(
                 lambda m=method, o=options, i=images: explain(
                     adapter, i, [captions()] * len(i), methods=[m], options=o, batch_size=len(i)
                 ),
                 repeats,
             )
-            cases.append(_case("end_to_end", name, count, len(targets) + CAPTIONS * count, found, bare, None))
+            cases.append(
+                _case("end_to_end", method, variant, count, len(targets) + CAPTIONS * count, found, bare, None)
+            )
     return cases
 
 
@@ -158,12 +160,20 @@ def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tenso
 
 
 def _case(
-    case: str, method: str, pictures: int, targets: int, found: Cost, bare: Cost, naive: float | None
+    case: str,
+    method: str,
+    variant: str | None,
+    pictures: int,
+    targets: int,
+    found: Cost,
+    bare: Cost,
+    naive: float | None,
 ) -> dict[str, Any]:
     ratio = found.seconds / bare.seconds
     return {
         "case": case,
         "method": method,
+        "variant": variant,
         "pictures": pictures,
         "targets": targets,
         "ratio_to_forward": round(ratio, 3),
