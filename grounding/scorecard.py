@@ -85,7 +85,8 @@ def _rules(document: Mapping[str, Any]) -> str:
         f"Model {document['model']}, target {rules['target']}.",
         f"Data {document['data']}, split {document['split']}{limit}; captions: {rules['captions']}; {entities}.",
         f"{document['pictures']} pictures, {document['phrases']} phrases scored; phrases skipped: {skipped}.",
-        f"[ ]: 95 % interval, bootstrap over pictures. Box threshold: {threshold}. Random: {rules['random']}.",
+        f"[ ]: {100 * rules['interval']['level']:.0f} % interval, bootstrap over pictures. "
+        f"Box threshold: {threshold}. Random: {rules['random']}.",
     ]
     return "\n".join(visible_text(line) for line in lines)
 
