@@ -80,13 +80,13 @@ def _rules(document: Mapping[str, Any]) -> str:
         found = {name: scores["threshold"] for name, scores in document["methods"].items() if scores["threshold"]}
         threshold += " (" + ", ".join(f"{name} {value:g}" for name, value in found.items()) + ")"
     entities = f"pictures with at least {rules['min_entities']} entities"
+    level = f"{100 * rules['interval']['level']:.0f} %"
     lines = [
         f"Protocol {document['protocol']}: {rules['text']}; peak: {peak}; hit: {rules['hit']}.",
         f"Model {document['model']}, target {rules['target']}.",
         f"Data {document['data']}, split {document['split']}{limit}; captions: {rules['captions']}; {entities}.",
         f"{document['pictures']} pictures, {document['phrases']} phrases scored; phrases skipped: {skipped}.",
-        f"[ ]: {100 * rules['interval']['level']:.0f} % interval, bootstrap over pictures. "
-        f"Box threshold: {threshold}. Random: {rules['random']}.",
+        f"[ ]: {level} interval, bootstrap over pictures. Box threshold: {threshold}. Random: {rules['random']}.",
     ]
     return "\n".join(visible_text(line) for line in lines)
 
