@@ -79,6 +79,18 @@ def test_attention_is_recorded_however_the_model_was_loaded(implementation, pict
         close(mine.detach(), theirs.detach())
 
 
+def test_recorded_attention_keeps_causal_and_padding_masks(clip, picture):
+    """A registered attention function without its mask function would drop both in silence."""
+    inputs = clip.prepare([picture], [["red car", "the quick brown fox jumps"]])
+    texts = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask")}
+    texts["attention_mask"][1, 2] = 0
+    with torch.no_grad():
+        expected = clip.model.get_text_features(**texts).pooler_output
+    with Recorder(clip.model, attention=dict.fromkeys(clip.sites.stacks["vision"].attention, False)):
+        found = clip.model.get_text_features(**texts).pooler_output
+    close(found, expected)
+
+
 def test_shift_gradient_equals_score_from(any_adapter):
     """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
     inputs, targets = prepared(any_adapter)
