@@ -27,10 +27,22 @@ BOX_SIDE = 1024
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token that could have stood in another's place, with the probability the model gave it there."""
+
+    label: str
+    token_id: int
+    probability: float
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is explained: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
 
-    `score` is the explained scalar; `token_id` is that of a token, or of a word of one token.
+    `score` is the explained scalar; `token_id` is that of a token, or of a word of one token. A token that a model
+    wrote (or was made to write) has the `probability` it had at its place and the next best `alternatives`. Kinds
+    `where` and `contrast` ask about tokens that were not written: evidence for the token `token_id` at the place of
+    characters [start, end), or for it rather than for another.
     """
 
     label: str
@@ -39,6 +51,8 @@ class Entry:
     end: int
     score: float
     token_id: int | None = None
+    probability: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,7 +143,9 @@ class Explanation:
     """What one picture and one text give: entries, maps per method, geometry, warnings and provenance.
 
     `columns` maps a method's key to its maps. `target` is the kind of scalar explained, `token_target` how a part of
-    the caption was scored, `provenance` everything needed to make it again.
+    the caption was scored (None: by itself), `provenance` everything needed to make it again. `origin` says where the
+    caption is from: `given` (a text the model compares), `generated` (what the model wrote) or `forced` (what it was
+    made to write).
     """
 
     picture: Picture
@@ -142,6 +158,7 @@ class Explanation:
     model: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "given"
 
     @property
     def score(self) -> float | None:
