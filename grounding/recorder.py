@@ -9,59 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from grounding.errors import LayerError, ModelError
+from grounding.weights import taken
 
-IMPLEMENTATION = "grounding_recorded"
 LAYERNORM_RULE = "layernorm"
-# Forms of attention that the recorded one does not compute.
-OTHER_ATTENTION = ("position_bias", "softcap", "s_aux")
 # One recorder at a time on a model: threads wait for each other, or one would restore the other's state.
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _registering = Lock()
-_active: ContextVar[Recorder | None] = ContextVar("active_recorder", default=None)
-
-
-def _recorded_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Eager attention, step for step as in transformers, with the weights handed to the active recorder."""
-    if unknown := [name for name in OTHER_ATTENTION if options.get(name) is not None]:
-        raise ModelError(f"attention with {', '.join(unknown)} cannot be recorded in {type(module).__name__}")
-    groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    # In float32 at least, as transformers does; float64 stays what it is.
-    weights = logits.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    recorder = _active.get()
-    if recorder is not None:
-        weights = recorder.take_attention(module, weights)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register(IMPLEMENTATION, _recorded_attention)
-# Without its mask function causal and padding masks would vanish silently.
-AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
 
 
 class Recorder(contextlib.AbstractContextManager["Recorder"]):
@@ -112,11 +73,10 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
                 for norm in (module for module in self.model.modules() if isinstance(module, nn.LayerNorm)):
                     handle = norm.register_forward_hook(_constant_deviation, prepend=True)
                     stack.callback(handle.remove)
-            self._modules = {id(find_module(self.model, path)): path for path in self.attention}
-            if self.attention:
-                stack.enter_context(_implementation(self.model))
-            token = _active.set(self)
-            stack.callback(_active.reset, token)
+            self._modules = {find_module(self.model, path): path for path in self.attention}
+            wanted = {module: self.attention[path] for module, path in self._modules.items()}
+            if wanted:
+                stack.enter_context(taken(self.model, wanted, self._take_attention, lambda _module, x: _cut(x)))
             self._stack = stack.pop_all()
         return self
 
@@ -135,9 +95,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
                     "in a way that exposes no weights"
                 )
 
-    def take_attention(self, module: nn.Module, weights: Tensor) -> Tensor:
+    def _take_attention(self, module: nn.Module, weights: Tensor) -> Tensor:
         """Record the weights of a wanted module; return what the pass goes on with."""
-        path = self._modules.get(id(module))
+        path = self._modules.get(module)
         if path is None:
             return weights
         if path in self.weights:
@@ -213,22 +173,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, wanted in gradients:
             parameter.requires_grad_(wanted)
-
-
-@contextlib.contextmanager
-def _implementation(model: nn.Module) -> Iterator[None]:
-    """Every configuration in the model points at the recorded attention; each gets its own setting back."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    # Parents come first in modules(), and setting a parent may set its parts: restoring in the same order is exact.
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = IMPLEMENTATION
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from grounding.errors import TextError
+from grounding.errors import OptionError, TextError
 
 # How a word is made from sub-word pieces; said in --help and in the documentation.
 WORD_RULE = (
@@ -20,6 +20,8 @@ class Span:
     """One entry: a part of a text. `positions` are its tokens' places in the model's sequence, special tokens counted.
 
     `kind` is caption, token, word, phrase, class or image. `alone` marks a span that is scored as a text of its own.
+    Kind `where` asks for the token `asked` in place of the one that stands there, `contrast` for it rather than
+    `against`.
     """
 
     kind: str
@@ -29,6 +31,24 @@ class Span:
     positions: tuple[int, ...] = ()
     token_id: int | None = None
     alone: bool = False
+    asked: str = ""
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """In place of a text: what the model itself writes of the picture, as far as its architecture can.
+
+    `max_length` is the largest number of tokens, `beams` that of the search; None: as the checkpoint has it.
+    """
+
+    max_length: int | None = None
+    beams: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "beams"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise OptionError(f"{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from grounding.geometry import Geometry
@@ -25,7 +26,8 @@ class Inputs:
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
     index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
     `per_picture` names the tensors that have the pictures first. `memory` is the engine's: what it recorded of the
-    vision stack without gradients, for later texts of the same pictures while the model stays as it is.
+    vision stack without gradients, for later texts of the same pictures while the model stays as it is. `origins[t]` says
+    where text t is from (`given`, `generated`, `forced`; none: all given); `notes` are the adapter's own, of these texts.
     """
 
     pictures: tuple[Picture, ...]
@@ -37,6 +39,8 @@ class Inputs:
     text_warnings: tuple[tuple[str, ...], ...] = ()
     per_picture: tuple[str, ...] = ("pixel_values",)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +48,9 @@ class Targets:
     """K flat targets: the scalars that are explained.
 
     `image` and `text` (K,) say where each belongs, `spans[k]` which part of its text it is about, `kind` what is
-    measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `data` holds whatever the
-    adapter needs to compute the scores, every tensor with K first.
+    measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `rows` (K, L) are weights
+    over the positions of the text at which a target is read, where it is (each row sums to 1). `data` holds whatever
+    the adapter needs to compute the scores, every tensor with K first.
     """
 
     kind: str
@@ -54,6 +59,7 @@ class Targets:
     spans: tuple[Span, ...]
     data: Mapping[str, Tensor] = field(default_factory=dict)
     token_target: str | None = None
+    rows: Float[Tensor, "K L"] | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -67,6 +73,7 @@ class Targets:
             text=self.text[index],
             spans=tuple(self.spans[i] for i in indices),
             data={name: tensor[index.to(tensor.device)] for name, tensor in self.data.items()},
+            rows=None if self.rows is None else self.rows[index.to(self.rows.device)],
         )
 
 
@@ -75,21 +82,24 @@ class Stack:
     """One run of attention blocks, as module paths in the model, first to last.
 
     `blocks` are the blocks themselves, `inputs` the modules whose output enters each block's attention (its first
-    layer norm), `attention` the modules that compute the attention weights (H, Q, S).
+    layer norm), `attention` the modules that compute the attention weights (H, Q, S). `axis` says what their outputs
+    have first: the pictures, or the texts.
     """
 
     blocks: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
+    axis: Literal["picture", "text"] = "picture"
 
 
 @dataclass(frozen=True)
 class Sites:
     """Where things are in one architecture, as data.
 
-    `tap` is the default layer for Grad-CAM: a live one. `readout` says how the vision stack is read: `cls`, `mean`,
-    `attention_pool`, or `none` (all tokens go on). `prefix` counts the tokens before the patches (CLS, registers).
-    `text_stacks` are the stacks whose attention rows see the text.
+    Stacks have the same names everywhere: `vision` (the picture's own), `cross` (from text positions to the vision
+    stack's output), `decoder` (among text positions). `tap` is the default layer for Grad-CAM: a live one. `readout`
+    says how the vision stack is read: `cls`, `mean`, `attention_pool`, or `cross` (by the `cross` stack). `prefix`
+    counts the tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the text.
     """
 
     stacks: Mapping[str, Stack]
