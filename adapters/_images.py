@@ -18,10 +18,7 @@ from grounding.images import Picture, open_image
 
 # Below this share of the picture the reader should hear that much of it was cropped away; a 3 : 2 photograph has 0.67.
 SEEN_ENOUGH = 0.6
-DEMO_ADVICE = (
-    "this model knows only its cartoon world and says nothing about other pictures; "
-    "use --model openai/clip-vit-base-patch16"
-)
+DEMO_ADVICE = "this model knows only its demo world and says nothing about other pictures; use --model {}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +31,9 @@ class Prepared:
     warnings: tuple[tuple[str, ...], ...]
 
 
-def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patch: int) -> Prepared:
-    """Open, process, and locate pictures for an adapter by its image processor; `patch` is a patch's side in pixels.
+def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patch: int | Sequence[int]) -> Prepared:
+    """Open, process, and locate pictures for an adapter by its image processor; `patch` is a patch's side in pixels,
+    or its (height, width).
 
     Raises ImageError for a picture that cannot be used, ModelError where pictures of a batch get different sizes.
     """
@@ -46,8 +44,9 @@ def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patc
         raise ModelError(f"the image processor gives inputs of different sizes ({shapes}): use batch_size=1")
     pixel_values = torch.stack(tensors).to(adapter.device, adapter.dtype)
     height, width = (int(n) for n in pixel_values.shape[-2:])
-    rows, columns = height // patch, width // patch
-    size = None if (width, height) == (columns * patch, rows * patch) else (float(patch), float(patch))
+    down, across = (patch, patch) if isinstance(patch, int) else patch
+    rows, columns = height // down, width // across
+    size = None if (width, height) == (columns * across, rows * down) else (float(across), float(down))
     geometry = tuple(
         geometry_of(processor, p.width, p.height, (height, width)).with_grid(rows, columns, size) for p in pictures
     )
@@ -74,5 +73,5 @@ def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]
         doubts.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
     config = getattr(adapter.model, "config", None)
     if getattr(config, "demo_world", False) and not is_demo(picture.path):
-        doubts.append(DEMO_ADVICE)
+        doubts.append(DEMO_ADVICE.format(adapter.example))
     return doubts

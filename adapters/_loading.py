@@ -50,14 +50,15 @@ class Checkpoint:
         with _one_line(self.id, "configuration"):
             return AutoConfig.from_pretrained(self.id, **self.options)
 
-    def model(self, model_class: type[PreTrainedModel]) -> Any:
-        """The model with its weights, on its device. Raises ModelError also where weights are missing."""
+    def model(self, model_class: type[PreTrainedModel], unused: tuple[str, ...] = ()) -> Any:
+        """The model with its weights, on its device. Raises ModelError also where weights are missing, save for those
+        that begin with one of `unused`: nothing that is computed reads them."""
         with _one_line(self.id, "weights"):
             loaded: Any = model_class.from_pretrained(
                 self.id, dtype=self.dtype, output_loading_info=True, **self.options
             )
         model, info = loaded
-        missing = sorted(info["missing_keys"])
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
         if missing:
             raise ModelError(
                 f"{self.id}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...); they would be random "

@@ -6,8 +6,9 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip:ClipAdapter",
+        "VisionEncoderDecoderModel": "adapters.trocr:TrOcrAdapter",
     },
     group="grounding.adapters",
 )
 # model_type -> architecture, for checkpoints whose config names no architecture.
-MODEL_TYPES = {"clip": "CLIPModel"}
+MODEL_TYPES = {"clip": "CLIPModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}

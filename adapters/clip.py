@@ -21,10 +21,10 @@ from adapters._loading import Checkpoint, model_info
 from adapters._plain import is_plain
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
-from grounding.adapter import TOKEN_TARGETS, Adapter, ModelInfo
+from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import ModelError, TextError
 from grounding.recorder import Recorder
-from grounding.text import Span, Tokens
+from grounding.text import Generate, Span, Tokens, check_text
 from grounding.types import Inputs, Sites, Targets
 
 TEXT_BATCH = 64
@@ -40,6 +40,7 @@ class ClipAdapter(Adapter):
 
     kinds = ("similarity",)
     fast_kinds = ("similarity",)
+    example = "openai/clip-vit-base-patch16"
     model: CLIPModel
 
     def __init__(
@@ -83,9 +84,9 @@ class ClipAdapter(Adapter):
         tensors = {"pixel_values": found.pixel_values}
         return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
-        found = [tokenise(self.tokenizer, text, self._limit) for own in texts for text in own]
+        found = [tokenise(self.tokenizer, check_text(text), self._limit) for own in texts for text in own]
         ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
         for (tokens, _), end in zip(found, end_positions(self.model, ids).tolist(), strict=True):
             if end != len(tokens) - 1:
@@ -98,6 +99,7 @@ class ClipAdapter(Adapter):
             tokens=tuple(tokens for tokens, _ in found),
             text_image=tuple(b for b, own in enumerate(texts) for _ in own),
             tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
+            per_text=("input_ids", "attention_mask"),
             text_warnings=tuple(warnings for _, warnings in found),
         )
 
@@ -106,10 +108,10 @@ class ClipAdapter(Adapter):
         inputs: Inputs,
         spans: Sequence[Sequence[Span]],
         kind: str | None = None,
-        token_target: str = TOKEN_TARGETS[0],
+        token_target: str | None = None,
     ) -> Targets:
         """One direction in the joint embedding per span."""
-        kind = self.check_kind(kind, token_target)
+        kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
         seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
@@ -132,15 +134,17 @@ class ClipAdapter(Adapter):
             token_target=token_target,
         )
 
-    def forward(self, inputs: Inputs, targets: Targets | None) -> Float[Tensor, "K"] | None:
-        """<seed, normalised image embedding> per target."""
+    def encode(self, inputs: Inputs) -> Float[Tensor, "B E"]:
+        """Normalised image embeddings."""
         pixels = inputs.tensors["pixel_values"]
         size = self._config.vision_config.image_size
         other_size = tuple(pixels.shape[-2:]) != (size, size)
         out = self.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=other_size)
-        if targets is None:
-            return None
-        image = F.normalize(out.pooler_output, dim=-1)[targets.image.to(pixels.device)]
+        return F.normalize(out.pooler_output, dim=-1)
+
+    def score(self, inputs: Inputs, encoded: Float[Tensor, "B E"], targets: Targets) -> Float[Tensor, "K"]:  # noqa: ARG002
+        """<seed, normalised image embedding> per target."""
+        image = encoded[targets.image.to(encoded.device)]
         return (image * targets.data["seeds"].to(image.dtype)).sum(-1)
 
     @property
@@ -220,7 +224,7 @@ class ClipAdapter(Adapter):
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
     @staticmethod
-    def _alone(span: Span, token_target: str) -> bool:
+    def _alone(span: Span, token_target: str | None) -> bool:
         return span.alone or token_target == "alone"
 
     def _piece(self, tokens: Tokens, span: Span) -> list[int]:

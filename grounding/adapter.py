@@ -4,11 +4,11 @@ An adapter is made around a model and its processor; it never changes either. To
 `Adapter`, answer the abstract methods, give `sites` and `kinds`, and add one line to the table in
 `adapters/_table.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
 
-1. `forward` computes all K scores in ONE pass over the B pictures, differentiable from every tap to every score,
-   and pictures do not influence each other (no batch statistics): one backward serves one target per picture.
-2. With `targets=None` it runs the vision stack alone and returns None.
-3. `see` gives every picture its own `Geometry`, grid included; `read` never cuts a text in silence.
-4. `targets` scores a span of a text as `kind` and `token_target` say, or raises TargetError naming what there is.
+1. `encode` runs the vision stack over the B pictures, `score` goes on from there to all K scores; together they are ONE
+   pass, differentiable from every tap to every score. Pictures do not influence each other (no batch statistics), nor
+   do texts: one backward serves one target per picture.
+2. `see` gives every picture its own `Geometry`, grid included; `read` never cuts a text in silence.
+3. `targets` scores a span of a text as `kind` and `token_target` say, or raises TargetError naming what there is.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from grounding.errors import LayerError, ModelError, TargetError
+from grounding.explanation import Alternative
+from grounding.methods import DEFAULT_METHODS
 from grounding.recorder import Recorder, find_module
 from grounding.registry import did_you_mean
-from grounding.text import Span
-from grounding.types import Inputs, Sites, Targets
+from grounding.repeating import shifted_scores
+from grounding.text import Generate, Span
+from grounding.types import Inputs, Sites, Stack, Targets
 
 if TYPE_CHECKING:
     from grounding.trace import Trace
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
+# The probability of a token at its place, and the next best ones.
+Chance = tuple[float, tuple[Alternative, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,17 @@ class ModelInfo:
 
 
 class Adapter(ABC):
-    """Base of all adapters. `kinds` are the targets the architecture has, its default first."""
+    """Base of all adapters. `kinds` are the targets the architecture has, its default first; `token_targets` how it
+    scores a part of a caption, likewise (none: by itself)."""
 
     kinds: ClassVar[tuple[str, ...]]
     token_targets: ClassVar[tuple[str, ...]] = TOKEN_TARGETS
-    # Target kinds that `score_from` recomputes from a fast tap.
+    default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
+    # Whether it can write a text itself: `read` then takes `Generate` in place of one.
+    generates: ClassVar[bool] = False
+    # A public checkpoint to name where the one at hand is not meant for the picture.
+    example: ClassVar[str] = ""
+    # Target kinds that `shifts` knows at a fast tap.
     fast_kinds: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
     info: ModelInfo
@@ -70,7 +81,7 @@ class Adapter(ABC):
         pictures, and then runs the picture tower once for all texts that it is called with."""
 
     @abstractmethod
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """The inputs with the texts of each picture added (`texts[b]`: any number, any length)."""
 
     @abstractmethod
@@ -79,16 +90,20 @@ class Adapter(ABC):
         inputs: Inputs,
         spans: Sequence[Sequence[Span]],
         kind: str | None = None,
-        token_target: str = TOKEN_TARGETS[0],
+        token_target: str | None = None,
     ) -> Targets:
-        """Flat targets for `spans[t]` of every text t, text by text in order.
+        """Flat targets for `spans[t]` of every text t, text by text in order; None: the architecture's default.
 
         Raises TargetError for a kind or token target this architecture does not have.
         """
 
     @abstractmethod
-    def forward(self, inputs: Inputs, targets: Targets | None) -> Float[Tensor, "K"] | None:
-        """The scores (K,), differentiable, in one pass; without targets the vision stack alone runs."""
+    def encode(self, inputs: Inputs) -> Float[Tensor, "B ..."]:
+        """The vision stack's output as the text side reads it, differentiable."""
+
+    @abstractmethod
+    def score(self, inputs: Inputs, encoded: Float[Tensor, "B ..."], targets: Targets) -> Float[Tensor, "K"]:
+        """The scores (K,) from what `encode` gave, differentiable."""
 
     @classmethod
     def from_checkpoint(cls, source: Any) -> Adapter:
@@ -98,9 +113,13 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------ what every architecture inherits
 
-    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str]]) -> Inputs:
+    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Pictures and the texts of each."""
         return self.read(self.see(images), texts)
+
+    def forward(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
+        """The scores (K,), differentiable, in one pass."""
+        return self.score(inputs, self.encode(inputs), targets)
 
     @property
     def device(self) -> torch.device:
@@ -119,24 +138,27 @@ class Adapter(ABC):
         """Patch features of a layer (default: the default tap), prefix tokens dropped."""
         path = self.resolve(layer)
         with Recorder(self.model, taps={path: False}) as recorder:
-            self.forward(inputs, None)
+            self.encode(inputs)
             recorder.check()
         return self.to_grid(recorder.outputs[path], self.grid(inputs))
 
     def attentions(self, inputs: Inputs, stack: str = "vision") -> list[Float[Tensor, "B H Q S"]]:
-        """Attention weights of a stack, first block to last, whatever implementation the model was loaded with."""
-        paths = self.stack(stack).attention
-        with Recorder(self.model, attention=dict.fromkeys(paths, False)) as recorder:
-            self.forward(inputs, None)
+        """Attention weights of a stack, first block to last, whatever implementation the model was loaded with.
+
+        Those of a stack that sees the text have the texts first.
+        """
+        found = self.stack(stack)
+        with Recorder(self.model, attention=dict.fromkeys(found.attention, False)) as recorder:
+            encoded = self.encode(inputs)
+            if found.axis == "text":
+                self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
             recorder.check()
-        return [recorder.weights[path] for path in paths]
+        return [recorder.weights[path] for path in found.attention]
 
     def scores(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
         """The targets' values."""
         with Recorder(self.model):
-            scores = self.forward(inputs, targets)
-        assert scores is not None
-        return scores
+            return self.forward(inputs, targets)
 
     def grid(self, inputs: Inputs) -> tuple[int, int]:
         """Rows and columns of the patch grid, the same for all pictures of a batch."""
@@ -164,6 +186,9 @@ class Adapter(ABC):
             row[:, 0] = 1
         elif self.sites.readout == "mean":
             row[:, self.sites.prefix :] = 1 / (trace.tokens - self.sites.prefix)
+        elif self.sites.readout == "cross":
+            [weights] = trace.attentions("cross", slice(-1, None))
+            return trace.chain(trace.text_rows(), weights.mean(1), "cross")
         else:
             raise ModelError(f"{type(self).__name__} has read-out {self.sites.readout!r} and must answer readout_row")
         return row
@@ -174,8 +199,36 @@ class Adapter(ABC):
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """Tap -> paths of the other modules whose outputs an overriding `score_from` reads; none by default."""
+        """Tap -> paths of the other modules whose outputs an overriding `shifts` reads; none by default."""
         return {}
+
+    def shifts(
+        self,
+        tap: str,
+        inputs: Inputs,
+        targets: Targets,
+        outputs: Mapping[str, Tensor],
+        rule: str | None = None,
+    ) -> Float[Tensor, "K D"]:
+        """d score / d (one vector added to all patches of a fast tap), per target: all that Grad-CAM needs.
+
+        `outputs` are what the pass gave at the tap and the places that `fast_taps` names for it.
+        """
+        features = outputs[tap]
+        zero = torch.zeros(len(targets), features.shape[-1], dtype=features.dtype, device=features.device)
+        with torch.enable_grad():
+            zero.requires_grad_()
+            total = self.score_from(tap, inputs, targets, zero, outputs, rule).sum()
+        [gradient] = torch.autograd.grad(total, zero)
+        return gradient
+
+    def from_tap(self, tap: str, features: Tensor) -> Tensor | None:  # noqa: ARG002
+        """What `encode` gives where a fast tap gives `features`, if nothing but a LayerNorm lies between; else None."""
+        return None
+
+    def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[Chance | None]:  # noqa: ARG002
+        """Per target the probability of the token it explains, and the next best; None where there is none."""
+        return [None] * len(targets)
 
     def score_from(
         self,
@@ -193,65 +246,31 @@ class Adapter(ABC):
         one for the taps in `fast_taps`, which starts from the recorded `outputs` and need be right only to first order.
         `rule` is a backward rule as in `Recorder`.
         """
-        inputs = self.one_picture_per_target(inputs, targets)
-        targets = Targets(
-            targets.kind, torch.arange(len(targets)), targets.text, targets.spans, targets.data, targets.token_target
-        )
-        module = find_module(self.model, tap)
-        grid = self.grid(inputs)
+        return shifted_scores(self, tap, inputs, targets, shift, rule)
 
-        def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self.to_grid(hidden, grid)  # the check
-            if hidden.ndim == 4:
-                hidden = hidden + shift[:, :, None, None]
-            else:
-                patches = torch.arange(hidden.shape[1], device=hidden.device) >= self.sites.prefix
-                hidden = hidden + patches[None, :, None] * shift[:, None, :]
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        with Recorder(self.model, rule=rule):
-            handle = module.register_forward_hook(shifted)
-            try:
-                with torch.enable_grad():
-                    scores = self.forward(inputs, targets)
-            finally:
-                handle.remove()
-        assert scores is not None
-        return scores
-
-    def one_picture_per_target(self, inputs: Inputs, targets: Targets) -> Inputs:
-        """Inputs whose k-th picture is the picture of target k; texts as they are."""
-        index = targets.image.tolist()
-        tensors = dict(inputs.tensors)
-        tensors |= {name: tensors[name][index] for name in inputs.per_picture}
-        return Inputs(
-            pictures=tuple(inputs.pictures[b] for b in index),
-            geometry=tuple(inputs.geometry[b] for b in index),
-            tokens=inputs.tokens,
-            text_image=inputs.text_image,
-            tensors=tensors,
-            per_picture=inputs.per_picture,
-        )
-
-    def check_kind(self, kind: str | None, token_target: str) -> str:
-        """The target kind to use (None: the default). Raises TargetError naming what this architecture has."""
-        kind = kind or self.kinds[0]
+    def check_kind(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
+        """Target kind and token target to use (None: the default). Raises TargetError naming what there is."""
+        kind, token_target = kind or self.kinds[0], token_target or next(iter(self.token_targets), None)
         for what, asked, known in (("target", kind, self.kinds), ("token target", token_target, self.token_targets)):
-            if asked not in known:
+            if asked is not None and asked not in known:
                 raise TargetError(
                     f"{self.info.type} has no {what} {asked!r}{did_you_mean(asked, list(known))} "
-                    f"(it has: {', '.join(known)})"
+                    f"(it has: {', '.join(known) or 'none, a token is scored by itself'})"
                 )
-        return kind
+        return kind, token_target
 
     # ------------------------------------------------------------------ layers by name
 
-    def stack(self, name: str) -> Any:
+    def stack(self, name: str) -> Stack:
         """The stack of that name. Raises LayerError naming those there are."""
         if name not in self.sites.stacks:
             raise LayerError(f"{self.info.type} has no stack {name!r} (it has: {', '.join(self.sites.stacks)})")
         return self.sites.stacks[name]
+
+    def axis(self, path: str) -> str:
+        """What the output of a module has first, "picture" or "text", by the stack it lies in."""
+        inside = (s for s in self.sites.stacks.values() if any(f"{path}.".startswith(f"{b}.") for b in s.blocks))
+        return "text" if any(stack.axis == "text" for stack in inside) else "picture"
 
     def resolve(self, layer: str | None) -> str:
         """The module path of a layer as a user names it.

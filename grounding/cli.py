@@ -39,8 +39,8 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--token-target",
         choices=["leave-one-out", "alone"],
-        default="leave-one-out",
-        help="a part of the caption is scored by what the whole loses without it, or as a text of its own",
+        help="a part of the caption is scored by what the whole loses without it (default), or as a text of its own; "
+        "for models that compare picture and text",
     )
     group.add_argument(
         "--tokens",
@@ -116,6 +116,7 @@ def output_options(parser: argparse.ArgumentParser) -> None:
         default=["png", "npz", "json"],
         help="files to write (default: all; none after it: none)",
     )
+    group.add_argument("--per-token", action="store_true", help="one overlay per entry and method, too")
     group.add_argument("--format", choices=["text", "json"], default="text", help="what is printed")
     group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     group.add_argument("-q", "--quiet", action="store_true", help="no warnings on stderr")
@@ -136,8 +137,7 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
     Raises OptionError for a malformed `--option`.
     """
     from grounding.errors import OptionError
-    from grounding.methods import DEFAULT_METHODS
-    from grounding.plan import Selection
+    from grounding.plan import DEFAULT, Selection
 
     options: dict[str, Any] = {}
     for item in args.option:
@@ -149,7 +149,7 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
     attention = {key: value for key, value in attention.items() if value is not None}
     if twice := attention.keys() & options.keys():
         raise OptionError(f"{', '.join(sorted(twice))} was given twice: by --option and by an option of its own")
-    methods = [*(args.methods or DEFAULT_METHODS), *(["attention"] if attention else [])]
+    methods = [*(args.methods or [DEFAULT]), *(["attention"] if attention else [])]
     tokens = True if args.tokens is None else args.tokens
     return {
         "methods": methods,
@@ -194,22 +194,28 @@ class Report:
         self.several = several
         self.status = 0
         self.written: list[Path] = []
+        self.overlays = 0
         self.documents: list[dict[str, Any]] = []
 
     def add(self, explanation: Explanation, folder: Path) -> None:
         """Write the files of one explanation and print its table (or keep its JSON for the end)."""
-        from grounding.export import to_json
+        from grounding.export import listed, to_json
         from grounding.tables import explanation_table, headline
 
         if not self.args.quiet:
             warn(explanation, named=self.several)
-        files = explanation.save(folder, self.args.write, **figure_keywords(self.args)) if self.args.write else {}
-        self.written += files.values()
+        files = self._save(explanation, folder) if self.args.write else {}
+        single = [path for kind, path in files.items() if ":" not in kind]
+        self.written += single
+        self.overlays += len(files) - len(single)
         if self.args.format == "json":
-            names = {"png": "figure", "npz": "maps", "json": "json"}
-            self.documents.append(to_json(explanation, {names[kind]: str(path) for kind, path in files.items()}))
+            self.documents.append(to_json(explanation, listed(files)))
             return
         print(headline(explanation), explanation_table(explanation), "", sep="\n")
+
+    def _save(self, explanation: Explanation, folder: Path) -> dict[str, Path]:
+        options = figure_keywords(self.args)
+        return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
 
     def failed(self, image: str, error: GroundingError) -> None:
         """One picture could not be explained: say so, go on with the others."""
@@ -224,7 +230,8 @@ class Report:
             elif not self.status:
                 print(json.dumps(self.documents[0], indent=2, allow_nan=False))
         elif self.written:
-            print("wrote", *self.written)
+            overlays = [f"and {self.overlays} overlays"] if self.overlays else []
+            print("wrote", *self.written, *overlays)
         return self.status
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grounding.adapter import TOKEN_TARGETS, Adapter
+from grounding.adapter import Adapter
 from grounding.errors import GroundingError, LayerError
 from grounding.explanation import Explanation
 from grounding.plan import Column, Selection, columns
 from grounding.recorder import random_state
-from grounding.results import doubts, entry_of, flatten, map_column, provenance_of
-from grounding.tracing import trace
+from grounding.results import cancelled, doubts, entry_of, flatten, map_column, provenance_of, unasked
+from grounding.text import Generate
+from grounding.tracing import look, trace
 from grounding.types import Inputs, Targets
 
 BATCH_SIZE = 8
@@ -27,12 +29,12 @@ SEED = 0
 def explain(
     adapter: Adapter,
     images: Any,
-    texts: Any,
+    texts: Any = None,
     *,
     methods: Sequence[str] | None = None,
     select: Selection | None = None,
     target: str | None = None,
-    token_target: str = TOKEN_TARGETS[0],
+    token_target: str | None = None,
     layers: Sequence[str] = (),
     average_layers: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -46,10 +48,12 @@ def explain(
     adapter: a model and its processor, e.g. `adapters.load("openai/clip-vit-base-patch16")`.
     images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
         (`adapter.see([...])`), whose pass is then reused for every later text.
-    texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture.
-    methods: names in `grounding.METHODS`; default Grad-CAM, rollout, relevance.
+    texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture. A model
+        that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own.
+    methods: names in `grounding.METHODS`; default `adapter.default_methods`, as does the name "default".
     select: which entries of a caption are explained; default the caption and each token.
-    target: what is explained, one of `adapter.kinds`; `token_target`: how a part of a caption is scored.
+    target: what is explained, one of `adapter.kinds`; `token_target`: how a part of a caption is scored, one of
+        `adapter.token_targets`. Default the first of each.
     layers: the taps of methods that have one, as `Adapter.resolve` takes them; several give one column each, or with
         `average_layers` one joint column.
     options: "method.option" -> value, e.g. {"rollout.fusion": "max"}.
@@ -67,7 +71,7 @@ def explain(
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
-    pictures, captions, rebuild = flatten(images, texts)
+    pictures, captions, rebuild = flatten(images, texts, generates=adapter.generates)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
     plan = columns(adapter, methods, layers, options, average_layers)
@@ -75,13 +79,15 @@ def explain(
     results: list[list[Explanation]] = []
     with torch.inference_mode(False), random_state(adapter.model, seed):
         for seen, own in _batches(adapter, images, pictures, captions, batch_size):
+            if adapter.generates:
+                look(adapter, seen, plan)
             results += _explain_batch(adapter, adapter.read(seen, own), plan, select, target, token_target, seed)
     return rebuild(results)
 
 
 def _batches(
-    adapter: Adapter, images: Any, pictures: list[Any], captions: list[list[str]], batch_size: int
-) -> Iterator[tuple[Inputs, list[list[str]]]]:
+    adapter: Adapter, images: Any, pictures: list[Any], captions: list[list[str | Generate]], batch_size: int
+) -> Iterator[tuple[Inputs, list[list[str | Generate]]]]:
     """Seen pictures and their texts, `batch_size` at a time; pictures that came seen stay together."""
     if isinstance(images, Inputs):
         yield images, captions
@@ -97,7 +103,7 @@ def _explain_batch(
     plan: Sequence[Column],
     select: Selection,
     target: str | None,
-    token_target: str,
+    token_target: str | None,
     seed: int,
 ) -> list[list[Explanation]]:
     """One list of explanations per picture of the batch."""
@@ -108,7 +114,8 @@ def _explain_batch(
                 f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected"
             )
     targets = adapter.targets(inputs, spans, target, token_target)
-    scores, maps = compute(adapter, inputs, targets, plan)
+    found = compute(adapter, inputs, targets, plan)
+    chances = adapter.alternatives(inputs, targets)
     provenance = provenance_of(adapter, seed)
     results: list[list[Explanation]] = [[] for _ in inputs.pictures]
     by_text: dict[int, list[int]] = defaultdict(list)
@@ -116,12 +123,13 @@ def _explain_batch(
         by_text[text].append(k)
     for text, members in by_text.items():
         image = inputs.text_image[text]
-        entries = tuple(entry_of(targets.spans[k], float(scores[k])) for k in members)
+        entries = tuple(entry_of(targets.spans[k], float(found.scores[k]), chances[k]) for k in members)
         made = {
-            column.key: map_column(adapter, column, targets, inputs, image, maps[column.key], members)
+            column.key: map_column(adapter, column, targets, inputs, image, found.maps[column.key], members)
             for column in plan
         }
-        warnings = (*inputs.warnings[image], *inputs.text_warnings[text], *doubts(made, entries))
+        own = (*inputs.warnings[image], *inputs.text_warnings[text])
+        warnings = (*own, *cancelled(plan, found.orthogonal), *unasked(plan, entries), *doubts(made, entries))
         results[image].append(
             Explanation(
                 picture=inputs.pictures[image],
@@ -134,15 +142,26 @@ def _explain_batch(
                 model={"id": adapter.info.id, "type": adapter.info.type},
                 warnings=warnings,
                 provenance=provenance,
+                origin=inputs.origins[text] if inputs.origins else "given",
             )
         )
     return results
 
 
-def compute(
-    adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]
-) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter."""
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
+
+    `orthogonal`: the taps whose gradient is at right angles to their features, to rounding.
+    """
+
+    scores: Tensor
+    maps: dict[str, np.ndarray]
+    orthogonal: frozenset[str]
+
+
+def compute(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Computed:
+    """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
     static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
     grid = adapter.grid(inputs)
     made = {
@@ -151,11 +170,11 @@ def compute(
     }
     sizes: dict[str, float] = defaultdict(float)
     filled: set[str] = set()
-    scores = torch.zeros(0)
+    scores, orthogonal = torch.zeros(0), frozenset[str]()
     # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
     with contextlib.closing(trace(adapter, inputs, targets, plan)) as chunks:
         for chunk in chunks:
-            scores = chunk.scores
+            scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
             for column in chunk.columns:
                 if column not in static:
                     made[column.key][chunk.members] = column.maps(chunk.trace)
@@ -166,7 +185,7 @@ def compute(
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
     _refuse_dead_taps(adapter, sizes)
-    return scores, made
+    return Computed(scores, made, orthogonal)
 
 
 def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:

@@ -120,7 +120,7 @@ def evaluate(
     plan = columns(
         adapter, how.get("methods"), how.get("layers", ()), how.get("options"), how.get("average_layers", False)
     )
-    adapter.check_kind(how.get("target"), how.get("token_target", adapter.token_targets[0]))
+    adapter.check_kind(how.get("target"), how.get("token_target"))
     keys = [column.key for column in plan]
     thresholds = dict.fromkeys(keys, THRESHOLD if rules.threshold is None else rules.threshold)
     if rules.tune_threshold:

@@ -68,7 +68,7 @@ def _foldable(adapter: Adapter, inputs: Inputs) -> dict[str, tuple[int, ...]]:
         for path, module in _modules(adapter.model):
             handle = module.register_forward_hook(lambda _m, _a, out, p=path: look(p, out))
             hooks.callback(handle.remove)
-        adapter.forward(inputs, None)
+        adapter.encode(inputs)
     return {path: shape for path, shape in found.items() if path not in twice}
 
 

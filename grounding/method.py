@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from grounding.errors import OptionError
 from grounding.registry import did_you_mean
 from grounding.trace import GRADIENT_SIGNALS, SIGNALS, TAP_SIGNALS, Trace
+from grounding.types import Sites
 
 # A signed map is shown from here upwards, as a fraction of its maximum: 0 is the ReLU of the CAM papers.
 THRESHOLD = "threshold"
@@ -37,14 +38,31 @@ NotNegative = Annotated[float, Interval(0)]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The blocks of a stack whose attention weights a method reads, and whether it reads their gradients."""
+
+    blocks: slice = field(default_factory=lambda: slice(None))
+    gradient: bool = False
+
+
+# From a method's options and the sites of an architecture: stack -> what is read of it.
+Reads = Callable[[Mapping[str, Any], Sites], Mapping[str, Reading]]
+
+
+def nothing(_options: Mapping[str, Any], _sites: Sites) -> Mapping[str, Reading]:
+    """Of a method that reads no attention."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Method:
     """`function(trace, **options) -> (k, rows, columns)`, the raw map, before any ReLU where the formula ends in one.
 
     `needs` are the signals it reads (see `grounding.trace`), `signed` says that raw values may be negative and that
     the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
     `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
-    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. Of n blocks
-    it reads `blocks(options, n)`: gradients go no further back than that.
+    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. `reads` says
+    which blocks of which stacks it reads the attention of: gradients go no further back than they must.
     """
 
     title: str
@@ -52,7 +70,7 @@ class Method:
     signed: bool
     function: Callable[..., Tensor]
     rule: str | None = None
-    blocks: Callable[[Mapping[str, Any], int], slice] = lambda _options, _count: slice(None)
+    reads: Reads = nothing
 
     def __call__(self, trace: Trace, **options: Any) -> Tensor:
         """The raw maps (k, rows, columns) of a trace."""
@@ -139,9 +157,9 @@ def method(
     *,
     signed: bool = False,
     rule: str | None = None,
-    blocks: Callable[[Mapping[str, Any], int], slice] = lambda _options, _count: slice(None),
+    reads: Reads = nothing,
 ) -> Callable[[Callable[..., Tensor]], Method]:
-    """Mark a function as a method. `needs`: the signals it reads; `rule`, `blocks`: as in `Method`."""
+    """Mark a function as a method. `needs`: the signals it reads; `rule`, `reads`: as in `Method`."""
     if unknown := needs - SIGNALS:
         raise ValueError(f"unknown signals {sorted(unknown)} (there are: {', '.join(sorted(SIGNALS))})")
-    return lambda function: Method(title, frozenset(needs), signed, function, rule, blocks)
+    return lambda function: Method(title, frozenset(needs), signed, function, rule, reads)

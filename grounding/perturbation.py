@@ -25,6 +25,7 @@ from grounding.errors import ModelError, NumericError
 from grounding.explanation import Explanation
 from grounding.geometry import Geometry
 from grounding.recorder import random_state
+from grounding.repeating import versions
 from grounding.types import Inputs, Targets
 
 Baseline = Literal["blur", "black", "mean"]
@@ -104,11 +105,9 @@ def scores_of(
     Raises NumericError for NaN or Inf.
     """
     count = len(pixels)
-    versions = adapter.one_picture_per_target(inputs, targets.select([0] * count))
-    versions = replace(versions, tensors={**versions.tensors, "pixel_values": pixels})
-    repeated = targets.select([k for k in range(len(targets)) for _ in range(count)])
-    repeated = replace(repeated, image=torch.arange(count).repeat(len(targets)))
-    scores = adapter.scores(versions, repeated)
+    repeated, every = versions(inputs, targets, count)
+    repeated = replace(repeated, tensors={**repeated.tensors, "pixel_values": pixels})
+    scores = adapter.scores(repeated, every)
     if not torch.isfinite(scores).all():
         raise NumericError("scores of a picture with patches taken away are NaN or Inf")
     return scores.detach().cpu().double().numpy().reshape(len(targets), count)

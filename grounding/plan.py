@@ -3,33 +3,42 @@ name or option costs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from grounding.adapter import Adapter
-from grounding.errors import OptionError, UnknownNameError
+from grounding.errors import OptionError, TextError, UnknownNameError
 from grounding.maps import join_layers
 from grounding.method import Method
-from grounding.methods import DEFAULT_METHODS, METHODS
+from grounding.methods import METHODS
 from grounding.text import Span, Tokens
 from grounding.trace import TAP_SIGNALS, Trace
+
+# Among the names of methods: those that the architecture shows when nothing is asked for.
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), phrases.
 
-    With `words`, words stand in for tokens, also where they are named.
+    With `words`, words stand in for tokens, also where they are named; with `special`, special tokens of a text that
+    the model wrote are entries, too (its end, above all). `where` asks at each chosen token for evidence of another
+    one in its place, `contrast` for evidence of the first rather than the second: at the tokens chosen by name, else
+    where the text has the first (or the second). Both stand in for the tokens.
     """
 
     caption: bool = True
     tokens: bool | Sequence[str] = True
     words: bool = False
     phrases: Sequence[str] = ()
+    special: bool = False
+    where: str = ""
+    contrast: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         # A text alone would be taken for a list of letters.
@@ -39,14 +48,31 @@ class Selection:
 
     def spans(self, tokens: Tokens) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
-        chosen: list[Span] = [tokens.caption()] if self.caption else []
-        parts = tokens.words() if self.words else tokens.tokens()
+        if self.where or self.contrast:
+            return tuple(self._asked(tokens))
+        chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
+        parts = tokens.words() if self.words else tokens.tokens(special=self.special or not tokens.visible)
         if isinstance(self.tokens, bool):
             chosen += parts if self.tokens else ()
         else:
             chosen += tokens.choose(self.tokens, parts)
         chosen += [tokens.phrase(phrase) for phrase in self.phrases]
         return tuple(chosen)
+
+    def _asked(self, tokens: Tokens) -> Iterator[Span]:
+        """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
+        places = tokens.tokens(special=self.special or not tokens.visible)
+        named = places if isinstance(self.tokens, bool) else tokens.choose(self.tokens, places)
+        if self.where:
+            yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)
+        if self.contrast:
+            first, second = self.contrast
+            if isinstance(self.tokens, bool):
+                named = next((found for name in (first, second) if (found := tokens.labelled(name, places))), ())
+            if not named:
+                raise TextError(f"neither {first!r} nor {second!r} is in {tokens.text!r}: choose the place by --tokens")
+            label = f"{first} \u2212 {second}"
+            yield from (replace(p, kind="contrast", asked=first, against=second, label=label) for p in named)
 
 
 @dataclass(frozen=True)
@@ -76,12 +102,13 @@ def columns(
     options: Mapping[str, Any] | None = None,
     average_layers: bool = False,
 ) -> tuple[Column, ...]:
-    """The columns of an explanation.
+    """The columns of an explanation; the name "default" stands for the architecture's default methods.
 
     `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
     Raises UnknownNameError, OptionError, LayerError.
     """
-    names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods or DEFAULT_METHODS))
+    asked = [methods] if isinstance(methods, str) else methods or [DEFAULT]
+    names = list(dict.fromkeys(n for name in asked for n in (adapter.default_methods if name == DEFAULT else [name])))
     layers = [layers] if isinstance(layers, str) else layers
     given = _options_by_method(options or {}, names)
     if layers and not any(METHODS[name].reads_tap for name in names):
@@ -103,6 +130,7 @@ def columns(
         for layer, path in taps.items():
             key = f"{name}@{layer}" if len(taps) > 1 else name
             made.append(Column(key, name, method, chosen, path, (path,)))
+    _check_stacks(adapter, made)
     return tuple(made)
 
 
@@ -124,12 +152,29 @@ def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, 
         needs = column.method.needs
         gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
         taps |= {path: taps.get(path, False) or gradient for path in column.paths}
-        if needs & {"attention", "attention_gradient"}:
-            gradient = "attention_gradient" in needs
-            paths = adapter.stack("vision").attention
-            read = paths[column.method.blocks(column.options, len(paths))]
-            attention |= {path: attention.get(path, False) or gradient for path in read}
+        for stack, reading in column.method.reads(column.options, adapter.sites).items():
+            for path in adapter.stack(stack).attention[reading.blocks]:
+                attention[path] = attention.get(path, False) or reading.gradient
     return taps, attention
+
+
+def available(adapter: Adapter) -> tuple[str, ...]:
+    """The names of all methods that this architecture has the attention for."""
+    return tuple(name for name in METHODS if not _missing(adapter, METHODS[name], METHODS[name].defaults))
+
+
+def _missing(adapter: Adapter, method: Method, options: Mapping[str, Any]) -> list[str]:
+    return [stack for stack in method.reads(options, adapter.sites) if stack not in adapter.sites.stacks]
+
+
+def _check_stacks(adapter: Adapter, made: Sequence[Column]) -> None:
+    """Raises OptionError for a method that reads attention the architecture does not have."""
+    for column in made:
+        if missing := _missing(adapter, column.method, column.options):
+            raise OptionError(
+                f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have "
+                f"(methods it has: {', '.join(available(adapter))})"
+            )
 
 
 def _options_by_method(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -81,10 +81,11 @@ class Tokens:
         """The whole text."""
         return replace(self.span("caption", 0, len(self.text)), alone=True)
 
-    def tokens(self) -> tuple[Span, ...]:
-        """One span per visible token. Byte-level parts of one sign share its characters."""
+    def tokens(self, *, special: bool = False) -> tuple[Span, ...]:
+        """One span per visible token, or per token. Byte-level parts of one sign share its characters."""
         return tuple(
-            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i]) for i in self.visible
+            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i])
+            for i in (range(len(self)) if special else self.visible)
         )
 
     def words(self) -> tuple[Span, ...]:
@@ -137,7 +138,7 @@ class Tokens:
         """
         chosen: list[int] = []
         for name in wanted:
-            hits = [i for i, span in enumerate(spans) if _fold(span.label) == _fold(name)]
+            hits = [spans.index(span) for span in self.labelled(name, spans)]
             if not hits and name.isdecimal() and int(name) < len(spans):
                 hits = [int(name)]
             if not hits:
@@ -145,6 +146,12 @@ class Tokens:
                 raise TextError(f"{name!r} is not in the caption; it has {listing}")
             chosen += hits
         return tuple(spans[i] for i in sorted(set(chosen)))
+
+    @staticmethod
+    def labelled(name: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """The `spans` with that text: as it is written, or else with case ignored."""
+        exact = tuple(span for span in spans if span.label == name)
+        return exact or tuple(span for span in spans if _fold(span.label) == _fold(name))
 
 
 def _fold(text: str) -> str:

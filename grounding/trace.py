@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from grounding.types import Targets
@@ -24,9 +24,10 @@ GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
 class Trace:
     """The signals of k targets at one tap. Reading an undeclared one is an error.
 
-    Outputs, attention weights and their gradients have the pictures of the batch first (B); gradients are there only
-    where the targets are of different pictures. `shifts` (k, D) stand for them at fast taps. The readers below give one
-    row per target.
+    Outputs, attention weights and their gradients have the pictures of the batch first, or its texts (see `Stack`);
+    gradients are there only where targets do not get into each other's way. `shifts` (k, D) stand for them at fast
+    taps. The readers of taps below give one row per target, those of attention one matrix per picture or text: `chain`
+    multiplies each target's row with its own.
     """
 
     adapter: Adapter
@@ -85,15 +86,41 @@ class Trace:
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
         return maps
 
-    def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "k H Q S"]]:
-        """Attention weights of the blocks of a stack, first to last."""
+    def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
+        """Attention weights of the blocks of a stack, first to last, per picture or text."""
         self._declared("attention")
-        return [self._per_target(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [_precise(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
 
-    def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "k H Q S"]]:
-        """d score / d attention weights of the blocks of a stack, first to last."""
+    def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
+        """d score / d attention weights of the blocks of a stack, first to last: those of the one target that each
+        picture or text (or row of it) has here."""
         self._declared("attention_gradient")
-        return [self._per_target(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [_precise(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
+
+    def chain(
+        self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str = "vision"
+    ) -> Float[Tensor, "k S"]:
+        """Each target's row times the matrix of its picture or text. Nothing is copied per target."""
+        owner = self.owner(stack)
+        made = matrix.new_empty(len(row), matrix.shape[-1])
+        for b in owner.unique().tolist():
+            mine = owner == b
+            made[mine] = row[mine].to(matrix.dtype) @ matrix[b]
+        return made
+
+    def owner(self, stack: str = "vision") -> Int[Tensor, "k"]:
+        """Which matrix of a stack belongs to each target: that of its picture, or of its text."""
+        axis = self.adapter.stack(stack).axis
+        return self.targets.text if axis == "text" else self.targets.image
+
+    def has(self, stack: str) -> bool:
+        """Whether the architecture has such a stack."""
+        return stack in self.adapter.sites.stacks
+
+    def text_rows(self) -> Float[Tensor, "k L"]:
+        """At which positions of the text each target is read: weights that sum to 1."""
+        assert self.targets.rows is not None
+        return self.targets.rows
 
     @property
     def tokens(self) -> int:
@@ -114,7 +141,7 @@ class Trace:
         return self._per_target(record[self.tap])
 
     def _per_target(self, tensor: Tensor) -> Tensor:
-        """One row per target of what has one per picture; not copied where they are the same."""
+        """One row per target of what a tap has per picture; not copied where they are the same."""
         image = self.targets.image.tolist()
         return _precise(tensor if image == list(range(len(tensor))) else tensor[image])
 

@@ -1,15 +1,14 @@
 """The middle of the engine: forward passes, and chunks of targets with the signals their methods need.
 
-A method at a fast tap (`Adapter.fast_taps`) needs no graph through the model: the pass runs without gradients, and the
-scores are recomputed from the tap onwards with one shift vector per target. Everything else takes the slow, right way:
-one graph, one backward per group of targets that has each picture once. A method with a backward rule gets a pass of
-its own on the slow way.
+The vision stack runs once for all that needs no gradient inside it, and is remembered for later texts. A method at a
+fast tap (`Adapter.fast_taps`) needs no graph through the model: the scores are recomputed from the tap onwards with one
+shift vector per target. Everything else takes the slow, right way: one graph, one backward per group of targets that do
+not get into each other's way. A method with a backward rule gets a pass of its own on the slow way.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +23,24 @@ from grounding.types import Inputs, Targets
 
 # Numbers that the fast way may hold at once per target: rows of attention and hidden features; about 0.25 GB.
 FAST_BUDGET = 60_000_000
+# A layer that is read through a LayerNorm alone has |<features, gradient>| below this part of the product of lengths.
+RIGHT_ANGLE = 1e-3
+# What the vision stack gave, among what is remembered of a pass.
+ENCODED = "encoded"
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The columns that can be computed from a trace, and which of the K targets it is about."""
+    """The columns that can be computed from a trace, and which of the K targets it is about.
+
+    `orthogonal` are the taps at which the gradient of one target per picture is at right angles to the features.
+    """
 
     columns: tuple[Column, ...]
     trace: Trace
     members: list[int]
     scores: Tensor
+    orthogonal: frozenset[str] = frozenset()
 
 
 def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Generator[Chunk, None, None]:
@@ -66,72 +73,73 @@ def _one_pass(
     rule: str | None,
 ) -> Iterator[Chunk]:
     taps, attention = wanted_signals(adapter, slow)
-    starts = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
-    needed = {path: False for tap, others in starts.items() for path in (tap, *others)} | taps
-    differentiated = any([*taps.values(), *attention.values()]) or rule is not None
-    record = None if differentiated else _remembered(adapter, inputs, targets, needed, attention)
-    if record is not None:
-        scores = _scores_again(record, inputs, next(iter(starts)))
-        if slow:
-            yield from _slow_chunks(record, slow, {}, {}, scores)
+    starts = _starts(adapter, fast)
+    own = _of_pictures(adapter, {**starts, **taps}), _of_pictures(adapter, attention)
+    rest = [{path: g for path, g in found.items() if path not in own[i]} for i, found in enumerate((taps, attention))]
+    seen: Mapping[str, Tensor] = {}
+    if any([*own[0].values(), *own[1].values()]):
+        here = ({**starts, **taps}, attention)
     else:
-        with Recorder(adapter.model, needed, attention, rule) as recorder:
-            found = adapter.forward(inputs, targets)
-            recorder.check()
-            assert found is not None
-            scores = found
-            for path, weights in recorder.weights.items():
-                _finite(weights, f"attention weights of {path}")
-            if not differentiated:
-                inputs.memory.update(recorder.outputs | recorder.weights)
-                inputs.memory.update({name: inputs.tensors[name] for name in inputs.per_picture})
-            record = _record(adapter, inputs, targets, recorder.outputs, recorder.weights)
-            _finite(scores, "scores")
-            if slow:
-                yield from _slow_chunks(record, slow, taps, attention, scores)
+        seen, here = remembered(adapter, inputs, *own), (rest[0], rest[1])
+    with Recorder(adapter.model, *here, rule) as recorder:
+        scores = adapter.score(inputs, seen[ENCODED] if seen else adapter.encode(inputs), targets)
+        recorder.check()
+        for path, weights in recorder.weights.items():
+            _finite(weights, f"attention weights of {path}")
+        _finite(scores, "scores")
+        record = Trace(
+            adapter=adapter,
+            targets=targets,
+            grid=adapter.grid(inputs),
+            needs=frozenset(),
+            outputs={**{path: seen[path] for path in own[0] if path in seen}, **recorder.outputs},
+            gradients={},
+            shifts={},
+            weights={**{path: seen[path] for path in own[1] if path in seen}, **recorder.weights},
+            weight_gradients={},
+        )
+        if slow:
+            yield from _slow_chunks(record, slow, taps, attention, scores, rule)
     with Recorder(adapter.model):  # without the taps: parts of the model run again
         for tap, wanted_rule in dict.fromkeys((column.paths[0], column.method.rule) for column in fast):
             columns = tuple(c for c in fast if c.paths == (tap,) and c.method.rule == wanted_rule)
             yield from _fast_chunks(record, columns, inputs, scores)
 
 
-def _record(
-    adapter: Adapter, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> Trace:
-    return Trace(
-        adapter=adapter,
-        targets=targets,
-        grid=adapter.grid(inputs),
-        needs=frozenset(),
-        outputs=outputs,
-        gradients={},
-        shifts={},
-        weights=weights,
-        weight_gradients={},
-    )
+def _starts(adapter: Adapter, fast: Sequence[Column]) -> dict[str, bool]:
+    """What the fast columns start from, none of it with a gradient."""
+    return {path: False for column in fast for tap in column.paths for path in (tap, *adapter.fast_taps[tap])}
 
 
-def _remembered(
-    adapter: Adapter, inputs: Inputs, targets: Targets, taps: Mapping[str, bool], attention: Mapping[str, bool]
-) -> Trace | None:
-    """The record of an earlier pass over the same pictures, if it holds all that is wanted."""
+def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
+    return {path: gradient for path, gradient in paths.items() if adapter.axis(path) == "picture"}
+
+
+def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
+    """Run the vision stack once and remember what a plan needs of it, before the model writes texts from it."""
+    taps, attention = wanted_signals(adapter, plan)
+    starts = {path: False for tap, others in adapter.fast_taps.items() if tap in taps for path in (tap, *others)}
+    own = (_of_pictures(adapter, {**taps, **starts}), _of_pictures(adapter, attention))
+    remembered(adapter, inputs, *(dict.fromkeys(paths, False) for paths in own))
+
+
+def remembered(
+    adapter: Adapter, inputs: Inputs, taps: Mapping[str, bool], attention: Mapping[str, bool]
+) -> Mapping[str, Tensor]:
+    """What one pass of the vision stack without gradients left behind: run now, unless an earlier one left it all."""
     memory = inputs.memory
-    if any(memory.get(name) is not inputs.tensors[name] for name in inputs.per_picture):
-        return None  # other pictures, or none yet
-    if not adapter.fast_taps or targets.kind not in adapter.fast_kinds or not {*taps, *attention} <= memory.keys():
-        return None
-    outputs, weights = ({path: memory[path] for path in paths} for paths in (taps, attention))
-    return _record(adapter, inputs, targets, outputs, weights)
-
-
-def _scores_again(record: Trace, inputs: Inputs, tap: str) -> Tensor:
-    """The scores from a remembered fast tap."""
-    features = record.outputs[tap]
-    shift = torch.zeros(len(record.targets), features.shape[-1], dtype=features.dtype, device=features.device)
-    with Recorder(record.adapter.model):
-        scores = record.adapter.score_from(tap, inputs, record.targets, shift, record.outputs)
-    _finite(scores, "scores")
-    return scores
+    same = all(memory.get(name) is inputs.tensors[name] for name in inputs.per_picture)  # and not other pictures
+    if not same or not {ENCODED, *taps, *attention} <= memory.keys():
+        with Recorder(adapter.model, taps, attention) as recorder:
+            encoded = adapter.encode(inputs)
+            recorder.check()
+        for path, weights in recorder.weights.items():
+            _finite(weights, f"attention weights of {path}")
+        if not same:
+            memory.clear()
+        memory.update(recorder.outputs | recorder.weights | {ENCODED: encoded})
+        memory.update({name: inputs.tensors[name] for name in inputs.per_picture})
+    return memory
 
 
 def _slow_chunks(
@@ -140,12 +148,13 @@ def _slow_chunks(
     taps: Mapping[str, bool],
     attention: Mapping[str, bool],
     scores: Tensor,
+    rule: str | None,
 ) -> Iterator[Chunk]:
-    """One backward per group: as pictures do not influence each other, a sum over them gives each its own gradient."""
+    """One backward per group of targets that do not get into each other's way: their sum gives each its gradient."""
     wanted_taps = [path for path, gradient in taps.items() if gradient]
     wanted_attention = [path for path, gradient in attention.items() if gradient]
     leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
-    groups = one_per_picture(record.targets.image.tolist())
+    groups = _groups(record, [*wanted_taps, *wanted_attention])
     if not leaves and not record.adapter.text_conditioned(record.targets.kind, gradient=False):
         groups = groups[:1]  # nothing depends on the target: one per picture says it all
     for number, members in enumerate(groups):
@@ -158,7 +167,57 @@ def _slow_chunks(
             gradients={path: named[path] for path in wanted_taps},
             weight_gradients={path: named[path] for path in wanted_attention},
         )
-        yield Chunk(tuple(columns), chunk, members, scores.detach())
+        flat = _orthogonal(chunk) if number == 0 and rule is None else frozenset()
+        yield Chunk(tuple(columns), chunk, members, scores.detach(), flat)
+
+
+def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
+    """Targets that may share a backward. At a leaf with the pictures first each picture may have one of them, with
+    the texts first each text; in the last block of a text stack each position, as it is read from its own row alone.
+
+    Without leaves, and the text in the attention alone, all of them.
+    """
+    adapter, targets = record.adapter, record.targets
+    image, text = targets.image.tolist(), targets.text.tolist()
+    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.axis == "text" and s.attention}
+    if any(adapter.axis(path) == "picture" for path in leaves) or not adapter.sites.text_stacks:
+        claims = [{b} for b in image]
+    elif not leaves:
+        claims = [set() for _ in image]
+    elif targets.rows is None or not last.issuperset(leaves):
+        claims = [{t} for t in text]
+    else:
+        claims = [{(t, int(i)) for i in row.nonzero()} for t, row in zip(text, targets.rows, strict=True)]
+    return one_each(claims)
+
+
+def _orthogonal(chunk: Trace) -> frozenset[str]:
+    """Taps whose every patch has a gradient at right angles to its features, to rounding."""
+    found = set()
+    for path, gradient in chunk.gradients.items():
+        grid = [chunk.adapter.to_grid(t, chunk.grid).double() for t in (chunk.outputs[path].detach(), gradient)]
+        if at_right_angles(*grid):
+            found.add(path)
+    return frozenset(found)
+
+
+def at_right_angles(features: Tensor, gradient: Tensor) -> bool:
+    """Whether <features, gradient> is nothing beside |features| |gradient|, patch by patch."""
+    size = (features.norm(dim=-1) * gradient.norm(dim=-1)).sum()
+    return bool(size > 0 and (features * gradient).sum(-1).abs().sum() < RIGHT_ANGLE * size)
+
+
+def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
+    """As `_orthogonal`, for a fast tap that is read through a LayerNorm alone, on one target per picture."""
+    leaf = record.outputs[tap].detach().requires_grad_()
+    with torch.enable_grad():
+        encoded = record.adapter.from_tap(tap, leaf)
+        if encoded is None:
+            return False
+        members = one_each([{b} for b in record.targets.image.tolist()])[0]
+        total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
+    [gradient] = _gradients(total, [leaf], last=True)
+    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid).double() for t in (leaf, gradient)))
 
 
 def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, scores: Tensor) -> Iterator[Chunk]:
@@ -166,27 +225,26 @@ def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, sco
     [tap], rule = columns[0].paths, columns[0].method.rule
     features = record.outputs[tap].detach()
     size = max(1, FAST_BUDGET // max(1, features[0].numel() // 4))
-    width = features.shape[-1]
+    flat = rule is None and _orthogonal_fast(record, inputs, tap)
     for first in range(0, len(record.targets), size):
         members = list(range(first, min(first + size, len(record.targets))))
-        targets = record.targets.select(members)
-        shift = torch.zeros(len(members), width, dtype=features.dtype, device=features.device, requires_grad=True)
-        with torch.enable_grad():
-            total = record.adapter.score_from(tap, inputs, targets, shift, record.outputs, rule).sum()
-        [gradient] = _gradients(total, [shift], last=True)
+        gradient = record.adapter.shifts(tap, inputs, record.targets.select(members), record.outputs, rule)
         _finite(gradient, f"gradient at {tap}")
-        yield Chunk(columns, record.of(members, shifts={tap: gradient}), members, scores.detach())
+        chunk = record.of(members, shifts={tap: gradient})
+        yield Chunk(columns, chunk, members, scores.detach(), frozenset([tap]) if flat else frozenset())
 
 
-def one_per_picture(image: Sequence[int]) -> list[list[int]]:
-    """Target indices in groups that have each picture at most once: the j-th group has every picture's j-th target."""
+def one_each(claims: Sequence[Collection[Hashable]]) -> list[list[int]]:
+    """Indices in groups in which nothing is claimed twice: the first group that has room takes each in turn."""
     groups: list[list[int]] = []
-    seen: dict[int, int] = defaultdict(int)
-    for k, b in enumerate(image):
-        if seen[b] == len(groups):
+    taken: list[set[Hashable]] = []
+    for k, claim in enumerate(claims):
+        home = next((i for i, claimed in enumerate(taken) if claimed.isdisjoint(claim)), len(groups))
+        if home == len(groups):
             groups.append([])
-        groups[seen[b]].append(k)
-        seen[b] += 1
+            taken.append(set())
+        groups[home].append(k)
+        taken[home].update(claim)
     return groups
 
 

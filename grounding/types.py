@@ -25,9 +25,10 @@ class Inputs:
 
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
     index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
-    `per_picture` names the tensors that have the pictures first. `memory` is the engine's: what it recorded of the
-    vision stack without gradients, for later texts of the same pictures while the model stays as it is. `origins[t]` says
-    where text t is from (`given`, `generated`, `forced`; none: all given); `notes` are the adapter's own, of these texts.
+    `per_picture` and `per_text` name the tensors that have the pictures, or the texts, first. `origins[t]` says where
+    text t is from (`given`, `generated`, `forced`; none: all given). `memory` is the engine's: what it recorded of the
+    vision stack without gradients, for later texts of the same pictures while the model stays as it is; `notes` are
+    the adapter's own, of these texts.
     """
 
     pictures: tuple[Picture, ...]
@@ -38,6 +39,7 @@ class Inputs:
     warnings: tuple[tuple[str, ...], ...] = ()
     text_warnings: tuple[tuple[str, ...], ...] = ()
     per_picture: tuple[str, ...] = ("pixel_values",)
+    per_text: tuple[str, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
     origins: tuple[str, ...] = ()
     notes: dict[str, Tensor] = field(default_factory=dict)
@@ -99,7 +101,8 @@ class Sites:
     Stacks have the same names everywhere: `vision` (the picture's own), `cross` (from text positions to the vision
     stack's output), `decoder` (among text positions). `tap` is the default layer for Grad-CAM: a live one. `readout`
     says how the vision stack is read: `cls`, `mean`, `attention_pool`, or `cross` (by the `cross` stack). `prefix`
-    counts the tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the text.
+    counts the tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the
+    text.
     """
 
     stacks: Mapping[str, Stack]

@@ -81,7 +81,10 @@ def taken(model: nn.Module, modules: Mapping[nn.Module, bool], take: Take, begin
 
 
 def _has_switch(module: nn.Module) -> bool:
-    return SWITCH in inspect.signature(module.forward).parameters
+    """Whether the module computes its weights itself and has a switch for giving them back."""
+    own = inspect.unwrap(type(module).forward)
+    calls_interface = "ALL_ATTENTION_FUNCTIONS" in own.__globals__
+    return SWITCH in inspect.signature(own).parameters and not calls_interface
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     group.add_argument("-q", "--quiet", action="store_true", help="no warnings and no progress on stderr")
     # Every phrase is explained as a caption of its own: the options for parts of captions stay as they are.
-    made.set_defaults(token_target="leave-one-out", tokens=[], words=False, phrase=[], average_layers=False)
+    made.set_defaults(token_target=None, tokens=[], words=False, phrase=[], average_layers=False)
     made.set_defaults(attention_layer=None, head=None)
     return made
 

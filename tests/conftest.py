@@ -33,6 +33,11 @@ def clip():
 
 
 @pytest.fixture
+def trocr():
+    return tiny.trocr_adapter()
+
+
+@pytest.fixture
 def picture():
     """A picture that is neither square nor flat."""
     return noise(90, 60)

@@ -57,14 +57,16 @@ class LinearAdapter(Adapter):
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
         return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
 
-    def targets(self, inputs, spans, kind=None, token_target="leave-one-out"):
-        kind = self.check_kind(kind, token_target)
+    def targets(self, inputs, spans, kind=None, token_target=None):
+        kind, token_target = self.check_kind(kind, token_target)
         owner = torch.arange(len(inputs.tokens))
         seeds = torch.stack([torch.from_numpy(np.asarray(self.weights[t.text], float)) for t in inputs.tokens])
         image = torch.tensor(inputs.text_image)
         return Targets(kind, image, owner, tuple(s for own in spans for s in own), {"seeds": seeds}, token_target)
 
-    def forward(self, inputs, targets):
+    def encode(self, inputs):
         pixels = inputs.tensors["pixel_values"][:, 0]
-        cells = pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2))  # (B, rows, columns)
-        return None if targets is None else (cells[targets.image] * targets.data["seeds"]).sum((1, 2))
+        return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2))  # (B, rows, columns)
+
+    def score(self, inputs, encoded, targets):
+        return (encoded[targets.image] * targets.data["seeds"]).sum((1, 2))

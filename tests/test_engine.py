@@ -19,7 +19,7 @@ from grounding.method import Method
 from grounding.plan import columns
 from grounding.recorder import Recorder
 from grounding.render import overlay
-from grounding.tracing import one_per_picture, trace
+from grounding.tracing import one_each, trace
 from grounding.types import Sites
 from tests import oracles, tiny
 from tests.conftest import noise
@@ -195,10 +195,15 @@ def test_one_forward_pass_for_all_methods(any_adapter, picture):
     counted = []
     first = next(m for m in any_adapter.model.modules() if isinstance(m, torch.nn.Conv2d))
     handle = first.register_forward_hook(lambda module, args, out: counted.append(1))
+    texts = [["red car", "two dogs"], ["a bus"]]
+    explain(any_adapter, [picture, noise(40, 40)], texts, methods=["gradcam", "gradcam_ln", "rollout", "attention"])
+    assert len(counted) == (1 if any_adapter.fast_taps else 2)  # off the fast taps the backward rule has a pass
+    counted.clear()
     methods = ["gradcam", "rollout", "relevance", "gradient_rollout", "attention"]
-    explain(any_adapter, [picture, noise(40, 40)], [["red car", "two dogs"], ["a bus"]], methods=methods)
+    explain(any_adapter, [picture, noise(40, 40)], texts, methods=methods)
     handle.remove()
-    assert len(counted) == 1
+    # A model that writes looks once before it does; gradients inside the vision stack need another pass.
+    assert len(counted) == 1 + any_adapter.generates
 
 
 def test_a_map_of_features_alone_reaches_every_picture_of_a_split_batch(clip, monkeypatch):
@@ -466,7 +471,7 @@ def test_wrong_pairings_are_refused(clip, images, texts, words):
 
 
 def test_batches_have_each_picture_once():
-    assert one_per_picture([0, 0, 1, 0, 1, 2]) == [[0, 2, 5], [1, 4], [3]]
+    assert one_each([{b} for b in [0, 0, 1, 0, 1, 2]]) == [[0, 2, 5], [1, 4], [3]]
 
 
 # ---------------------------------------------------------------- texts of a CLIP

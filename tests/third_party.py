@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grounding.adapter import TOKEN_TARGETS, Adapter, ModelInfo
+from grounding.adapter import Adapter, ModelInfo
 from grounding.geometry import Geometry
 from grounding.images import open_image
 from grounding.text import Tokens, word_spans
@@ -95,8 +95,8 @@ class MeanAdapter(Adapter):
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
         return replace(inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(tokens))
 
-    def targets(self, inputs, spans, kind=None, token_target=TOKEN_TARGETS[0]):
-        kind = self.check_kind(kind, token_target)
+    def targets(self, inputs, spans, kind=None, token_target=None):
+        kind, token_target = self.check_kind(kind, token_target)
         flat = [(t, span) for t, chosen in enumerate(spans) for span in chosen]
         seeds = []
         for t, span in flat:
@@ -115,13 +115,13 @@ class MeanAdapter(Adapter):
             token_target,
         )
 
-    def forward(self, inputs, targets):
-        image = self.model(inputs.tensors["pixel_values"])
-        if targets is None:
-            return None
+    def encode(self, inputs):
+        return self.model(inputs.tensors["pixel_values"])
+
+    def score(self, inputs, encoded, targets):
         if targets.kind == "norm":
-            return image.norm(dim=-1)[targets.image]
-        return (F.normalize(image, dim=-1)[targets.image] * targets.data["seeds"]).sum(-1)
+            return encoded.norm(dim=-1)[targets.image]
+        return (F.normalize(encoded, dim=-1)[targets.image] * targets.data["seeds"]).sum(-1)
 
     def _embed(self, ids):
         with torch.no_grad():

@@ -2,9 +2,27 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    DeiTConfig,
+    DeiTModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrOCRConfig,
+    TrOCRForCausalLM,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from adapters.clip import ClipAdapter
+from adapters.trocr import TrOcrAdapter
 from tests.third_party import MeanAdapter
 
 CORPUS = [
@@ -83,10 +101,60 @@ def clip_adapter(seed=0, dtype=torch.float64, **model):
     return ClipAdapter(made, tokenizer=tokenizer(), image_processor=clip_processor(size))
 
 
+def decoder(kind, width, vocabulary):
+    """A random text decoder with cross-attention: TrOCR's, BERT's or GPT-2's."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": vocabulary}
+    shared = {"is_decoder": True, "add_cross_attention": True, **ids}
+    if kind == "bert":
+        config = BertConfig(
+            hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=LIMIT, **shared,
+        )  # fmt: skip
+        return BertLMHeadModel(config)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=2, n_head=4, n_positions=LIMIT, **shared))
+    config = TrOCRConfig(
+        d_model=width, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=LIMIT,
+        cross_attention_hidden_size=None, use_learned_position_embeddings=kind == "trocr",
+        layernorm_embedding=kind == "trocr", scale_embedding=kind != "trocr", **ids,
+    )  # fmt: skip
+    return TrOCRForCausalLM(config)
+
+
+def trocr_model(seed=0, kind="trocr", encoder="vit", width=32, size=(16, 48), patch=(8, 6), dtype=torch.float64):
+    """A random reader of lines: 3 encoder blocks of width 32 (2 x 8 patches), 2 decoder blocks of `width`."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    tower |= {"image_size": size, "patch_size": patch}
+    seeing = DeiTModel(DeiTConfig(**tower)) if encoder == "deit" else ViTModel(ViTConfig(**tower), False)
+    model = VisionEncoderDecoderModel(encoder=seeing, decoder=decoder(kind, width, len(tokenizer())))
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
+    model.config.pad_token_id = model.generation_config.pad_token_id = 1
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.generation_config.max_new_tokens = 9
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def trocr_adapter(seed=0, **model):
+    """A tiny TrOCR with its tokenizer and processor."""
+    made = trocr_model(seed, **model)
+    height, width = made.config.encoder.image_size
+    return TrOcrAdapter(
+        made, tokenizer=tokenizer(), image_processor=ViTImageProcessor(size={"height": height, "width": width})
+    )
+
+
 def mean_adapter():
     """An architecture from outside: no CLS token, mean read-out, a grid that is not square."""
     return MeanAdapter()
 
 
 # One per architecture in `adapters.ADAPTERS`, and one from outside.
-FACTORIES = {"CLIPModel": clip_adapter, "third party": mean_adapter}
+FACTORIES = {
+    "CLIPModel": clip_adapter,
+    "VisionEncoderDecoderModel": trocr_adapter,
+    "third party": mean_adapter,
+}

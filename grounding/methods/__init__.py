@@ -8,9 +8,11 @@ METHODS = Registry(
         "gradcam": "grounding.methods.cam:gradcam",
         "gradcam_ln": "grounding.methods.cam:gradcam_ln",
         "rollout": "grounding.methods.attention:rollout",
-        "relevance": "grounding.methods.attention:relevance",
+        "relevance": "grounding.methods.relevance:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",
         "attention": "grounding.methods.attention:raw_attention",
+        "cross_attention": "grounding.methods.cross:cross_attention",
+        "gradient_x_cross_attention": "grounding.methods.cross:gradient_x_cross_attention",
     },
     group="grounding.methods",
 )

@@ -1,7 +1,9 @@
 """Maps from attention weights: chains of them (rollout), chains led by gradients (relevance), and the weights as such.
 
 Chains are row vectors times matrices, from the read-out backwards through the blocks: e^T (A_L ... A_1) costs a
-fraction of the matrix product and is the same number.
+fraction of the matrix product and is the same number. Where the vision stack is read by cross-attention (an
+encoder-decoder), the chain starts with the cross-attention row of the last block at the target's place: there these
+maps see the text.
 """
 
 from __future__ import annotations
@@ -14,11 +16,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grounding.errors import LayerError
-from grounding.method import Fraction, method
+from grounding.method import Fraction, Reading, method
+from grounding.methods.chains import through
 from grounding.trace import Trace
+from grounding.types import Sites
 
 
-@method("Attention rollout", {"attention"})
+def _readout(sites: Sites) -> dict[str, Reading]:
+    """What the read-out's row is made of."""
+    return {"cross": Reading(slice(-1, None))} if sites.readout == "cross" else {}
+
+
+def _all_blocks(_options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"vision": Reading(), **_readout(sites)}
+
+
+def _all_gradients(_options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"vision": Reading(gradient=True), **_readout(sites)}
+
+
+@method("Attention rollout", {"attention"}, reads=_all_blocks)
 def rollout(
     trace: Trace, *, fusion: Literal["mean", "max", "min"] = "mean", discard: Fraction = 0.0
 ) -> Float[Tensor, "k rows columns"]:
@@ -32,11 +49,11 @@ def rollout(
     row = trace.readout_row()
     for weights in reversed(trace.attentions()):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)
-        row = _through(row, _discard(fused, discard))
+        row = through(trace, row, _discard(fused, discard))
     return trace.patches(row)
 
 
-@method("Gradient rollout", {"attention", "attention_gradient"})
+@method("Gradient rollout", {"attention", "attention_gradient"}, reads=_all_gradients)
 def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     """Rollout of E_h (A^l G^l)+ in place of E_h A^l, G^l = d score / d A^l; each A^l with its own G^l.
 
@@ -44,62 +61,46 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     """
     row = trace.readout_row()
     for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
-        row = _through(row, (weights * gradient).clamp(min=0).mean(1))
+        row = through(trace, row, (weights * gradient).clamp(min=0).mean(1))
     return trace.patches(row)
 
 
-def _from_start(options: Mapping[str, Any], count: int) -> slice:
-    return slice(_block(options["start_layer"], count, "relevance.start_layer"), None)
+def _one(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"vision": Reading(one_block("attention", options, sites, "vision")), **_readout(sites)}
 
 
-def _one(options: Mapping[str, Any], count: int) -> slice:
-    layer = _block(options["layer"], count, "attention.layer")
-    return slice(layer, layer + 1)
-
-
-@method("Relevance", {"attention", "attention_gradient"}, blocks=_from_start)
-def relevance(trace: Trace, *, start_layer: int = 0) -> Float[Tensor, "k rows columns"]:
-    """Relevance, "GAE" (Chefer et al. 2021): R <- R + Abar^l R from R = I, Abar^l = E_h (G^l A^l)+, the read-out's row.
-
-    `start_layer` is the first block that takes part (negative: from the end). Values >= 0.
-    Cost: one backward per target through the blocks that take part.
-    """
-    blocks = slice(start_layer, None)
-    pairs = zip(trace.attentions(blocks=blocks), trace.attention_gradients(blocks=blocks), strict=True)
-    row = trace.readout_row()
-    for weights, gradient in reversed(list(pairs)):
-        row = row + _chain(row, (weights * gradient).clamp(min=0).mean(1))
-    return trace.patches(row)
-
-
-@method("Attention", {"attention"}, blocks=_one)
+@method("Attention", {"attention"}, reads=_one)
 def raw_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
     """The read-out's attention row of one block (`layer`), one `head` or the mean over heads. Values in [0, 1]."""
     [weights] = trace.attentions(blocks=slice(layer, layer + 1 or None))
-    if head is not None:
-        weights = weights[:, [_block(head, weights.shape[1], "attention.head")]]
-    return trace.patches(_chain(trace.readout_row(), weights.mean(1)))
+    return trace.patches(trace.chain(trace.readout_row(), one_head("attention", weights, head)))
 
 
-def _chain(row: Float[Tensor, "k Q"], matrix: Float[Tensor, "k Q S"]) -> Float[Tensor, "k S"]:
-    return torch.einsum("kq,kqs->ks", row.to(matrix.dtype), matrix)
+def one_block(name: str, options: Mapping[str, Any], sites: Sites, stack: str) -> slice:
+    """The block of a stack that the option `layer` of a method names, counted from the end where negative.
+
+    Raises LayerError with the range.
+    """
+    if stack not in sites.stacks:
+        return slice(None)
+    layer = index_of(options["layer"], len(sites.stacks[stack].attention), f"{name}.layer")
+    return slice(layer, layer + 1)
 
 
-def _through(row: Float[Tensor, "k N"], matrix: Float[Tensor, "k N N"]) -> Float[Tensor, "k N"]:
-    """row times rownorm(matrix + I), without making that matrix."""
-    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)
-    return row + _chain(row, matrix)
+def one_head(name: str, weights: Float[Tensor, "B H Q S"], head: int | None) -> Float[Tensor, "B Q S"]:
+    """One head, or the mean over heads. Raises LayerError with the range."""
+    return weights.mean(1) if head is None else weights[:, index_of(head, weights.shape[1], f"{name}.head")]
 
 
-def _discard(matrix: Float[Tensor, "k N N"], fraction: float) -> Float[Tensor, "k N N"]:
-    count = int(fraction * matrix.shape[-1])
-    if count == 0:
-        return matrix
-    return matrix.scatter(-1, matrix.topk(count, -1, largest=False).indices, 0)
-
-
-def _block(index: int, count: int, option: str) -> int:
+def index_of(index: int, count: int, option: str) -> int:
     """An index that may count from the end. Raises LayerError with the range."""
     if not -count <= index < count:
         raise LayerError(f"option {option}: {index} is not in {-count} to {count - 1}")
     return index % count
+
+
+def _discard(matrix: Float[Tensor, "B N N"], fraction: float) -> Float[Tensor, "B N N"]:
+    count = int(fraction * matrix.shape[-1])
+    if count == 0:
+        return matrix
+    return matrix.scatter(-1, matrix.topk(count, -1, largest=False).indices, 0)

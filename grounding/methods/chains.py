@@ -1,0 +1,50 @@
+"""Rows through blocks of attention: the arithmetic that rollout and relevance share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grounding.trace import Trace
+
+
+def through(trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"]) -> Float[Tensor, "k N"]:
+    """row times rownorm(matrix + I) of the vision stack, without making that matrix."""
+    owner = trace.owner()
+    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[owner]
+    return row + trace.chain(row, matrix)
+
+
+def relevance_row(
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]]
+) -> Float[Tensor, "k N"]:
+    """row times R, R <- R + Abar R from R = I over the `blocks` of the vision stack, first to last."""
+    for matrix in reversed(blocks):
+        row = row + trace.chain(row, matrix)
+    return row
+
+
+def normalised_relevance_row(
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]]
+) -> Float[Tensor, "k N"]:
+    """row times N(R), N(R) = rownorm(R - I) + I with 0/0 = 0, R as in `relevance_row`."""
+    sums = torch.zeros_like(blocks[0][..., 0])  # of the rows of R - I: R 1 - 1, one column through the blocks
+    for matrix in blocks:
+        sums = sums + torch.einsum("bqs,bs->bq", matrix, sums + 1)
+    scaled = row * _inverse(sums)[trace.owner()]
+    return row + relevance_row(trace, scaled, blocks) - scaled
+
+
+def normalised(relevance: Float[Tensor, "T L L"]) -> Float[Tensor, "T L L"]:
+    """N(R) = rownorm(R - I) + I, rows of R - I without relevance staying zero."""
+    identity = torch.eye(relevance.shape[-1], dtype=relevance.dtype, device=relevance.device)
+    rest = relevance - identity
+    return rest * _inverse(rest.sum(-1))[..., None] + identity
+
+
+def _inverse(sums: Tensor) -> Tensor:
+    """1 / sums, and 0 for 0."""
+    return torch.where(sums == 0, 0.0, 1 / torch.where(sums == 0, 1.0, sums))

@@ -1,0 +1,47 @@
+"""Maps from cross-attention: where in the picture a text position looked, and where looking helped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from grounding.method import Reading, method
+from grounding.methods.attention import one_block, one_head
+from grounding.trace import Trace
+from grounding.types import Sites
+
+
+def _weights(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"cross": Reading(one_block("cross_attention", options, sites, "cross"))}
+
+
+def _gradients(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"cross": Reading(one_block("gradient_x_cross_attention", options, sites, "cross"), gradient=True)}
+
+
+@method("Cross-attention", {"attention"}, reads=_weights)
+def cross_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
+    """E_h A of one cross-attention block (`layer`) at the target's place, or one `head` of it. Values in [0, 1].
+
+    Where the decoder looked, not what it saw: another token at the same place has the same map. Cost: the pass alone.
+    """
+    [weights] = trace.attentions("cross", slice(layer, layer + 1 or None))
+    return trace.patches(trace.chain(trace.text_rows(), one_head("cross_attention", weights, head), "cross"))
+
+
+@method("Gradient × cross-attention", {"attention", "attention_gradient"}, reads=_gradients)
+def gradient_x_cross_attention(
+    trace: Trace, *, layer: int = -1, head: int | None = None
+) -> Float[Tensor, "k rows columns"]:
+    """E_h (A G)+ of one cross-attention block, G = d score / d A, at the target's place: attention Grad-CAM as of
+    ALBEF (Li et al. 2021). Of a target that is a mean over places, the sum over them. Values >= 0.
+
+    In the last block each place depends on its own row alone: one backward serves all tokens of a text.
+    """
+    blocks = slice(layer, layer + 1 or None)
+    [weights], [gradient] = trace.attentions("cross", blocks), trace.attention_gradients("cross", blocks)
+    led = one_head("gradient_x_cross_attention", (weights * gradient).clamp(min=0), head)
+    return trace.patches(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "cross"))
