@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, sqrt
+from math import ceil
 
 from matplotlib.figure import Figure
 
 from grounding import wording
-from grounding.drawing import STRETCH, Segment, Style, colour_table, fit, grid_lines
+from grounding.drawing import Segment, Style, colour_table, distorted, fit, grid_lines
 from grounding.explanation import EntryMap, Explanation, MapColumn
+from grounding.labels import next_best
 from grounding.maps import Scale
 from grounding.page import ALERT, DPI, INK, Bar, Block, Cell, Grid, Line, Row, Sheet
 from grounding.panel import Limits, Painter, has_evidence, limits_of
+from grounding.sizes import BROADEST, panel_grid
 
 MOST_WARNINGS = 8
 WARNING_LINES = 3
@@ -23,7 +25,7 @@ WIDEST = 8.0  # inches of a paragraph
 BESIDE = 3.4  # inches to the right of the picture from which the words stand there and not above it
 LONGEST_BLOCK = 8  # rows that always stand in one block
 BETWEEN_BLOCKS = 0.15
-SLIMMEST, BROADEST = 1.5, 16.0  # height : width of the blocks together, and their width in inches
+SLIMMEST = 1.5  # height : width of the blocks together
 SEE_JSON = "… (see the JSON)"
 SHARED_NOTE = "does not see the text: one map for all entries"
 # Panels hold more pixels than the figure shows at its own resolution, so that print at 300 dpi stays sharp.
@@ -56,17 +58,19 @@ class Comparison:
     @cached_property
     def _grid(self) -> Grid:
         geometry = self.explanation.geometry
-        if self.layout == "panels":
-            columns, rows = 3, len(self.explanation.entries) * len(self._own) + len(self._shared)
-        elif self._single:
-            columns, rows = 1 + len(self._own) + len(self._shared), 1
-        else:
-            columns, rows = max(1 + len(self._shared), len(self._own)), 1 + len(self.explanation.entries)
         height, width = fit(geometry.width, geometry.height, 1000)
-        # Square inches of a panel: smaller where there are many.
-        area = 4.6 if rows <= 4 and columns <= 4 else 3.4 if rows <= 10 else 2.6
-        factor = min(sqrt(area / (width * height)), 4.6 / width, 3.8 / height)
-        return Grid((width * factor, height * factor), columns)
+        if self.layout == "panels":
+            rows = len(self.explanation.entries) * len(self._own) + len(self._shared)
+            return panel_grid(width / height, 3, rows, together=True)
+        if self._single:
+            return panel_grid(width / height, 1 + len(self._own) + len(self._shared), 1)
+        columns = max(1 + len(self._shared), len(self._own))
+        return panel_grid(width / height, columns, 1 + len(self.explanation.entries))
+
+    @cached_property
+    def _wrapped(self) -> bool:
+        """Whether the methods of an entry stand in several lines, so that no column belongs to one method."""
+        return self.layout == "rows" and len(self._own) > self._grid.columns
 
     @cached_property
     def _painter(self) -> Painter:
@@ -85,13 +89,11 @@ class Comparison:
 
     def draw(self) -> Figure:
         """The figure."""
-        grid, rows = self._grid, list(self._rows())
-        banded = self.layout == "rows" and not self._single
-        band, rows = (rows[:1], rows[1:]) if banded else ([], rows)
-        columns = len(self._own) if banded else grid.columns
+        grid, band, rows = self._grid, list(self._band()), list(self._rows())
+        columns = max((len(row.cells) for row in rows), default=0)
         across = grid.width(columns) + BETWEEN_BLOCKS
         blocks = self._blocks(rows, across)
-        width = max(across * len(blocks) - BETWEEN_BLOCKS, grid.width(1 + len(self._shared)) if band else 0.0)
+        width = max(across * len(blocks) - BETWEEN_BLOCKS, grid.width(len(band[0].cells)) if band else 0.0)
         sheet = Sheet(max(NARROWEST, width - grid.gap + 2 * grid.margin))
         y = self._top(sheet, band)
         depths = [sheet.rows(block, replace(grid, start=number * across), y) for number, block in enumerate(blocks)]
@@ -100,7 +102,7 @@ class Comparison:
     def _top(self, sheet: Sheet, band: list[Row]) -> float:
         """Write the words, beside the band where there is room; return where the rows begin."""
         grid, words = self._grid, self._words()
-        left = grid.left(1 + len(self._shared)) + 0.1
+        left = grid.left(len(band[0].cells) if band else 1) + 0.1
         room = sheet.width - grid.margin - left
         if band and room >= BESIDE:
             text = sheet.block(words, left, grid.margin, min(room, WIDEST)) + grid.gap
@@ -111,7 +113,7 @@ class Comparison:
     def _blocks(self, rows: list[Row], width: float) -> list[list[Row]]:
         """Many rows stand in several blocks side by side, read downwards, so that the sheet does not become a strip."""
         count = 1
-        if len(rows) > LONGEST_BLOCK:
+        if len(rows) > LONGEST_BLOCK and all(row.label for row in rows):
             depth = self._grid.panel[1] + 0.5
             while depth * len(rows) / count > SLIMMEST * width * count and width * (count + 1) <= BROADEST:
                 count += 1
@@ -156,19 +158,27 @@ class Comparison:
                     yield Line(wording.titles(columns) + ":", most=2, space=0.05)
                 yield Bar(colour_table(name), _end(low), _end(high))
 
+    def _band(self) -> Iterator[Row]:
+        """The picture and the maps that are one for all entries, above the rows; not where all fit one row."""
+        if self.layout == "rows" and not self._single:
+            cells = [self._overlay_cell(c, 0, titled=True) for c in self._shared]
+            yield from self._lines_of(self._picture_label(), [self._picture_cell(), *cells])
+
     def _rows(self) -> Iterator[Row]:
         if self.layout == "panels":
             yield from self._triples()
         elif self._single:
             cells = [self._overlay_cell(c, 0, titled=True) for c in self.explanation.columns.values()]
-            yield Row(self._entry_label(0), [self._picture_cell(), *cells])
+            yield from self._lines_of(self._entry_label(0), [self._picture_cell(), *cells])
         else:
-            cells = [self._overlay_cell(c, 0, titled=True) for c in self._shared]
-            yield Row(self._picture_label(), [self._picture_cell(), *cells])
             for entry in range(len(self.explanation.entries)):
-                yield Row(
-                    self._entry_label(entry), [self._overlay_cell(c, entry, titled=entry == 0) for c in self._own]
-                )
+                cells = [self._overlay_cell(c, entry, titled=entry == 0) for c in self._own]
+                yield from self._lines_of(self._entry_label(entry), cells)
+
+    def _lines_of(self, label: Block, cells: list[Cell]) -> Iterator[Row]:
+        """The panels of one entry in as many lines as they need, the label beside the first."""
+        for start in range(0, max(1, len(cells)), self._grid.columns):
+            yield Row([] if start else label, cells[start : start + self._grid.columns])
 
     def _triples(self) -> Iterator[Row]:
         """picture | heat map | overlay: maps for all entries first, then entry by entry."""
@@ -183,14 +193,12 @@ class Comparison:
             lines = self._lines_over(found, limits)
             heat, overlay = self._painter.heat(found, limits), self._painter.overlay(found, limits)
             label = [Line("all entries", 10.0, INK, "bold")] if column.shared else self._entry_label(entry)
-            yield Row(
-                [*label, *self._column_lines(column, limits)],
-                [
-                    Cell(self._painter.picture, "picture", titles[0], self._stretch_note()),
-                    Cell(heat, f"heat:{name}", titles[1], self._below(found, limits), lines),
-                    Cell(overlay, f"overlay:{name}", titles[2], grid=lines),
-                ],
-            )
+            cells = [
+                Cell(self._painter.picture, "picture", titles[0], self._stretch_note()),
+                Cell(heat, f"heat:{name}", titles[1], self._below(found, limits), lines),
+                Cell(overlay, f"overlay:{name}", titles[2], grid=lines),
+            ]
+            yield from self._lines_of([*label, *self._column_lines(column, limits)], cells)
 
     def _map(self, column: MapColumn, entry: int) -> EntryMap:
         return self.explanation.map(entry, column.key)
@@ -213,9 +221,11 @@ class Comparison:
 
     def _entry_label(self, entry: int) -> Block:
         item = self.explanation.entries[entry]
+        others = next_best(item)
         return [
             Line(self._titles[entry], 10.0, INK, "bold", 6),
-            Line(f"{item.kind} · score {wording.number(item.score)}"),
+            Line(f"{item.kind} · score {wording.number(item.score)}{wording.chance(item)}"),
+            *([Line(f"or: {others}", 6.5, most=2)] if others else []),
         ]
 
     def _column_lines(self, column: MapColumn, limits: Limits) -> list[Line]:
@@ -235,7 +245,8 @@ class Comparison:
 
     def _overlay_cell(self, column: MapColumn, entry: int, *, titled: bool) -> Cell:
         found, limits = self._map(column, entry), self._limits(column, entry)
-        above = self._column_lines(column, limits) if titled else []
+        short = " · ".join(part for part in (column.title, wording.short_layer(column.layer or "")) if part)
+        above = self._column_lines(column, limits) if titled else [Line(short, 6.5, most=1)] if self._wrapped else []
         panel, name = self._painter.overlay(found, limits), f"overlay:{column.key}:{entry}"
         return Cell(panel, name, above, self._below(found, limits), self._lines_over(found, limits))
 
@@ -252,13 +263,8 @@ class Comparison:
         return self._lines if has_evidence(found, limits) else []
 
     def _stretch_note(self) -> Block:
-        geometry = self.explanation.geometry
-        ratio = geometry.width / geometry.height
-        return (
-            []
-            if 1 / STRETCH <= ratio <= STRETCH
-            else [Line(f"drawn {'wider' if ratio < 1 else 'higher'} than it is", 6.5)]
-        )
+        note = distorted(self.explanation.geometry.width, self.explanation.geometry.height)
+        return [Line(note, 6.5)] if note else []
 
 
 def _end(end: str | float) -> str:

@@ -38,8 +38,9 @@ FADING = 2.5
 # Grey that the unseen area and a map without evidence are mixed with, and how much of the picture stays.
 FADE_TO, FADED = 208, 0.45
 
-# A picture thinner than 1 : STRETCH is drawn wider than it is, and the figure says so.
-STRETCH = 8.0
+# A picture thinner than 1 : STRETCH is drawn wider than it is, one flatter than LINE_STRETCH : 1 (a line of text)
+# higher; the figure says so.
+STRETCH, LINE_STRETCH = 8.0, 40.0
 
 Rgb = UInt8[np.ndarray, "height width 3"]
 Segment = tuple[tuple[float, float], tuple[float, float]]
@@ -83,10 +84,23 @@ def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     return table
 
 
-def fit(width: int, height: int, longest: int, stretch: float = STRETCH) -> tuple[int, int]:
-    """(height, width) of a panel whose longer side is `longest`; a picture thinner than 1 : `stretch` is widened."""
-    ratio = min(max(width / height, 1 / stretch), stretch)
+def fit(
+    width: int, height: int, longest: int, thinnest: float = STRETCH, flattest: float = LINE_STRETCH
+) -> tuple[int, int]:
+    """(height, width) of a panel whose longer side is `longest`.
+
+    A picture thinner than 1 : `thinnest` is widened, one flatter than `flattest` : 1 is heightened.
+    """
+    ratio = min(max(width / height, 1 / thinnest), flattest)
     return (max(1, round(longest / ratio)), longest) if ratio >= 1 else (longest, max(1, round(longest * ratio)))
+
+
+def distorted(width: int, height: int) -> str:
+    """How a picture of this size is drawn, where it is not as it is; else empty."""
+    ratio = width / height
+    if 1 / STRETCH <= ratio <= LINE_STRETCH:
+        return ""
+    return f"drawn {'wider' if ratio < 1 else 'higher'} than it is"
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Rgb:
@@ -94,8 +108,11 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Rgb:
     height, width = size
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     if rgb.size != (width, height):
-        # Large photographs are reduced by whole steps first: twice as good as needed, several times as fast.
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        # Large photographs are reduced by whole steps first: twice as good as needed, several times as fast. Small
+        # ones are enlarged with the sharper filter: thin strokes of letters stay letters.
+        larger = width >= rgb.width and height >= rgb.height
+        wanted = Image.Resampling.LANCZOS if larger else Image.Resampling.BICUBIC
+        rgb = rgb.resize((width, height), wanted, reducing_gap=2.0)
     return np.asarray(rgb, dtype=np.uint8)
 
 

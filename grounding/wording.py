@@ -10,12 +10,14 @@ from typing import Any
 
 from grounding.drawing import Style
 from grounding.errors import GroundingError
-from grounding.explanation import EntryMap, Explanation, MapColumn
+from grounding.explanation import Entry, EntryMap, Explanation, MapColumn
+from grounding.labels import entry_title, origin_words
 from grounding.lettering import printable
 from grounding.maps import Scale
 from grounding.panel import Limits, clipped
 
 LONGEST_NAME = 60
+SCALARS = {"log_probability": "log-probability"}
 
 
 def number(value: float) -> str:
@@ -42,12 +44,13 @@ def picture_name(explanation: Explanation) -> str:
 
 
 def facts(explanation: Explanation) -> str:
-    """Picture, model, target and score in one line."""
-    geometry = explanation.geometry
+    """Picture, model, where the text is from, target and score in one line."""
+    geometry, origin = explanation.geometry, origin_words(explanation)
     how = f" ({explanation.token_target})" if explanation.token_target else ""
     parts = [
         f"{picture_name(explanation)}, {geometry.width} x {geometry.height} pixels",
         f"model {explanation.model.get('id') or 'unnamed'}",
+        *([origin] if origin else []),
         f"target {explanation.target}{how}",
         *([] if explanation.score is None else [f"score {number(explanation.score)}"]),
     ]
@@ -105,7 +108,8 @@ def legend(explanation: Explanation, style: Style) -> str:
         *([f"□ largest region above half the range{outside}"] if style.box else []),
         *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
     ]
-    texts = [explanation.caption, *(e.label for e in explanation.entries), *explanation.warnings]
+    others = [one.label for e in explanation.entries for one in e.alternatives]
+    texts = [explanation.caption, *(e.label for e in explanation.entries), *others, *explanation.warnings]
     if any("\\" in printable(t, "bold") and "\\" not in t for t in texts):
         parts.append(r"\u.. or \x..: a character that cannot be drawn here")
     return " · ".join(parts)
@@ -113,6 +117,8 @@ def legend(explanation: Explanation, style: Style) -> str:
 
 def score_note(explanation: Explanation) -> str:
     """What the score of a part of the caption means; empty where there is none."""
+    if explanation.origin != "given":
+        return _written_score(explanation)
     parts = [k for k in ("token", "word", "phrase") if any(e.kind == k for e in explanation.entries)]
     # A phrase is a text of its own, whatever becomes of the others.
     left_out = [k for k in parts if k != "phrase"] if explanation.token_target == "leave-one-out" else []
@@ -128,15 +134,46 @@ def score_note(explanation: Explanation) -> str:
     return " ".join(notes)
 
 
+def _written_score(explanation: Explanation) -> str:
+    """The same of a text that was written token by token."""
+    what = SCALARS.get(explanation.target, explanation.target)
+    meanings = {
+        "token": f"the {what} at its place",
+        "word": f"the mean {what} of its tokens",
+        "phrase": f"the mean {what} of its tokens",
+        "caption": f"the mean {what} of its tokens",
+        "where": f"the {what} of the token that was not written, at that place",
+        "contrast": f"by how much the {what} of the first exceeds that of the second",
+    }
+    there = dict.fromkeys(e.kind for e in explanation.entries)
+    said: dict[str, list[str]] = {}
+    for kind in (k for k in meanings if k in there):
+        said.setdefault(meanings[kind], []).append(kind)
+    names = {"where": "token in place of another"}
+    return " ".join(
+        f"Score of a {' or '.join(names.get(k, k) for k in kinds)}: {meaning}." for meaning, kinds in said.items()
+    )
+
+
 def entry_titles(explanation: Explanation) -> list[str]:
     """The label of each entry, the second and later ones of the same kind with their number."""
     count: Counter[tuple[str, str]] = Counter()
     made = []
     for entry in explanation.entries:
-        count[entry.kind, entry.label] += 1
-        times = count[entry.kind, entry.label]
-        made.append((entry.label or f"({entry.kind})") + (f" ({times})" if times > 1 else ""))
+        title = entry_title(explanation, entry)
+        count[entry.kind, title] += 1
+        times = count[entry.kind, title]
+        made.append(title + (f" ({times})" if times > 1 else ""))
     return made
+
+
+def chance(entry: Entry) -> str:
+    """The probability of a token that was written, to stand behind its score."""
+    if entry.probability is None:
+        return ""
+    if 0.995 <= entry.probability < 1:
+        return " · p > 0.99"
+    return f" · p {entry.probability:.2f}" if entry.probability >= 0.095 else f" · p {entry.probability:.1g}"
 
 
 def changed_options(column: MapColumn) -> str:
