@@ -209,6 +209,12 @@ class Explanation:
 
         return figure(self, **options)
 
+    def strip(self, **options: Any) -> Figure:
+        """The tokens along the picture of a text, each at its peak; options as in `grounding.strip.strip`."""
+        from grounding.strip import strip
+
+        return strip(self, **options)
+
     def show(self, **options: Any) -> None:
         """Show the figure in a notebook, or in a window; a warning where there is neither."""
         import matplotlib as mpl
@@ -234,15 +240,21 @@ class Explanation:
         plt.show()
 
     def save(
-        self, directory: str | Path, write: Sequence[str] = ("png", "npz", "json"), **options: Any
+        self,
+        directory: str | Path,
+        write: Sequence[str] = ("png", "npz", "json"),
+        *,
+        per_token: bool = False,
+        **options: Any,
     ) -> dict[str, Path]:
-        """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written.
+        """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written, by kind.
 
-        `write` chooses among png, npz, json; `options` go to the figure. Raises OSError.
+        `write` chooses among png, npz, json; `per_token` adds an overlay per entry and method; `options` go to the
+        figure. See `grounding.export.save`. Raises OSError.
         """
         from grounding.export import save
 
-        return save(self, directory, write, **options)
+        return save(self, directory, write, per_token=per_token, **options)
 
     @staticmethod
     def load(directory: str | Path) -> Explanation:

@@ -1,4 +1,4 @@
-"""An explanation as files: figure.png, maps.npz, explanation.json; written whole or not at all, and read back."""
+"""An explanation as files: PNG, maps.npz, explanation.json; written whole or not at all, and read back."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from grounding import files, manifest
+from grounding import files, manifest, pngs
 from grounding.errors import GroundingError, OptionError
-from grounding.explanation import SCHEMA_VERSION, Explanation
-from grounding.files import MARK, OutputError, show, slug
+from grounding.explanation import SCHEMA_VERSION, Entry, Explanation
+from grounding.files import OutputError, show, slug
 from grounding.images import ADDRESS, ImageError, Picture, open_image
 from grounding.manifest import to_json
+from grounding.reading import token_indices
 from grounding.registry import did_you_mean
 
-if TYPE_CHECKING:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+__all__ = ["WRITE", "OutputError", "check_output", "listed", "load", "save", "slug", "to_json"]
 
-__all__ = ["WRITE", "OutputError", "check_output", "load", "save", "slug", "to_json"]
-
-FIGURE, MAPS, PICTURE, JSON = "figure.png", "maps.npz", "picture.png", "explanation.json"
-NAMES = (FIGURE, MAPS, PICTURE, JSON)
+FIGURE, STRIP, MAPS = "figure.png", "strip.png", "maps.npz"
+PICTURE, JSON = "picture.png", "explanation.json"
+NAMES = (FIGURE, STRIP, MAPS, PICTURE, JSON)
 WRITE = ("png", "npz", "json")
+# The names of kinds of files, as `save` returns them and as the JSON has them.
+IN_JSON = {"png": "figure", "strip": "strip", "npz": "maps", "picture": "picture", "json": "json"}
+OVERLAY = "overlay"
 
 
 def check_output(directory: str | Path) -> Path:
@@ -43,31 +44,64 @@ def check_output(directory: str | Path) -> Path:
 
 
 def save(
-    explanation: Explanation, directory: str | Path, write: Sequence[str] = WRITE, **figure_options: Any
+    explanation: Explanation,
+    directory: str | Path,
+    write: Sequence[str] = WRITE,
+    *,
+    per_token: bool = False,
+    **figure_options: Any,
 ) -> dict[str, Path]:
-    """Write an explanation into `directory`, whole or not at all, and return the files by kind, in the order of WRITE.
+    """Write an explanation into `directory`, whole or not at all, and return the files by kind.
 
-    `write` chooses among png, npz, json; `figure_options` go to `grounding.render.figure`. Earlier results there are
-    replaced; those not written again are removed, so that a folder never holds parts of two results. With `json`, a
-    picture that has no file of its own is saved beside it. Raises OutputError, OptionError.
+    `write` chooses among png, npz, json; `figure_options` go to `grounding.render.figure`. With `png`, a text that the
+    model wrote (or was made to) has strip.png besides, and `per_token` adds one overlay per entry and method that sees
+    the text: `03_jacket.png`. The kinds are those of `write`, `strip` and, for entry 3 by gradcam, `overlay:3:gradcam`.
+    Earlier results there are replaced; files of theirs that are not written again are removed, so that a folder never
+    holds parts of two results. With `json`, a picture that has no file of its own is saved beside it. Raises
+    OutputError, OptionError.
     """
     chosen = _chosen(write)
     folder = check_output(directory)
+    overlays = pngs.overlay_names(explanation) if per_token and "png" in chosen else {}
+    pngs.check_overlays(folder, overlays)
+    named = {f"{OVERLAY}:{entry}:{key}": name for (entry, key), name in overlays.items()}
     contents: dict[str, bytes] = {}
     if "png" in chosen:
-        contents[FIGURE] = _figure(explanation, figure_options)
+        contents[FIGURE] = pngs.figure_png(explanation, figure_options)
+        if explanation.origin != "given" and token_indices(explanation):
+            contents[STRIP] = pngs.strip_png(explanation)
+        if overlays:
+            contents.update(pngs.overlay_pngs(explanation, figure_options))
     if "npz" in chosen:
         contents[MAPS] = _npz(explanation)
     if "json" in chosen:
         if _needs_copy(explanation.picture):
-            contents[PICTURE] = _png(explanation.picture)
-        contents[JSON] = _json(explanation, folder, contents)
+            contents[PICTURE] = pngs.image_png(explanation.picture.image)
+        contents[JSON] = _json(explanation, folder, contents, named)
     try:
-        files.write_together(folder, contents, NAMES)
+        files.write_together(folder, contents, (*NAMES, *pngs.earlier_overlays(folder)))
     except OSError as error:
         raise OutputError(f"cannot write into {show(folder)}: {error.strerror or error}; nothing was changed") from None
-    names = dict(zip(WRITE, (FIGURE, MAPS, JSON), strict=True))
-    return {kind: folder / name for kind, name in names.items() if kind in chosen}
+    kinds = {"png": FIGURE, "strip": STRIP, "npz": MAPS, "json": JSON} | named
+    return {kind: folder / name for kind, name in kinds.items() if name in contents}
+
+
+def listed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Files by kind, as `save` returns them, in the form that the JSON has them in.
+
+    `overlays` maps an entry's place to a file, or to {method's key: file} where there are several methods.
+    """
+    made: dict[str, Any] = {IN_JSON[kind]: str(name) for kind, name in saved.items() if kind in IN_JSON}
+    found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(OVERLAY)]
+    if found:
+        made["overlays"] = {}
+        several = len({key for _, key, _ in found}) > 1
+        for entry, key, name in found:
+            if several:
+                made["overlays"].setdefault(entry, {})[key] = name
+            else:
+                made["overlays"][entry] = name
+    return made
 
 
 def _chosen(write: Sequence[str]) -> set[str]:
@@ -78,24 +112,6 @@ def _chosen(write: Sequence[str]) -> set[str]:
     if not wanted:
         raise OptionError(f"nothing to write (there are: {', '.join(WRITE)})")
     return set(wanted)
-
-
-def _figure(explanation: Explanation, options: Mapping[str, Any]) -> bytes:
-    # matplotlib is slow to import, and not needed for maps alone.
-    from grounding.render import figure
-
-    made = figure(explanation, **options)
-    buffer = io.BytesIO()
-    # Not savefig: it would read the user's own matplotlib settings.
-    cast("FigureCanvasAgg", made.canvas).print_png(buffer, metadata={"Software": MARK})
-    return buffer.getvalue()
-
-
-def _png(picture: Picture) -> bytes:
-    buffer, mark = io.BytesIO(), PngInfo()
-    mark.add_text("Software", MARK)
-    picture.image.save(buffer, "PNG", pnginfo=mark)
-    return buffer.getvalue()
 
 
 def _npz(explanation: Explanation) -> bytes:
@@ -116,8 +132,10 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
 
     `maps/<key>`: raw signed maps (entries, rows, columns), or (1, rows, columns) for all entries where
     `text_conditioned` is False. `keys`, `text_conditioned`: one per method. `labels`, `kinds`, `starts`, `ends`,
-    `token_ids` (-1: none), `scores`: one per entry. `geometry/*`: as in `Geometry`; `seen`: (x0, y0, x1, y1), original
-    pixels. A NumPy text loses zero characters at its end; the JSON has labels as they are.
+    `token_ids` (-1: none), `scores`: one per entry. `origin`: where the caption is from. `geometry/*`: as in
+    `Geometry`; `seen`: (x0, y0, x1, y1), original pixels. Where a model wrote the text: `probabilities` (NaN: none),
+    one per entry, and `alternatives/labels`, `/token_ids` (-1) and `/probabilities` (NaN where an entry has fewer),
+    (entries, most alternatives). A NumPy text loses zero characters at its end; the JSON has labels as they are.
     """
     entries, columns = explanation.entries, explanation.columns.values()
     geometry = {f"geometry/{k}": np.array(v) for k, v in explanation.geometry.to_dict().items() if v is not None}
@@ -130,6 +148,8 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
         "ends": np.array([e.end for e in entries], dtype=np.int64),
         "token_ids": np.array([-1 if e.token_id is None else e.token_id for e in entries], dtype=np.int64),
         "scores": np.array([e.score for e in entries], dtype=np.float64),
+        "origin": np.array(explanation.origin, dtype=np.str_),
+        **_chances(entries),
         "keys": np.array([c.key for c in columns], dtype=np.str_),
         "text_conditioned": np.array([c.text_conditioned for c in columns], dtype=np.bool_),
         "seen": np.array(explanation.geometry.seen, dtype=np.float64),
@@ -138,14 +158,33 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
     }
 
 
+def _chances(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """Probabilities, and the alternatives as tables, filled up where an entry has fewer than another."""
+    if all(e.probability is None and not e.alternatives for e in entries):
+        return {}
+    shape = len(entries), max(len(e.alternatives) for e in entries)
+    labels = [[*(a.label for a in e.alternatives), *[""] * (shape[1] - len(e.alternatives))] for e in entries]
+    token_ids, chances = np.full(shape, -1, np.int64), np.full(shape, np.nan)
+    for row, entry in enumerate(entries):
+        for place, one in enumerate(entry.alternatives):
+            token_ids[row, place], chances[row, place] = one.token_id, one.probability
+    # NaN stands for None.
+    return {
+        "probabilities": np.array([e.probability for e in entries], dtype=np.float64),
+        "alternatives/labels": np.array(labels, dtype=np.str_).reshape(shape),
+        "alternatives/token_ids": token_ids,
+        "alternatives/probabilities": chances,
+    }
+
+
 def _member(key: str) -> str:
     """The name of a method's array: keys as they are, save for signs that no archive or file system likes."""
     return "maps/" + quote(key, safe="@:,+=-._ ()", errors="surrogatepass")
 
 
-def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes]) -> bytes:
-    named = {"figure": FIGURE, "maps": MAPS, "picture": PICTURE}
-    content = to_json(explanation, {kind: name for kind, name in named.items() if name in contents})
+def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes], overlays: Mapping[str, str]) -> bytes:
+    kinds = {"png": FIGURE, "strip": STRIP, "npz": MAPS, "picture": PICTURE}
+    content = to_json(explanation, listed({k: name for k, name in kinds.items() if name in contents} | dict(overlays)))
     content["image"]["relative_path"] = _relative(explanation.picture.path, folder)
     # A folder that was cut off between two files shows by this.
     content["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}

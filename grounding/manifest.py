@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from grounding.errors import GroundingError
-from grounding.explanation import SCHEMA_VERSION, Entry, EntryMap, Explanation, MapColumn
+from grounding.explanation import SCHEMA_VERSION, Alternative, Entry, EntryMap, Explanation, MapColumn
 from grounding.files import FORMAT, show
 from grounding.geometry import Geometry
 from grounding.images import Picture
@@ -41,6 +41,7 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
         },
         "model": {"id": None, "type": None} | plain(explanation.model),
         "caption": explanation.caption,
+        "origin": explanation.origin,
         "target": explanation.target,
         "token_target": explanation.token_target,
         "score": plain(explanation.score),
@@ -52,6 +53,8 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
                 "end": entry.end,
                 "token_id": entry.token_id,
                 "score": plain(entry.score),
+                "probability": plain(entry.probability),
+                "alternatives": [plain(vars(one)) for one in entry.alternatives],
                 "maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns},
             }
             for i, entry in enumerate(explanation.entries)
@@ -129,12 +132,31 @@ def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], pic
         model=content["model"],
         warnings=tuple(content["warnings"]),
         provenance=content["provenance"],
+        origin=content.get("origin", "given"),
     )
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
-    score = math.nan if item["score"] is None else float(item["score"])
-    return Entry(item["label"], item["kind"], item["start"], item["end"], score, item["token_id"])
+    # Results of earlier versions have no probabilities.
+    probability = item.get("probability")
+    return Entry(
+        label=item["label"],
+        kind=item["kind"],
+        start=item["start"],
+        end=item["end"],
+        score=_finite(item["score"]),
+        token_id=item["token_id"],
+        probability=None if probability is None else float(probability),
+        alternatives=tuple(
+            Alternative(one["label"], one["token_id"], _finite(one["probability"]))
+            for one in item.get("alternatives", ())
+        ),
+    )
+
+
+def _finite(value: Any) -> float:
+    """A number that JSON has as null where it was not finite."""
+    return math.nan if value is None else float(value)
 
 
 def _column(

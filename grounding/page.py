@@ -174,7 +174,7 @@ class Sheet:
         for lines in self.grids:
             _draw_grid(axes, lines)
         for x, y, text, line in self.texts:
-            _write(axes, x, y, text, line)
+            write(axes, x, y, text, line)
         return figure
 
 
@@ -186,12 +186,13 @@ def _draw_grid(axes: Axes, lines: list[Segment]) -> None:
         axes.add_collection(drawn, autolim=False)
 
 
-def _write(axes: Axes, x: float, y: float, text: str, line: Line) -> None:
+def write(axes: Axes, x: float, y: float, text: str, line: Line, align: str = "left", gid: str | None = None) -> None:
+    """Write one line of text whose top is at `y`; `gid` finds it in the figure."""
     # Every property is said, so that no setting of the user's own matplotlib reads text as markup or moves it.
     options: dict[str, Any] = {
         "fontsize": line.size, "fontweight": line.weight, "fontstyle": "normal", "color": line.colour,
-        "fontfamily": lettering.families(text, line.weight), "ha": "left", "va": "baseline",
-        "parse_math": False, "usetex": False,
+        "fontfamily": lettering.families(text, line.weight), "ha": align, "va": "baseline",
+        "parse_math": False, "usetex": False, "gid": gid,
     }  # fmt: skip
     axes.text(x, y + line.size / 72, text, **options)
 

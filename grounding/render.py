@@ -5,7 +5,7 @@ No pyplot: nothing global is touched, no window system is needed, and the same e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from math import inf
 from typing import Any, cast
@@ -23,6 +23,7 @@ from grounding.panel import Limits, Painter, limits_of
 from grounding.registry import did_you_mean
 
 LAYOUTS = ("rows", "panels")
+LEAST_OVERLAY, LONGEST_OVERLAY, LEAST_SIDE = 768, 1600, 64  # pixels
 
 
 def overlay(
@@ -31,9 +32,10 @@ def overlay(
     *,
     limits: Limits | None = None,
     longest: int | None = None,
+    least: int | None = None,
     **style: Any,
 ) -> Image.Image:
-    """One map over its picture, RGB, at the picture's size or with `longest` pixels on its longer side at most.
+    """One map over its picture, RGB, at the picture's size; `least` to `longest` pixels on its longer side, if given.
 
     Parameters
     ----------
@@ -45,8 +47,9 @@ def overlay(
     """
     image = picture if isinstance(picture, Image.Image) else picture.image
     size = (image.height, image.width)
-    if longest is not None and max(size) > longest:
-        size = fit(image.width, image.height, longest, stretch=float("inf"))
+    wanted = min(max(max(size), least or 0), longest or inf)
+    if wanted != max(size):
+        size = fit(image.width, image.height, int(wanted), inf, inf)
     chosen = Style(**style)
     painter = Painter(image, entry_map.geometry, size, chosen)
     return Image.fromarray(painter.overlay(entry_map, limits or limits_of([entry_map], chosen)))
@@ -86,6 +89,37 @@ def figure(
     _check(layout, scale, fixed)
     limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
     return Comparison(explanation, style, cast(Scale, scale), limits, layout).draw()
+
+
+def overlays(
+    explanation: Explanation,
+    *,
+    layout: str = "rows",
+    scale: str = "entry",
+    fixed: Sequence[float] | None = None,
+    **style: Any,
+) -> Iterator[tuple[int, str, Image.Image]]:
+    """One overlay per entry and method that sees the text, as (place of the entry, method's key, RGB picture).
+
+    The keywords are those of `figure`; `layout` has no say. A small picture, as of a line of text, is enlarged until
+    it is at least 768 pixels long and, as far as 1600 pixels of length allow, 64 high. Raises as `figure` does.
+    """
+    chosen = Style(**style)
+    _check(layout, scale, fixed)
+    limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
+    geometry, image = explanation.geometry, explanation.picture.image
+    flat = max(geometry.width, geometry.height) / min(geometry.width, geometry.height)
+    wanted = max(geometry.width, geometry.height, LEAST_OVERLAY, LEAST_SIDE * flat)
+    size = fit(geometry.width, geometry.height, round(min(wanted, LONGEST_OVERLAY)), inf, inf)
+    painter = Painter(image, geometry, size, chosen)
+    own = [key for key, column in explanation.columns.items() if not column.shared]
+    maps = {key: [explanation.map(i, key) for i in range(len(explanation.entries))] for key in own}
+    kind = cast(Scale, scale)
+    for entry in range(len(explanation.entries)):
+        for key in own:
+            shared = maps[key] if scale == "caption" else [maps[key][entry]]
+            ends = limits_of(shared, chosen, kind, limits)
+            yield entry, key, Image.fromarray(painter.overlay(maps[key][entry], ends))
 
 
 def check_options(

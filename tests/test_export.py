@@ -188,7 +188,7 @@ def test_the_json_has_the_keys_that_are_promised(on_disk):
     assert {"path", "width", "height", "seen"} <= set(content["image"])
     assert content["model"] == {"id": "some/model", "type": "clip"}
     entry = content["entries"][1]
-    assert set(entry) == {"label", "kind", "start", "end", "token_id", "score", "maps"}
+    assert set(entry) == {"label", "kind", "start", "end", "token_id", "score", "probability", "alternatives", "maps"}
     found = entry["maps"]["gradcam"]
     assert set(found) == {"peak", "box", "min", "max", "status", "reason", "layer", "text_conditioned"}
     made = on_disk.map(1, "gradcam")
