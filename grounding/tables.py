@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from grounding.labels import entry_title, next_best, origin_words
 from grounding.text import visible_text
 
 if TYPE_CHECKING:
@@ -13,29 +14,47 @@ if TYPE_CHECKING:
     from grounding.layers import Layer
 
 LABEL_WIDTH = 32
+WIDEST = 160
 
 
 def headline(explanation: Explanation) -> str:
-    """Picture, model and target in one line."""
+    """Picture, model, target and where the text is from, in one line."""
     name = explanation.picture.path or "picture"
     size = f"{explanation.picture.width} x {explanation.picture.height}"
-    return visible_text(
-        f"{name} ({size}), {explanation.model['type']} {explanation.model['id']}, target {explanation.target}, "
-        f"parts of the caption: {explanation.token_target}"
-    )
+    parts = origin_words(explanation) or f"parts of the caption: {explanation.token_target}"
+    model = f"{explanation.model['type']} {explanation.model['id']}"
+    return visible_text(f"{name} ({size}), {model}, target {explanation.target}, {parts}")
 
 
 def explanation_table(explanation: Explanation) -> str:
-    """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels."""
-    rows = [["entry", "kind", "score"]]
+    """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels.
+
+    Tokens that a model wrote have their probability and the next best two. The boxes are left out where the table
+    would be wider than WIDEST signs.
+    """
+    whole = table(_rows(explanation, boxes=True))
+    if max(map(_width, whole.splitlines())) <= WIDEST:
+        return whole
+    return f"{table(_rows(explanation, boxes=False))}\nboxes: see the JSON"
+
+
+def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
+    chances = any(e.probability is not None for e in explanation.entries)
+    others = any(e.alternatives for e in explanation.entries)
+    rows = [["entry", "kind", "score", *(["p"] if chances else []), *(["next best"] if others else [])]]
     for column in explanation.columns.values():
-        rows[0] += [f"{column.key} peak", "box"]
+        rows[0] += [f"{column.key} peak", *(["box"] if boxes else [])]
     for i, entry in enumerate(explanation.entries):
-        row = [visible_text(entry.label), entry.kind, f"{entry.score:+.4f}"]
+        row = [visible_text(entry_title(explanation, entry)), entry.kind, f"{entry.score:+.4f}"]
+        if chances:
+            row.append("-" if entry.probability is None else f"{entry.probability:.4f}")
+        if others:
+            row.append(_ellipsis(visible_text(next_best(entry))) or "-")
         for key, column in explanation.columns.items():
-            row += ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
+            cells = ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
+            row += cells if boxes else cells[:1]
         rows.append(row)
-    return table(rows)
+    return rows
 
 
 def _cells(found: EntryMap) -> list[str]:
@@ -71,7 +90,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in short
     ]
-    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 160), *lines[1:]])
+    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, WIDEST), *lines[1:]])
 
 
 def _ellipsis(text: str) -> str:
