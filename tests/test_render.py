@@ -15,6 +15,7 @@ from grounding.lettering import printable, width_of, wrap
 from grounding.page import DPI
 from grounding.render import check_options, figure
 from tests.drawn import PLAIN, RAMP, images, pixels, words
+from tests.lines import along, written
 from tests.made import LABELS, column, explanation, whole
 
 HOSTILE = (
@@ -109,6 +110,40 @@ def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count
     assert "and 4 more warnings: see the JSON" in text
     assert text.count("Warning:") == 8
     assert text.count("… (see the JSON)") == 8
+
+
+@pytest.mark.parametrize("layout", ["rows", "panels"])
+@pytest.mark.parametrize(("size", "methods", "count"), [
+    ((512, 64), 4, 12), ((1280, 64), 4, 3), ((1280, 64), 1, 12), ((2560, 64), 3, 2), ((512, 64), 5, 1),
+    ((280, 70), 4, 40),
+])  # fmt: skip
+def test_lines_of_text_stay_readable_on_a_sheet_of_bounded_width(layout, size, methods, count, coarse):
+    keys = tuple(f"method{i}" for i in range(methods))
+    shown = written(["x"] * count, along(count, 4, 32), size=size, keys=keys, shared=("rollout",))
+    made = figure(shown, layout=layout)
+    assert made.get_size_inches()[0] <= 16.01
+    panels = [i.get_extent() for i in made.axes[0].images if i.get_gid() != "bar"]
+    assert all(right - left >= 3.1 and bottom - top >= 0.34 for left, right, bottom, top in panels)
+    shape = {round((right - left) / (bottom - top), 3) for left, right, bottom, top in panels}
+    assert shape == {size[0] / size[1]}, "a line is not distorted"
+    assert len(images(made, "overlay")) == methods * count + 1
+    for i, (l0, r0, b0, t0) in enumerate(panels):
+        assert all(r0 <= l1 or r1 <= l0 or b0 <= t1 or b1 <= t0 for l1, r1, b1, t1 in panels[:i])
+    width, height = made.canvas.get_width_height()
+    for text in made.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= width, text.get_text()
+        assert box.y0 >= 0
+        assert box.y1 <= height, text.get_text()
+
+
+def test_every_panel_has_its_methods_name_where_methods_stand_in_several_lines(coarse):
+    keys = ("gradcam", "relevance", "attention")
+    many = words(figure(written(list("abc"), along(3, 4, 32), size=(1280, 64), keys=keys)))
+    assert many.count("Relevance") == 3
+    few = words(figure(written(list("abc"), along(3, 4, 32), size=(512, 64), keys=keys[:2])))
+    assert few.count("Relevance") == 1
 
 
 def test_a_caption_of_many_tokens_still_fits_what_agg_can_draw(coarse):

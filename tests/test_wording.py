@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from PIL import Image
 
+from grounding.explanation import Alternative, Entry
 from grounding.render import figure
-from grounding.wording import entry_titles, percent, short_layer
+from grounding.wording import entry_titles, percent, score_note, short_layer
 from tests.drawn import RAMP, words
+from tests.lines import along, written
 from tests.made import column, explanation, whole
 
 
@@ -105,3 +107,60 @@ def test_repeated_labels_are_numbered():
 
 def test_escapes_in_warnings_are_not_escaped_again():
     assert "'a\\u200bb'" in words(figure(explanation(warnings=["unknown: 'a\\u200bb'"])))
+
+
+# ---------------------------------------------------------------- texts that a model wrote
+
+
+def test_a_written_text_says_where_it_is_from_and_what_scores_are():
+    made = written(["a", "b"], along(2, 4, 32))
+    text = said(figure(made))
+    assert "model some/reader · read by the model · target logit" in text
+    assert "Score of a token: the logit at its place." in text
+    assert "loses" not in text
+    assert "of its own" not in text.replace("its own lowest to its own highest", "")
+    forced = replace(made, origin="forced", target="log_probability")
+    assert "forced text · target log_probability" in said(figure(forced))
+    assert "Score of a token: the log-probability at its place." in said(figure(forced))
+    assert "by the model" not in said(figure(explanation()))
+
+
+def test_words_captions_and_what_was_not_written_have_scores_of_their_own():
+    extra = (
+        Entry("ab", "word", 0, 2, 1.0), Entry("ab", "caption", 0, 2, 1.0), Entry("z", "where", 1, 2, 0.5, 3),
+        Entry("b - 8", "contrast", 1, 2, 0.5, 3),
+    )  # fmt: skip
+    made = written(["a", "b"], along(2, 4, 32), extra=extra, extra_cells=[(0, 0)] * 4)
+    assert score_note(made) == (
+        "Score of a token: the logit at its place. Score of a word or caption: the mean logit of its tokens. "
+        "Score of a token in place of another: the logit of the token that was not written, at that place. "
+        "Score of a contrast: by how much the logit of the first exceeds that of the second."
+    )
+    assert entry_titles(made)[2:] == ["ab", "ab", "z in place of “b”", "b - 8"]
+
+
+def test_titles_of_places_blanks_and_the_end():
+    extra = (
+        Entry("z", "where", 3, 3, 0.5, 3), Entry("z", "where", 1, 2, 0.5, 3), Entry("z", "where", 1, 1, 0.5, 3),
+        Entry("", "where", 0, 1, 0.5, 3), Entry("", "image", 0, 0, 0.5),
+    )  # fmt: skip
+    made = written(["a", " ", "b", "", " "], along(5, 4, 32), caption="a b", extra=extra, extra_cells=[(0, 0)] * 5)
+    assert entry_titles(made) == [
+        "a", "␣", "b", "(end)", "␣ (2)", "z at the end", "z in place of “␣”", "z at sign 1", "(end) in place of “a”",
+        "(image)",
+    ]  # fmt: skip
+
+
+def test_probability_and_alternatives_stand_beside_an_entry():
+    made = written(["a", "b", "c", "d"], along(4, 4, 32), probabilities=[0.981, 0.9999, 0.00042, 1.0])
+    text = said(figure(made))
+    for part in ("score 9.5 · p 0.98 or: o 1%, c 0.4%", "p > 0.99", "p 0.0004", "p 1.00"):
+        assert part in text, part
+    assert text.count("or: o 1%") == 4
+    assert " p " not in said(figure(explanation()))
+    assert "or:" not in said(figure(explanation()))
+
+
+def test_alternatives_that_cannot_be_drawn_are_explained():
+    others = (Alternative("\U000e0041", 4, 0.2),)
+    assert "cannot be drawn here" in said(figure(written(["a"], [(0, 0)], alternatives=others)))
