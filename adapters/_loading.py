@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters._table import ADAPTERS, MODEL_TYPES
 from grounding.adapter import Adapter, ModelInfo
-from grounding.demo import DEMO_NAME, demo_model
+from grounding.demo import demo_folder, demo_model
 from grounding.errors import ModelError
 from grounding.text import visible_text
 
@@ -79,7 +79,9 @@ class Checkpoint:
     def info(self, model: PreTrainedModel, image_processor: Any) -> ModelInfo:
         """Where the model came from, with the commit that was really loaded where the hub says it."""
         revision = getattr(model.config, "_commit_hash", None) or self.revision
-        name = DEMO_NAME if Path(self.id).resolve() == demo_model().resolve() else self.id
+        folder = Path(self.id).resolve()
+        # The embedded models have a name of their own, wherever they lie.
+        name = f"demo-{folder.name}" if folder.parent == (demo_folder() / "models").resolve() else self.id
         return replace(model_info(model, image_processor), id=name, revision=revision)
 
 

@@ -25,6 +25,27 @@ def demo_picture() -> Path:
     return demo_folder() / "default.jpg"
 
 
+def demo_line() -> Path:
+    """The default text line."""
+    return demo_folder() / "line.png"
+
+
+def demo_scenes() -> Path:
+    """The scenes: pictures with captions, phrases and boxes."""
+    return demo_folder() / "scenes"
+
+
+def demo_lines() -> Path:
+    """The lines of text, with a box for every character."""
+    return demo_folder() / "lines"
+
+
+def data_name(folder: Path) -> str:
+    """A data folder as it was given; those of the demo world by a name that is the same on every machine."""
+    names = {demo_scenes().resolve(): "demo scenes", demo_lines().resolve(): "demo lines"}
+    return names.get(folder.resolve(), str(folder))
+
+
 def is_demo(path: str | Path | None) -> bool:
     """Whether a picture or model file belongs to the demo world."""
     return path is not None and Path(path).resolve().is_relative_to(demo_folder().resolve())

@@ -51,7 +51,7 @@ class Selection:
         if self.where or self.contrast:
             return tuple(self._asked(tokens))
         chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
-        parts = tokens.words() if self.words else tokens.tokens(special=self.special or not tokens.visible)
+        parts = tokens.words() if self.words and tokens.visible else tokens.tokens(special=self.special or not tokens.visible)
         if isinstance(self.tokens, bool):
             chosen += parts if self.tokens else ()
         else:

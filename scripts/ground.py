@@ -15,7 +15,7 @@ from grounding import cli
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--caption", metavar="TEXT", help="the text to ground (required)")
+    made.add_argument("--caption", metavar="TEXT", help="the text to ground (default: what the model writes, if any)")
     cli.image_options(made)
     cli.model_options(made)
     cli.explain_options(made)
@@ -29,16 +29,16 @@ def ground(args: argparse.Namespace) -> int:
     from adapters import load
     from grounding.demo import demo_picture
     from grounding.engine import explain
-    from grounding.errors import GroundingError, OptionError, TextError
+    from grounding.errors import OptionError, TextError
     from grounding.images import open_image
     from grounding.layers import list_layers
     from grounding.render import check_options
     from grounding.tables import layer_table
     from grounding.text import check_text
 
-    if args.caption is None and not args.list_layers:
+    if args.caption is None and not args.list_layers and not args.model:
         raise TextError("nothing to ground: give --caption TEXT")
-    caption = check_text("picture" if args.caption is None else args.caption)
+    caption = None if args.caption is None else check_text(args.caption)
     if args.revision and not args.model:
         raise OptionError("--revision belongs to --model, which was not given")
     images = args.image or [str(demo_picture())]
@@ -47,17 +47,15 @@ def ground(args: argparse.Namespace) -> int:
     check_options(**cli.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], caption)))
+        print(layer_table(list_layers(adapter, images[0], caption or "picture")))
         return 0
+    if caption is None and not adapter.generates:
+        raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
     report = cli.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
-        try:
+        with report.guarded(image):
             picture = open_image(image, **cli.image_keywords(args))
             report.add(explain(adapter, picture, caption, **keywords), folder)
-        except GroundingError as error:
-            if error.exit_code != 1:  # asked for what does not exist: no other picture will have it
-                raise
-            report.failed(image, error)
     return report.end()
 
 

@@ -1,5 +1,7 @@
 """Every method against a slow oracle written from its definition, on random CLIPs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch

@@ -97,7 +97,8 @@ def break_backward(model, error):
 
 def last_leaf(model):
     """A module that runs behind every tap: the last block's last linear layer."""
-    blocks = model.get_submodule("vision_model.encoder.layers") if hasattr(model, "vision_model") else model.blocks
+    paths = ("vision_model.encoder.layers", "decoder.model.decoder.layers", "blocks")
+    blocks = next(dict(model.named_modules())[path] for path in paths if path in dict(model.named_modules()))
     return [m for m in blocks[-1].modules() if isinstance(m, torch.nn.Linear)][-1]
 
 

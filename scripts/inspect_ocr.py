@@ -1,0 +1,67 @@
+"""Show, token by token, where in the picture an OCR model read what it wrote.
+
+python scripts/inspect_ocr.py
+python scripts/inspect_ocr.py --image line.png --model microsoft/trocr-base-printed
+python scripts/inspect_ocr.py --text "Total 12.60"        why did it not read this?
+python scripts/inspect_ocr.py --contrast 5 6              why a 5 and not a 6?
+python scripts/inspect_ocr.py --tokens 0 --where z        is there a z anywhere, seen from the first place?
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from grounding import cli, cli_reading
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli_reading.reading_options(made)
+    cli.image_options(made)
+    cli.model_options(made)
+    cli.explain_options(made)
+    cli.figure_options(made)
+    cli.output_options(made)
+    return made
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Read every picture; a failing one costs its own line and the exit code, never the others' results."""
+    from adapters import load
+    from grounding.demo import demo_line, demo_model
+    from grounding.engine import explain
+    from grounding.errors import OptionError
+    from grounding.images import open_image
+    from grounding.layers import list_layers
+    from grounding.render import check_options
+    from grounding.tables import layer_table
+
+    if args.revision and not args.model:
+        raise OptionError("--revision belongs to --model, which was not given")
+    images = args.image or [str(demo_line())]
+    folders = cli.output_folders(args, images, demo="demo-trocr")
+    keywords = cli_reading.reading_keywords(args, cli.explain_keywords(args))
+    check_options(**cli.figure_keywords(args))
+    adapter = load(args.model or str(demo_model("trocr")), device=args.device, dtype=args.dtype, revision=args.revision)
+    if not adapter.generates:
+        raise OptionError(f"{adapter.info.type} writes no text: use scripts/ground.py with --caption")
+    if args.list_layers:
+        print(layer_table(list_layers(adapter, images[0], "a")))
+        return 0
+    report = cli.Report(args, several=len(images) > 1)
+    for image, folder in zip(images, folders, strict=True):
+        with report.guarded(image):
+            picture = open_image(image, **cli.image_keywords(args))
+            report.add(explain(adapter, picture, **keywords), folder)
+    return report.end()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
+    return cli.run(inspect, cli.parse(parser(), argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
