@@ -1,10 +1,12 @@
-"""Build hook: the default model and picture travel inside the wheel. An editable install reads them from data/."""
+"""Build hook: the default models and pictures travel inside the wheel. An editable install reads them from data/."""
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 TRAVELS = {
     "data/demo/models/clip": "grounding/_demo/models/clip",
+    "data/demo/models/trocr": "grounding/_demo/models/trocr",
     "data/demo/default.jpg": "grounding/_demo/default.jpg",
+    "data/demo/line.png": "grounding/_demo/line.png",
 }
 
 

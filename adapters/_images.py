@@ -18,7 +18,6 @@ from grounding.images import Picture, open_image
 
 # Below this share of the picture the reader should hear that much of it was cropped away; a 3 : 2 photograph has 0.67.
 SEEN_ENOUGH = 0.6
-DEMO_ADVICE = "this model knows only its demo world and says nothing about other pictures; use --model {}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,5 +72,5 @@ def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]
         doubts.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
     config = getattr(adapter.model, "config", None)
     if getattr(config, "demo_world", False) and not is_demo(picture.path):
-        doubts.append(DEMO_ADVICE.format(adapter.example))
+        doubts.append(f"{adapter.demo_advice} and says nothing about other pictures; use --model {adapter.example}")
     return doubts

@@ -40,6 +40,7 @@ class ClipAdapter(Adapter):
 
     kinds = ("similarity",)
     fast_kinds = ("similarity",)
+    demo_advice = "this model knows only its cartoon world"
     example = "openai/clip-vit-base-patch16"
     model: CLIPModel
 

@@ -49,6 +49,7 @@ class TrOcrAdapter(Adapter):
     token_targets = ()
     default_methods = ("gradcam", "gradcam_ln", "rollout", "gradient_x_cross_attention")
     generates = True
+    demo_advice = "this model knows only the rendered lines of its demo world"
     example = "microsoft/trocr-base-printed"
     model: VisionEncoderDecoderModel
 
@@ -68,7 +69,8 @@ class TrOcrAdapter(Adapter):
         self.model = model
         if self._vision.model_type not in PREFIX:
             raise ModelError(
-                f"vision encoders of type {self._vision.model_type!r} are not supported (there are: {', '.join(PREFIX)})"
+                f"vision encoders of type {self._vision.model_type!r} are not supported "
+                f"(there are: {', '.join(PREFIX)})"
             )
         # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
         self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
@@ -240,7 +242,7 @@ class TrOcrAdapter(Adapter):
                 self.model, outputs[tap][inputs.text_image[t]], self.sites.prefix, tap != "encoder.layernorm", rule
             )
             found = decoder.shifts(inputs.tensors["input_ids"][t], pairs, targets.kind == "log_probability")
-            made = made.index_add(0, k[mine], found[place] * weight[mine].to(found.dtype)[:, None])
+            made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])
         return made
 
     @property

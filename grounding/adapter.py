@@ -61,7 +61,8 @@ class Adapter(ABC):
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
     # Whether it can write a text itself: `read` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
-    # A public checkpoint to name where the one at hand is not meant for the picture.
+    # What to say where a demo model gets a picture from outside, and the public checkpoint to use instead.
+    demo_advice: ClassVar[str] = "this model knows only its demo world"
     example: ClassVar[str] = ""
     # Target kinds that `shifts` knows at a fast tap.
     fast_kinds: ClassVar[tuple[str, ...]] = ()
