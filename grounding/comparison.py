@@ -25,6 +25,7 @@ WIDEST = 8.0  # inches of a paragraph
 BESIDE = 3.4  # inches to the right of the picture from which the words stand there and not above it
 LONGEST_BLOCK = 8  # rows that always stand in one block
 BETWEEN_BLOCKS = 0.15
+APART = 0.14  # inches between entries of several lines
 SLIMMEST = 1.5  # height : width of the blocks together
 SEE_JSON = "… (see the JSON)"
 SHARED_NOTE = "does not see the text: one map for all entries"
@@ -177,8 +178,11 @@ class Comparison:
 
     def _lines_of(self, label: Block, cells: list[Cell]) -> Iterator[Row]:
         """The panels of one entry in as many lines as they need, the label beside the first."""
-        for start in range(0, max(1, len(cells)), self._grid.columns):
-            yield Row([] if start else label, cells[start : start + self._grid.columns])
+        across = self._grid.columns
+        if len(cells) > across:  # what belongs together stands closer together
+            cells = [*(replace(cell, above=_apart(cell.above)) for cell in cells[:across]), *cells[across:]]
+        for start in range(0, max(1, len(cells)), across):
+            yield Row([] if start else label, cells[start : start + across])
 
     def _triples(self) -> Iterator[Row]:
         """picture | heat map | overlay: maps for all entries first, then entry by entry."""
@@ -265,6 +269,11 @@ class Comparison:
     def _stretch_note(self) -> Block:
         note = distorted(self.explanation.geometry.width, self.explanation.geometry.height)
         return [Line(note, 6.5)] if note else []
+
+
+def _apart(block: Block) -> Block:
+    """The same words, further away from what stands above them."""
+    return [replace(item, space=APART) if not i and isinstance(item, Line) else item for i, item in enumerate(block)]
 
 
 def _end(end: str | float) -> str:

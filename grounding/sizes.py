@@ -10,7 +10,7 @@ BROADEST = 16.0  # inches of a sheet
 FLAT = 3.5  # width : height from which a picture is a line, to be read from left to right
 NARROWEST_LINE = 3.2  # inches
 # Inches that a line is high, where there is room: less where there are many panels.
-LINE_DEPTHS = ((60, 0.6), (160, 0.45))
+LINE_DEPTHS = ((24, 0.6), (160, 0.45))
 LEAST_DEPTH = 0.35
 # A line may be a little smaller so that one more fits beside it, or larger where there is room.
 SLACK, STRETCHED = 0.9, 1.25

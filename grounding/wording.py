@@ -172,7 +172,7 @@ def chance(entry: Entry) -> str:
     if entry.probability is None:
         return ""
     if 0.995 <= entry.probability < 1:
-        return " · p > 0.99"
+        return " · p>0.99"
     return f" · p {entry.probability:.2f}" if entry.probability >= 0.095 else f" · p {entry.probability:.1g}"
 
 
