@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grounding.text import WORD_RULE, visible_text
-
-if TYPE_CHECKING:
-    from grounding.errors import GroundingError
-    from grounding.explanation import Explanation
 
 EXIT_INTERRUPTED = 130
 
@@ -163,15 +158,19 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path]:
-    """Where each picture's files go, checked before any work. Raises OSError or GroundingError.
+def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = "") -> list[Path]:
+    """Where each picture's files go, checked before any work. `demo`: what the model is called where none was given.
+    Raises OSError or GroundingError.
 
     Several pictures of the same name get a number; with `--output`, several pictures get a folder each inside it.
     """
     from grounding.demo import DEMO_NAME
+    from grounding.errors import OptionError
     from grounding.export import check_output, slug
 
-    model = slug(Path(args.model).name if args.model else DEMO_NAME)
+    if args.per_token and "png" not in args.write:
+        raise OptionError("--per-token writes pictures, but --write leaves png out")
+    model = slug(Path(args.model).name if args.model else demo or DEMO_NAME)
     names: list[str] = []
     for image in images:
         stem, number = slug(Path(image).stem, "picture"), 1
@@ -184,55 +183,6 @@ def output_folders(args: argparse.Namespace, images: Sequence[str]) -> list[Path
         for folder in folders:
             check_output(folder)
     return folders
-
-
-class Report:
-    """What a command prints and writes: each explanation as it comes, files at once, the paths last."""
-
-    def __init__(self, args: argparse.Namespace, *, several: bool) -> None:
-        self.args = args
-        self.several = several
-        self.status = 0
-        self.written: list[Path] = []
-        self.overlays = 0
-        self.documents: list[dict[str, Any]] = []
-
-    def add(self, explanation: Explanation, folder: Path) -> None:
-        """Write the files of one explanation and print its table (or keep its JSON for the end)."""
-        from grounding.export import listed, to_json
-        from grounding.tables import explanation_table, headline
-
-        if not self.args.quiet:
-            warn(explanation, named=self.several)
-        files = self._save(explanation, folder) if self.args.write else {}
-        single = [path for kind, path in files.items() if ":" not in kind]
-        self.written += single
-        self.overlays += len(files) - len(single)
-        if self.args.format == "json":
-            self.documents.append(to_json(explanation, listed(files)))
-            return
-        print(headline(explanation), explanation_table(explanation), "", sep="\n")
-
-    def _save(self, explanation: Explanation, folder: Path) -> dict[str, Path]:
-        options = figure_keywords(self.args)
-        return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
-
-    def failed(self, image: str, error: GroundingError) -> None:
-        """One picture could not be explained: say so, go on with the others."""
-        self.status = max(self.status, fail(error, verbose=self.args.verbose))
-        self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
-
-    def end(self) -> int:
-        """Print what remains; return the exit code."""
-        if self.args.format == "json":
-            if self.several:
-                print(json.dumps(self.documents, indent=2, allow_nan=False))
-            elif not self.status:
-                print(json.dumps(self.documents[0], indent=2, allow_nan=False))
-        elif self.written:
-            overlays = [f"and {self.overlays} overlays"] if self.overlays else []
-            print("wrote", *self.written, *overlays)
-        return self.status
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -276,10 +226,3 @@ def fail(error: BaseException, *, verbose: bool = False) -> int:
     words = " ".join(str(error).split()) or type(error).__name__
     print(f"error: {visible_text(words)}", file=sys.stderr)
     return int(getattr(error, "exit_code", 1))
-
-
-def warn(explanation: Explanation, *, named: bool = False) -> None:
-    """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
-    name = f"{visible_text(explanation.picture.path or 'picture')}: " if named else ""
-    for warning in explanation.warnings:
-        print(f"warning: {name}{visible_text(warning)}", file=sys.stderr)

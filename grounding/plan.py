@@ -51,7 +51,7 @@ class Selection:
         if self.where or self.contrast:
             return tuple(self._asked(tokens))
         chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
-        parts = tokens.words() if self.words and tokens.visible else tokens.tokens(special=self.special or not tokens.visible)
+        parts = tokens.words() if self.words and tokens.visible else self._single(tokens)
         if isinstance(self.tokens, bool):
             chosen += parts if self.tokens else ()
         else:
@@ -59,9 +59,13 @@ class Selection:
         chosen += [tokens.phrase(phrase) for phrase in self.phrases]
         return tuple(chosen)
 
+    def _single(self, tokens: Tokens) -> tuple[Span, ...]:
+        """Tokens; of a text that has none but special ones, those."""
+        return tokens.tokens(special=self.special or not tokens.visible)
+
     def _asked(self, tokens: Tokens) -> Iterator[Span]:
         """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
-        places = tokens.tokens(special=self.special or not tokens.visible)
+        places = self._single(tokens)
         named = places if isinstance(self.tokens, bool) else tokens.choose(self.tokens, places)
         if self.where:
             yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)

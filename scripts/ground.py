@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli
+from grounding import cli, cli_report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def ground(args: argparse.Namespace) -> int:
         return 0
     if caption is None and not adapter.generates:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
-    report = cli.Report(args, several=len(images) > 1)
+    report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image):
             picture = open_image(image, **cli.image_keywords(args))

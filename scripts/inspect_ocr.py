@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli, cli_reading
+from grounding import cli, cli_reading, cli_report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def inspect(args: argparse.Namespace) -> int:
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], "a")))
         return 0
-    report = cli.Report(args, several=len(images) > 1)
+    report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image):
             picture = open_image(image, **cli.image_keywords(args))

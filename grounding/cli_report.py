@@ -1,0 +1,89 @@
+"""What a command prints and writes: each explanation as it comes, files at once, the paths last. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grounding.cli import fail, figure_keywords
+from grounding.text import visible_text
+
+if TYPE_CHECKING:
+    from grounding.errors import GroundingError
+    from grounding.explanation import Explanation
+
+
+class Report:
+    """What a command prints and writes: each explanation as it comes, files at once, the paths last."""
+
+    def __init__(self, args: argparse.Namespace, *, several: bool) -> None:
+        self.args = args
+        self.several = several
+        self.status = 0
+        self.written: list[Path] = []
+        self.overlays = 0
+        self.documents: list[dict[str, Any]] = []
+
+    def add(self, explanation: Explanation, folder: Path) -> None:
+        """Write the files of one explanation and print its table (or keep its JSON for the end)."""
+        from grounding.export import listed, to_json
+        from grounding.tables import explanation_table, headline
+
+        if not self.args.quiet:
+            warn(explanation, named=self.several)
+        files = self._save(explanation, folder) if self.args.write else {}
+        single = [path for kind, path in files.items() if ":" not in kind]
+        self.written += single
+        self.overlays += len(files) - len(single)
+        if self.args.format == "json":
+            self.documents.append(to_json(explanation, listed(files)))
+            return
+        print(headline(explanation), explanation_table(explanation), "", sep="\n")
+
+    def _save(self, explanation: Explanation, folder: Path) -> dict[str, Path]:
+        options = figure_keywords(self.args)
+        return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
+
+    @contextlib.contextmanager
+    def guarded(self, image: str) -> Iterator[None]:
+        """Work on one picture: where it cannot be explained, say so and go on with the others.
+
+        What was asked for and does not exist, no other picture will have: that error goes on.
+        """
+        from grounding.errors import GroundingError
+
+        try:
+            yield
+        except GroundingError as error:
+            if error.exit_code != 1:
+                raise
+            self.failed(image, error)
+
+    def failed(self, image: str, error: GroundingError) -> None:
+        """One picture could not be explained: say so."""
+        self.status = max(self.status, fail(error, verbose=self.args.verbose))
+        self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
+
+    def end(self) -> int:
+        """Print what remains; return the exit code."""
+        if self.args.format == "json":
+            if self.several:
+                print(json.dumps(self.documents, indent=2, allow_nan=False))
+            elif not self.status:
+                print(json.dumps(self.documents[0], indent=2, allow_nan=False))
+        elif self.written:
+            overlays = [f"and {self.overlays} overlays"] if self.overlays else []
+            print("wrote", *self.written, *overlays)
+        return self.status
+
+
+def warn(explanation: Explanation, *, named: bool = False) -> None:
+    """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
+    name = f"{visible_text(explanation.picture.path or 'picture')}: " if named else ""
+    for warning in explanation.warnings:
+        print(f"warning: {name}{visible_text(warning)}", file=sys.stderr)
