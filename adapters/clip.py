@@ -16,6 +16,7 @@ from transformers import CLIPModel
 
 from adapters._clip_fast import LastBlock
 from adapters._clip_text import embed_left_out, end_positions
+from adapters._dual import directions, piece
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
 from adapters._plain import is_plain
@@ -24,7 +25,7 @@ from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import ModelError, TextError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span, Tokens, check_text
+from grounding.text import Generate, Span, check_text
 from grounding.types import Inputs, Sites, Targets
 
 TEXT_BATCH = 64
@@ -115,16 +116,13 @@ class ClipAdapter(Adapter):
         kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
-        seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
-        alone = [k for k, (_, span) in enumerate(flat) if span.kind != "caption" and self._alone(span, token_target)]
-        left_out = [k for k, (_, span) in enumerate(flat) if not self._alone(span, token_target)]
-        for k, (text, span) in enumerate(flat):
-            if span.kind == "caption":
-                seeds[k] = whole[text]
-        if alone:
-            seeds[alone] = self._embed_alone([self._piece(inputs.tokens[flat[k][0]], flat[k][1]) for k in alone])
-        if left_out:
-            seeds[left_out] = self._leave_out(inputs, [flat[k] for k in left_out], whole)
+        seeds = directions(
+            flat,
+            token_target,
+            whole,
+            lambda own: self._embed_alone([piece(inputs.tokens[t], span) for t, span in own]),
+            lambda own: self._leave_out(inputs, own, whole),
+        )
         owner = torch.tensor([text for text, _ in flat])
         return Targets(
             kind=kind,
@@ -223,16 +221,6 @@ class ClipAdapter(Adapter):
     def _pad_id(self) -> int:
         pad_id = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
-
-    @staticmethod
-    def _alone(span: Span, token_target: str | None) -> bool:
-        return span.alone or token_target == "alone"
-
-    def _piece(self, tokens: Tokens, span: Span) -> list[int]:
-        """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
-        first, last = tokens.visible[0], tokens.visible[-1]
-        inner = [tokens.ids[i] for i in span.positions]
-        return [*tokens.ids[:first], *inner, *tokens.ids[last + 1 :]]
 
     def _embed_alone(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "K E"]:
         return self.embed_texts(*pad(sequences, self._pad_id, self.device))

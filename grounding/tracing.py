@@ -178,8 +178,8 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     Without leaves, and the text in the attention alone, all of them.
     """
     adapter, targets = record.adapter, record.targets
-    image, text = targets.image.tolist(), targets.text.tolist()
-    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.axis == "text" and s.attention}
+    image, text = targets.image.tolist(), targets.units.tolist()
+    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.attention}
     if any(adapter.axis(path) == "picture" for path in leaves) or not adapter.sites.text_stacks:
         claims = [{b} for b in image]
     elif not leaves:
@@ -195,7 +195,7 @@ def _orthogonal(chunk: Trace) -> frozenset[str]:
     """Taps whose every patch has a gradient at right angles to its features, to rounding."""
     found = set()
     for path, gradient in chunk.gradients.items():
-        grid = [chunk.adapter.to_grid(t, chunk.grid).double() for t in (chunk.outputs[path].detach(), gradient)]
+        grid = [chunk.adapter.to_grid(t, chunk.grid, path).double() for t in (chunk.outputs[path].detach(), gradient)]
         if at_right_angles(*grid):
             found.add(path)
     return frozenset(found)
@@ -217,7 +217,7 @@ def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
         members = one_each([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid).double() for t in (leaf, gradient)))
+    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid, tap).double() for t in (leaf, gradient)))
 
 
 def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, scores: Tensor) -> Iterator[Chunk]:
