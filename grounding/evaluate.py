@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from grounding.adapter import Adapter
-from grounding.demo import demo_folder, is_demo
+from grounding.demo import data_name, is_demo
 from grounding.engine import explain
 from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.explanation import Explanation
@@ -135,7 +134,7 @@ def evaluate(
         "format": FORMAT,
         "protocol": PROTOCOL,
         "model": adapter.info.id,
-        "data": _name_of(dataset.folder),
+        "data": data_name(dataset.folder),
         "split": dataset.split,
         "pictures": len(scored),
         "phrases": sum(len(next(iter(picture.values())).phrases) for picture in scored),
@@ -155,11 +154,6 @@ def evaluate(
             adapter, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
         )
     return document
-
-
-def _name_of(folder: Path) -> str:
-    """The folder as it was given; the demo scenes by a name that is the same on every machine."""
-    return "demo scenes" if folder.resolve() == (demo_folder() / "scenes").resolve() else str(folder)
 
 
 def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, Any]) -> dict[str, Any]:

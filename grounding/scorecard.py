@@ -97,18 +97,18 @@ def _main(methods: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            _with_interval(scores["pointing"], scores["ci"]),
-            _percent(scores["entity"]),
-            _percent(scores["iou50"]),
-            _percent(scores["mean_iou"]),
-            _percent(scores["area"]),
-            _with_interval(scores["swap"], scores["swap_ci"]),
+            with_interval(scores["pointing"], scores["ci"]),
+            percent(scores["entity"]),
+            percent(scores["iou50"]),
+            percent(scores["mean_iou"]),
+            percent(scores["area"]),
+            with_interval(scores["swap"], scores["swap_ci"]),
             _plain(scores["caption_swap_correlation"]),
             "-" if scores["degenerate"] is None else str(scores["degenerate"]),
         ]
         for name, scores in methods.items()
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _parts(what: str, methods: Mapping[str, Any], part: Any) -> str:
@@ -117,8 +117,8 @@ def _parts(what: str, methods: Mapping[str, Any], part: Any) -> str:
     rows = []
     for name in names:
         found = [part(scores)[name] or {"pointing": None, "ci": None, "phrases": 0} for scores in methods.values()]
-        rows.append([name, str(found[0]["phrases"]), *(_with_interval(f["pointing"], f["ci"]) for f in found)])
-    return _table([what, "number", *(f"{name} %" for name in methods)], rows)
+        rows.append([name, str(found[0]["phrases"]), *(with_interval(f["pointing"], f["ci"]) for f in found)])
+    return table([what, "number", *(f"{name} %" for name in methods)], rows)
 
 
 def _faithfulness(found: Mapping[str, Any]) -> list[str]:
@@ -134,31 +134,34 @@ def _faithfulness(found: Mapping[str, Any]) -> list[str]:
         cells = []
         for kind in ("deletion", "insertion"):
             own = scores[kind]
-            cells.append(_with_interval(own["auc"], own["ci"], _plain))
-            cells.append(_with_interval(own.get("minus_random"), own.get("minus_random_ci"), _plain))
+            cells.append(with_interval(own["auc"], own["ci"], _plain))
+            cells.append(with_interval(own.get("minus_random"), own.get("minus_random_ci"), _plain))
         rows.append([name, *cells, _plain(scores.get("text_sensitivity")), _plain(scores.get("foreign_text"))])
-    tables = [words, _table(head, rows)]
+    tables = [words, table(head, rows)]
     mapped = {name: scores["randomisation"] for name, scores in found["methods"].items() if "randomisation" in scores}
     redrawn = [[name, *(_plain(depths[i]) for depths in mapped.values())] for i, name in enumerate(found["randomised"])]
     note = "Correlation with the trained model's map, weights drawn anew from the top down to:"
-    return [*tables, note, _table(["down to", *mapped], redrawn)]
+    return [*tables, note, table(["down to", *mapped], redrawn)]
 
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A fraction in per cent, a dash for none."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _with_interval(value: float | None, interval: Sequence[float] | None, number: Any = _percent) -> str:
+def with_interval(value: float | None, interval: Sequence[float] | None, number: Any = percent) -> str:
+    """A value and its interval in brackets, both as `number` writes them."""
     if value is None or interval is None:
         return number(value)
     return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [list(head), ["---"] * len(head), *rows]
     # A bar would end the cell.
     return "\n".join(

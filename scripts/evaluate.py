@@ -1,6 +1,7 @@
-"""Score maps against annotated boxes: do they point at what the phrase names, and does the model care?
+"""Score maps against annotated boxes: do they point at what a phrase names, at the character that was read?
 
 python scripts/evaluate.py
+python scripts/evaluate.py --data data/demo/lines --aimed
 python scripts/evaluate.py --model openai/clip-vit-base-patch16 --data flickr30k_entities --captions all --peak pixel
 """
 
@@ -17,21 +18,22 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.model_options(made)
     group = made.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="folder like Flickr30k Entities (default: demo scenes)")
-    group.add_argument("--split", default="test", help="ids are in <split>.txt (default: %(default)s)")
-    group.add_argument("--captions", choices=["first", "all"], default="first", help="whose phrases are scored")
+    group.add_argument("--data", metavar="DIR", help="like Flickr30k Entities, or lines with labels.jsonl")
+    group.add_argument("--split", help="as in <split>.txt or <split>/labels.jsonl (default: test)")
+    group.add_argument("--captions", choices=["first", "all"], help="whose phrases are scored (default: first)")
     group.add_argument("--min-entities", type=int, metavar="N", help="boxed entities a picture needs (demo: 3; else 1)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures that qualify")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures that qualify, or lines")
     group = made.add_argument_group("maps")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: gradcam rollout relevance")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: the model's; for lines, all that fit")
     group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
     group.add_argument("--layer", action="append", default=[], metavar="LAYER", help="as in ground.py; repeatable")
     group.add_argument("--option", action="append", default=[], metavar="METHOD.OPTION=VALUE", help="repeatable")
     group = made.add_argument_group("scores")
-    group.add_argument("--peak", choices=["patch", "pixel"], default="patch", help="strongest patch or pixel")
+    group.add_argument("--peak", choices=["patch", "pixel"], help="strongest patch (default) or pixel")
     group.add_argument("--threshold", type=float, help="of a map's range, for its box (default: 0.5)")
     group.add_argument("--tune-threshold", action="store_true", help="per method, the best one on the split val")
     group.add_argument("--faithfulness", action="store_true", help="deletion, insertion, sensitivity, randomisation")
+    group.add_argument("--aimed", action="store_true", help="lines: ask for other characters of the line, too")
     group.add_argument("--baseline", choices=["blur", "black", "mean"], help="in place of a patch (default: blur)")
     group = made.add_argument_group("output")
     group.add_argument("--format", choices=["text", "json"], default="text", help="Markdown tables, or JSON")
@@ -47,22 +49,23 @@ def parser() -> argparse.ArgumentParser:
 def score(args: argparse.Namespace) -> int:
     """Score, print, write; a picture that fails costs a warning, not the others' results."""
     from adapters import load
-    from grounding import scorecard
-    from grounding.demo import demo_folder
-    from grounding.evaluate import Rules, evaluate
-    from grounding.flickr30k import open_dataset
+    from grounding import evaluations, scorecard
+    from grounding.demo import demo_model
     from grounding.text import visible_text
 
-    chosen = ("captions", "peak", "min_entities", "limit", "threshold", "tune_threshold", "faithfulness", "baseline")
-    rules = Rules(**{name: getattr(args, name) for name in (*chosen, "seed")})
-    dataset = open_dataset(args.data or demo_folder() / "scenes", args.split)
+    loading = {"device": args.device, "dtype": args.dtype, "revision": args.revision}
+    adapter = load(args.model, **loading) if args.model and not args.data else None  # it decides which demo data
+    kind = evaluations.evaluation_of(args.data) if args.data else evaluations.suited(adapter)
+    rules = kind.rules_of({name: getattr(args, name) for name in evaluations.OPTIONS})
+    dataset = kind.open(args.data or kind.demo(), args.split)
     path = scorecard.check_file(args.output) if args.output else None
-    how = cli.explain_keywords(args)
-    adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
-    document = evaluate(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
+    how = cli.explain_keywords(args) | ({} if args.methods else {"methods": None})
+    default = str(demo_model("trocr")) if kind.name == "lines" else None
+    adapter = adapter or load(args.model or default, **loading)
+    document = kind.score(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
     for line in [] if args.quiet else scorecard.warnings_of(document):
         print(f"warning: {visible_text(line)}", file=sys.stderr)
-    print(scorecard.as_json(document) if args.format == "json" else scorecard.markdown(document))
+    print(scorecard.as_json(document) if args.format == "json" else kind.markdown(document))
     if path is not None:
         scorecard.write_file(path, document)
     return 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
-from queue import Empty
+from queue import Full
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import multiprocessing
 from transformers import PreTrainedTokenizerFast
 
 TRAIN_SEED = 20_303
-AHEAD = 6  # batches asked for before they are needed
 EASIER = 0.15  # share of lines that are easier than the difficulty asks for: nothing is forgotten
 
 
@@ -48,34 +48,31 @@ def make_batch(number: int, size: int, difficulty: float, tokenizer: PreTrainedT
     return LineBatch(pixels.permute(0, 3, 1, 2).contiguous(), ids)
 
 
-def _work(orders: Queue, batches: Queue, size: int, parent: int) -> None:
-    """Make the batches asked for until the training process is gone: a killed one cannot end its worker."""
+def _work(queue: Queue, first: int, size: int, difficulty: Callable[[int], float], parent: int) -> None:
+    """Make batches until the training process is gone: a killed one cannot end its worker."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    while os.getppid() == parent:
-        try:
-            number, difficulty = orders.get(timeout=5)
-        except Empty:
-            continue
-        batches.put(make_batch(number, size, difficulty, tokenizer))
+    for number in itertools.count(first):
+        batch = make_batch(number, size, difficulty(number), tokenizer)
+        while True:
+            if os.getppid() != parent:
+                return
+            try:
+                queue.put(batch, timeout=5)
+                break
+            except Full:
+                continue
 
 
-def stream(first: int, size: int, difficulty: Callable[[], float]) -> Iterator[LineBatch]:
-    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process.
-
-    Each is ordered a fixed number of steps ahead, at the difficulty of that moment: timing changes nothing.
-    """
+def stream(first: int, size: int, difficulty: Callable[[int], float]) -> Iterator[LineBatch]:
+    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process."""
     context = multiprocessing.get_context("fork")
-    orders, batches = context.Queue(), context.Queue()
-    worker = context.Process(target=_work, args=(orders, batches, size, os.getpid()), daemon=True)
+    queue = context.Queue(maxsize=8)
+    worker = context.Process(target=_work, args=(queue, first, size, difficulty, os.getpid()), daemon=True)
     worker.start()
     try:
-        for number in range(first, first + AHEAD):
-            orders.put((number, difficulty()))
         while True:
             # A worker that died would otherwise be waited for without end.
-            yield batches.get(timeout=300)
-            number += 1
-            orders.put((number, difficulty()))
+            yield queue.get(timeout=300)
     finally:
         worker.terminate()

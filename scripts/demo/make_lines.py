@@ -9,30 +9,45 @@ same bytes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from lines import UNSEEN_FACES, Line, Style, render, sample_line
+from lines import INPUT_HEIGHT, UNSEEN_FACES, Line, Style, render, sample_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = {"val": 303, "test": 404}
 COUNTS = {"val": (100, 20), "test": (340, 60)}  # lines in faces of the training, and in others
+ROW = 16  # height of a patch in the model's input
 QUALITY = 80  # of the pictures that the style does not spoil by JPEG already
 
 
-def split_seeds(split: str) -> list[str]:
-    """The seeds of the lines of a split."""
-    return [f"{SEEDS[split]}/{number}" for number in range(sum(COUNTS[split]))]
+def clear(line: Line) -> bool:
+    """Is every row of patches that holds a third of its height of the line also centred in it?
+
+    Otherwise a peak in that row would be in the line, yet its centre would not: no score could be fair to it.
+    """
+    top, bottom = line.boxes[0, [1, 3]] * INPUT_HEIGHT / line.picture.height
+    for row in range(0, INPUT_HEIGHT, ROW):
+        held = min(bottom, row + ROW) - max(top, row)
+        if held > ROW / 3 and not top <= row + ROW / 2 < bottom:
+            return False
+    return True
+
+
+def _first(split: str, count: int, part: str, faces: tuple[str, ...]) -> Iterator[Line]:
+    """The first `count` clear lines of a part of a split."""
+    drawn = (sample_line(f"{SEEDS[split]}/{part}/{number}", faces=faces) for number in itertools.count())
+    return itertools.islice(filter(clear, drawn), count)
 
 
 def split_lines(split: str) -> list[Line]:
     """The lines of a split: first those in faces of the training, then those in unseen ones."""
-    seeds, seen = split_seeds(split), COUNTS[split][0]
-    unseen = [sample_line(seed, faces=UNSEEN_FACES) for seed in seeds[seen:]]
-    return [sample_line(seed) for seed in seeds[:seen]] + unseen
+    seen, unseen = COUNTS[split]
+    return [*_first(split, seen, "seen", ()), *_first(split, unseen, "unseen", UNSEEN_FACES)]
 
 
 def show_line() -> Line:

@@ -26,30 +26,40 @@ from transformers import VisionEncoderDecoderModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 0
-BATCH = 48
 SAVE_SECONDS = 75
 CTC_WEIGHT = 0.5
-PASS_MARK = 0.9  # running token accuracy above which the lines become harder
-PACE = 1 / 800  # how much harder, a step; the scale goes from 0 to 1
+DECAY = 0.02
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the schedule: learning rate from `lr` to `lr_end` (cosine); lines no harder than `hardest`."""
+    """One part of the schedule: learning rate from `lr` to `lr_end` (cosine).
+
+    The difficulty of the lines rises from `easy` to `hard` in the first `ramp` steps.
+    """
 
     patch: tuple[int, int]
+    batch: int
     steps: int
+    optimizer: str
     lr: float
     lr_end: float
-    hardest: float
+    easy: float = 0.0
+    hard: float = 0.0
+    ramp: int = 1
     warmup: int = 100
     validate_every: int = 500
+
+    def difficulty(self, step: int) -> float:
+        """The difficulty of the lines at a step."""
+        return self.easy + (self.hard - self.easy) * min(1.0, step / self.ramp)
 
 
 # Cheap wide patches first: reading needs many lines, the fine grid then gives every character patches of its own.
 STAGES = (
-    Stage((16, 8), 5000, 1e-3, 8e-4, 0.6),
-    Stage((16, 4), 7500, 1e-3, 1e-5, 1.0),
+    Stage((16, 8), 48, 3700, "adam", 1e-3, 8e-4),
+    Stage((16, 4), 32, 1300, "adam", 1e-3, 1e-3, 0.0, 0.05, 1000),
+    Stage((16, 4), 32, 6600, "muon", 1e-3, 1e-5, 0.05, 1.0, 2200),
 )
 
 
@@ -79,12 +89,10 @@ class Run:
 
     model: VisionEncoderDecoderModel
     reader: ColumnReader
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
-    difficulty: float = 0.0
-    accuracy: float = 0.0  # running mean over about 20 steps
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; a reader never sees half of it."""
@@ -92,8 +100,10 @@ class Run:
             "patch": patch_of(self.model),
             "model": self.model.state_dict(),
             "reader": self.reader.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            **{name: getattr(self, name) for name in ("stage", "step", "seconds", "difficulty", "accuracy")},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
@@ -101,14 +111,21 @@ class Run:
         fresh.replace(path)
 
 
-def make_optimizer(model: VisionEncoderDecoderModel, reader: ColumnReader) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(kind: str, model: VisionEncoderDecoderModel, reader: ColumnReader) -> list[torch.optim.Optimizer]:
+    """AdamW for all, with weight decay on matrices; or Muon for the matrices of the blocks and AdamW for the rest."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [p for name, p in parameters.items() if kind == "muon" and p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in inner}
+    outer = [p for p in parameters.values() if id(p) not in chosen]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.02},
-        {"params": [p for p in parameters if p.ndim < 2] + list(reader.parameters()), "weight_decay": 0.0},
+        {"params": [p for p in outer if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in outer if p.ndim < 2] + list(reader.parameters()), "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))]
+    if inner:
+        # Scaled to the step length of AdamW: one learning rate serves both.
+        optimizers.append(torch.optim.Muon(inner, lr=1e-3, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def trainable(model: VisionEncoderDecoderModel) -> VisionEncoderDecoderModel:
@@ -122,7 +139,7 @@ def start_run() -> Run:
     torch.manual_seed(SEED)
     model = trainable(build_model(STAGES[0].patch))
     reader = ColumnReader(model.config.vocab_size)
-    return Run(model, reader, make_optimizer(model, reader))
+    return Run(model, reader, make_optimizers(STAGES[0].optimizer, model, reader))
 
 
 def load_run(path: Path) -> Run:
@@ -132,9 +149,10 @@ def load_run(path: Path) -> Run:
     reader = ColumnReader(model.config.vocab_size)
     model.load_state_dict(state.pop("model"))
     reader.load_state_dict(state.pop("reader"))
-    optimizer = make_optimizer(model, reader)
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return Run(model, reader, optimizer, **state)
+    optimizers = make_optimizers(STAGES[min(state["stage"], len(STAGES) - 1)].optimizer, model, reader)
+    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(saved)
+    return Run(model, reader, optimizers, **state)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -145,7 +163,7 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 def train_step(run: Run, stage: Stage, batch: LineBatch) -> dict[str, float]:
     """One optimizer step; losses and token accuracy by name."""
-    for group in run.optimizer.param_groups:
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(stage, run.step)
     targets = batch.ids[:, 1:]
     with torch.autocast("cpu", torch.bfloat16):
@@ -153,19 +171,14 @@ def train_step(run: Run, stage: Stage, batch: LineBatch) -> dict[str, float]:
         reading = run.reader(out.encoder_last_hidden_state[:, 1:], grid(stage.patch), targets)
     logits = out.logits.float()
     writing = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
+    run.reader.zero_grad(set_to_none=True)
     (writing + CTC_WEIGHT * reading).backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.step()
     right = (logits.argmax(-1) == targets)[targets != PAD]
     return {"loss": writing.item(), "ctc": reading.item(), "accuracy": right.float().mean().item()}
-
-
-def adapt(run: Run, stage: Stage, accuracy: float) -> None:
-    """Make the lines harder while they are read well."""
-    run.accuracy += 0.05 * (accuracy - run.accuracy)
-    if run.accuracy > PASS_MARK:
-        run.difficulty = min(stage.hardest, run.difficulty + PACE)
 
 
 def report(run: Run, data: LineSet, folder: Path) -> None:
@@ -181,19 +194,18 @@ def report(run: Run, data: LineSet, folder: Path) -> None:
 def run_stage(run: Run, data: LineSet, checkpoint: Path, folder: Path) -> None:
     """From `run.step` to the end of the stage, with checkpoints on the way."""
     stage = STAGES[run.stage]
-    first = sum(earlier.steps for earlier in STAGES[: run.stage]) + run.step
+    before = sum(earlier.steps for earlier in STAGES[: run.stage])
     saved, mean = time.monotonic(), {"loss": 0.0, "ctc": 0.0, "accuracy": 0.0}
-    for batch in stream(first, BATCH, lambda: run.difficulty):
+    for batch in stream(before + run.step, stage.batch, lambda number: stage.difficulty(number - before)):
         begin = time.monotonic()
         figures = train_step(run, stage, batch)
-        adapt(run, stage, figures["accuracy"])
         run.step += 1
         run.seconds += time.monotonic() - begin
         mean = {name: mean[name] + figures[name] / 50 for name in mean}
         if run.step % 50 == 0:
             shown = " ".join(f"{name} {value:.3f}" for name, value in mean.items())
             where = f"stage {run.stage} step {run.step} minutes {run.seconds / 60:.1f}"
-            print(f"{where} {shown} difficulty {run.difficulty:.2f}", flush=True)
+            print(f"{where} {shown} difficulty {stage.difficulty(run.step):.2f}", flush=True)
             mean = dict.fromkeys(mean, 0.0)
         if run.step % stage.validate_every == 0 or run.step == stage.steps:
             report(run, data, folder)
@@ -205,11 +217,13 @@ def run_stage(run: Run, data: LineSet, checkpoint: Path, folder: Path) -> None:
 
 
 def next_stage(run: Run) -> None:
-    """Step to the next stage: new patch size, and a fresh optimizer."""
+    """Step to the next stage: new patch size if it asks for one, and fresh optimizers."""
     run.stage, run.step = run.stage + 1, 0
     if run.stage < len(STAGES):
-        run.model = trainable(change_patch(run.model, STAGES[run.stage].patch))
-        run.optimizer = make_optimizer(run.model, run.reader)
+        stage = STAGES[run.stage]
+        if stage.patch != patch_of(run.model):
+            run.model = trainable(change_patch(run.model, stage.patch))
+        run.optimizers = make_optimizers(stage.optimizer, run.model, run.reader)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
