@@ -52,10 +52,10 @@ class Fusion:
                 start[k, ahead + places] = 1 / len(places)
         precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
         start = start.to(precise)
-        keys = torch.cat([targets.image[:, None].to(device), ids, mask], 1)
-        unit = torch.unique(keys, dim=0, return_inverse=True)[1].cpu()
+        known: dict[tuple[int, ...], int] = {}
+        unit = [known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)]
         data = {"ids": ids, "mask": mask, "compared": compared, "start": start}
-        return replace(targets, data=data, unit=unit, rows=None if matching else start)
+        return replace(targets, data=data, unit=torch.tensor(unit), rows=None if matching else start)
 
     def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
