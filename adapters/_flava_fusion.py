@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adapters._dual import Flat, piece, scored_as
+from adapters._last_block import LastBlock
 from adapters._text import pad
 from grounding.types import Inputs, Targets
 
@@ -76,6 +77,46 @@ class Fusion:
         logits = self.model.mmm_text_head(fused[place[k], at]).gather(1, token[:, None])[:, 0]
         weights = data["start"][k, at].to(logits.dtype)
         return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
+
+    def shifts(
+        self,
+        last: LastBlock,
+        hidden: Float[Tensor, "R Q D"],
+        targets: Targets,
+        patch: Float[Tensor, "Q"],
+        **where: bool,
+    ) -> Float[Tensor, "K D"]:
+        """d score / d shift of all patches at the last block, from the rows that the targets are read in; `hidden` is
+        the block's input. What a caption is compared with has no part in it: it is another sequence."""
+        made = hidden.new_zeros(len(targets), hidden.shape[-1])
+        start, ids = targets.data["start"], targets.data["ids"]
+        ahead = start.shape[1] - ids.shape[1]
+        rows = start if targets.kind == "logit" else torch.zeros_like(start).index_fill(1, ids.new_zeros(1), 1)
+        k, at = rows.nonzero(as_tuple=True)
+        unit = targets.units.to(k.device)[k]
+        for u in unit.unique().tolist():
+            mine = unit == u
+            kept = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            kept[ahead:] = targets.data["mask"][k[mine][0]].bool()
+            with torch.enable_grad():
+                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
+                read = last.rows(hidden[u], at[mine], shift, patch, kept=kept, **where)
+                read = last.norm(self.model.flava.multimodal_model.layernorm, read)
+                if targets.kind == "logit":
+                    token = ids[k[mine], at[mine] - ahead]
+                    scores = self._head(last, read).gather(1, token[:, None])[:, 0] * rows[k[mine], at[mine]]
+                else:
+                    odds = self.model.itm_head(read[:, None])
+                    scores = odds[:, 1] - odds[:, 0]
+                [gradient] = torch.autograd.grad(scores.sum(), shift)
+            made = made.index_add(0, k[mine], gradient)
+        return made
+
+    def _head(self, last: LastBlock, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """The masked-language head, its norm under the rule."""
+        head, transform = self.model.mmm_text_head, self.model.mmm_text_head.transform
+        inner = transform.transform_act_fn(transform.dense(states))
+        return head.decoder(last.norm(transform.LayerNorm, inner))
 
     def fuse(
         self, states: Float[Tensor, "R N D"], ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"]

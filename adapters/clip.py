@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from adapters._clip_fast import LastBlock
 from adapters._clip_text import embed_left_out, end_positions
 from adapters._dual import directions, piece
 from adapters._images import prepare_images
+from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info
 from adapters._plain import is_plain
 from adapters._text import check_tokenizer, pad, tokenise
@@ -153,7 +153,7 @@ class ClipAdapter(Adapter):
         Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
         """
         stack = self.sites.stacks["vision"]
-        if not LastBlock(self.model).is_plain:
+        if not self._last_block().is_plain:
             return {}
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}
@@ -171,12 +171,18 @@ class ClipAdapter(Adapter):
         if outputs is None or tap not in self.fast_taps:
             return super().score_from(tap, inputs, targets, shift, outputs, rule)
         [before] = self.fast_taps[tap] or (tap,)
-        last = LastBlock(self.model, rule)
+        last = self._last_block(rule)
         owner = targets.image.to(shift.device)
         scores = shift.new_empty(len(targets))
         for b in owner.unique().tolist():
             mine = owner == b
-            image = last.embed(outputs[before][b].detach(), shift[mine], before_norm=tap == before)
+            hidden = outputs[before][b].detach()
+            patch = torch.ones(len(hidden), dtype=hidden.dtype, device=hidden.device)
+            patch[0] = 0
+            place = torch.zeros(int(mine.sum()), dtype=torch.long, device=hidden.device)  # the CLS
+            row = last.rows(hidden, place, shift[mine], patch, before_norm=tap == before)
+            pooled = last.norm(self._vision.post_layernorm, row)
+            image = F.normalize(self.model.visual_projection(pooled), dim=-1)
             scores = scores.masked_scatter(mine, (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1))
         return scores
 
@@ -208,6 +214,26 @@ class ClipAdapter(Adapter):
                 rows = [used.index(t) for t in texts]
                 parts.append(whole[list(texts)] - embed_left_out(self.model, ids[used], mask[used], rows, masked))
         return torch.cat(parts)
+
+    def _last_block(self, rule: str | None = None) -> LastBlock:
+        block = self._vision.encoder.layers[-1]
+        attention = block.self_attn
+        return LastBlock(
+            before=block.layer_norm1,
+            query=attention.q_proj,
+            key=attention.k_proj,
+            value=attention.v_proj,
+            out=attention.out_proj,
+            after=block.layer_norm2,
+            mlp=block.mlp,
+            heads=attention.num_heads,
+            parts=(block, self._vision.post_layernorm, self.model.visual_projection),
+            rule=rule,
+        )
+
+    @property
+    def _vision(self) -> Any:
+        return self.model.vision_model
 
     @property
     def _config(self) -> Any:

@@ -17,6 +17,7 @@ from transformers import FlavaForPreTraining, FlavaModel
 from adapters._dual import Flat, directions, piece, without
 from adapters._flava_fusion import BEFORE, Fusion
 from adapters._images import prepare_images
+from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
@@ -40,6 +41,7 @@ class FlavaAdapter(Adapter):
     """
 
     kinds = ("similarity", "matching", "logit", "norm")
+    fast_kinds = ("similarity", "matching", "logit")
     demo_advice = "this model knows only its cartoon world"
     example = "facebook/flava-full"
     model: FlavaModel | FlavaForPreTraining
@@ -196,6 +198,46 @@ class FlavaAdapter(Adapter):
         embedded = F.normalize(self._towers.image_projection(encoded[:, 1, 0]), dim=-1)[image]
         return (embedded * targets.data["seeds"].to(embedded.dtype)).sum(-1)
 
+    @property
+    def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
+        """The input of the last attention that is read row by row, and the block before it: of the image tower for
+        `similarity`, of the multimodal encoder for targets behind it."""
+        if self.kind not in self.fast_kinds or not self._last_block().is_plain:
+            return {}
+        stack = self.sites.stacks["fusion" if self.kind in FUSED else "vision"]
+        if len(stack.blocks) < 2:
+            return {}
+        return {stack.inputs[-1]: (stack.blocks[-2],), stack.blocks[-2]: ()}
+
+    def shifts(
+        self,
+        tap: str,
+        inputs: Inputs,
+        targets: Targets,
+        outputs: Mapping[str, Tensor],
+        rule: str | None = None,
+    ) -> Float[Tensor, "K D"]:
+        """From the rows that are read, see `LastBlock`."""
+        [before] = self.fast_taps[tap] or (tap,)
+        last, hidden = self._last_block(rule), outputs[before].detach()
+        first = self.sequence(tap)[0]
+        patch = torch.zeros(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        patch[first : first + inputs.geometry[0].rows * inputs.geometry[0].columns] = 1
+        if targets.kind in FUSED:
+            return self._fusion.shifts(last, hidden, targets, patch, before_norm=tap == before)
+        made = hidden.new_zeros(len(targets), hidden.shape[-1])
+        owner = targets.image.to(hidden.device)
+        for b in owner.unique().tolist():
+            mine = owner == b
+            with torch.enable_grad():
+                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
+                place = torch.zeros(len(shift), dtype=torch.long, device=hidden.device)  # the CLS
+                row = last.rows(hidden[b], place, shift, patch, before_norm=tap == before)
+                embedded = self._towers.image_projection(last.norm(self._towers.image_model.layernorm, row))
+                score = (F.normalize(embedded, dim=-1) * targets.data["seeds"][mine].to(row.dtype)).sum()
+            [made[mine]] = torch.autograd.grad(score, shift)
+        return made
+
     def text_rows(self, trace: Trace) -> Float[Tensor, "K Q"]:
         """The text's own places; of a whole text that is matched, the CLS of the multimodal encoder."""
         return trace.targets.data["start"]
@@ -215,9 +257,33 @@ class FlavaAdapter(Adapter):
         texts = [t for t, _ in own]
         return self.embed_texts(ids[texts], mask[texts]) - self.embed_texts(ids[texts], without(mask, own))
 
+    def _last_block(self, rule: str | None = None) -> LastBlock:
+        model: Any = self.model
+        fused = self.kind in FUSED
+        tower = self._towers.multimodal_model if fused else self._towers.image_model
+        heads: Any = (model.itm_head, model.mmm_text_head) if fused else (self._towers.image_projection,)
+        block = tower.encoder.layer[-1]
+        attention = block.attention.attention
+        return LastBlock(
+            before=block.layernorm_before,
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            out=block.attention.output.dense,
+            after=block.layernorm_after,
+            mlp=lambda x: block.output.dense(block.intermediate(x)),
+            heads=attention.num_attention_heads,
+            parts=(block, tower.layernorm, *heads),
+            rule=rule,
+        )
+
     @property
     def _fusion(self) -> Fusion:
         return Fusion(self.model, self.tokenizer.pad_token_id)
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config
 
     @property
     def _root(self) -> str:
@@ -226,10 +292,6 @@ class FlavaAdapter(Adapter):
     @property
     def _towers(self) -> Any:
         return self.model.flava if isinstance(self.model, FlavaForPreTraining) else self.model
-
-    @property
-    def _config(self) -> Any:
-        return self.model.config
 
     @property
     def _limit(self) -> int:

@@ -75,12 +75,11 @@ def _one_pass(
     taps, attention = wanted_signals(adapter, slow)
     starts = _starts(adapter, fast)
     own = _of_pictures(adapter, {**starts, **taps}), _of_pictures(adapter, attention)
-    rest = [{path: g for path, g in found.items() if path not in own[i]} for i, found in enumerate((taps, attention))]
+    here = ({**starts, **taps}, attention)
     seen: Mapping[str, Tensor] = {}
-    if any([*own[0].values(), *own[1].values()]):
-        here = ({**starts, **taps}, attention)
-    else:
-        seen, here = remembered(adapter, inputs, *own), (rest[0], rest[1])
+    if not any([*own[0].values(), *own[1].values()]):
+        seen = remembered(adapter, inputs, *own)
+        here = _without(here[0], own[0]), _without(here[1], own[1])
     with Recorder(adapter.model, *here, rule) as recorder:
         scores = adapter.score(inputs, seen[ENCODED] if seen else adapter.encode(inputs), targets)
         recorder.check()
@@ -113,6 +112,10 @@ def _starts(adapter: Adapter, fast: Sequence[Column]) -> dict[str, bool]:
 
 def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
     return {path: gradient for path, gradient in paths.items() if adapter.axis(path) == "picture"}
+
+
+def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str, bool]:
+    return {path: gradient for path, gradient in paths.items() if path not in others}
 
 
 def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
