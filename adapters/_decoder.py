@@ -20,8 +20,8 @@ def decoder_stacks(model: nn.Module, prefix: str) -> dict[str, Stack]:
             if among and across:
                 blocks = tuple(f"{path}.{i}" for i in range(len(module)))
                 return {
-                    "decoder": Stack(blocks, attention=tuple(f"{b}.{among}" for b in blocks), axis="text"),
-                    "cross": Stack(blocks, attention=tuple(f"{b}.{across}" for b in blocks), axis="text"),
+                    "decoder": Stack(blocks, attention=tuple(f"{b}.{among}" for b in blocks)),
+                    "cross": Stack(blocks, attention=tuple(f"{b}.{across}" for b in blocks)),
                 }
     raise ModelError(f"{type(model).__name__}.{prefix} has no blocks with cross-attention that could be recorded")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-OWN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.ModuleList)
+OWN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.Tanh, nn.Dropout, nn.ModuleList)
 LIBRARY = ("transformers.models.", "transformers.activations")
 
 

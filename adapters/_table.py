@@ -6,9 +6,11 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip:ClipAdapter",
+        "FlavaForPreTraining": "adapters.flava:FlavaAdapter",
+        "FlavaModel": "adapters.flava:FlavaAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr:TrOcrAdapter",
     },
     group="grounding.adapters",
 )
 # model_type -> architecture, for checkpoints whose config names no architecture.
-MODEL_TYPES = {"clip": "CLIPModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}
+MODEL_TYPES = {"clip": "CLIPModel", "flava": "FlavaModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}

@@ -9,7 +9,7 @@ from grounding.types import Stack
 
 # What enters a block's attention, and what computes its weights, by the names the families give them.
 _INPUTS = ("layer_norm1", "layernorm_before", "norm1")
-_ATTENTION = ("self_attn", "attention")
+_ATTENTION = ("self_attn", "attention.attention", "attention")
 
 
 def find_stack(model: nn.Module, prefix: str) -> Stack:
@@ -32,5 +32,5 @@ def find_stack(model: nn.Module, prefix: str) -> Stack:
 
 
 def _child(block: nn.Module, names: tuple[str, ...]) -> str | None:
-    children = dict(block.named_children())
-    return next((name for name in names if name in children), None)
+    known = dict(block.named_modules())
+    return next((name for name in names if name in known), None)

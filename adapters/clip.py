@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from adapters._clip_fast import LastBlock
 from adapters._clip_text import embed_left_out, end_positions
+from adapters._dual import directions, piece
 from adapters._images import prepare_images
+from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info
 from adapters._plain import is_plain
 from adapters._text import check_tokenizer, pad, tokenise
@@ -24,7 +25,7 @@ from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import ModelError, TextError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span, Tokens, check_text
+from grounding.text import Generate, Span, check_text
 from grounding.types import Inputs, Sites, Targets
 
 TEXT_BATCH = 64
@@ -115,16 +116,13 @@ class ClipAdapter(Adapter):
         kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
-        seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
-        alone = [k for k, (_, span) in enumerate(flat) if span.kind != "caption" and self._alone(span, token_target)]
-        left_out = [k for k, (_, span) in enumerate(flat) if not self._alone(span, token_target)]
-        for k, (text, span) in enumerate(flat):
-            if span.kind == "caption":
-                seeds[k] = whole[text]
-        if alone:
-            seeds[alone] = self._embed_alone([self._piece(inputs.tokens[flat[k][0]], flat[k][1]) for k in alone])
-        if left_out:
-            seeds[left_out] = self._leave_out(inputs, [flat[k] for k in left_out], whole)
+        seeds = directions(
+            flat,
+            token_target,
+            whole,
+            lambda own: self._embed_alone([piece(inputs.tokens[t], span) for t, span in own]),
+            lambda own: self._leave_out(inputs, own, whole),
+        )
         owner = torch.tensor([text for text, _ in flat])
         return Targets(
             kind=kind,
@@ -155,7 +153,7 @@ class ClipAdapter(Adapter):
         Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
         """
         stack = self.sites.stacks["vision"]
-        if not LastBlock(self.model).is_plain:
+        if not self._last_block().is_plain:
             return {}
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}
@@ -173,12 +171,18 @@ class ClipAdapter(Adapter):
         if outputs is None or tap not in self.fast_taps:
             return super().score_from(tap, inputs, targets, shift, outputs, rule)
         [before] = self.fast_taps[tap] or (tap,)
-        last = LastBlock(self.model, rule)
+        last = self._last_block(rule)
         owner = targets.image.to(shift.device)
         scores = shift.new_empty(len(targets))
         for b in owner.unique().tolist():
             mine = owner == b
-            image = last.embed(outputs[before][b].detach(), shift[mine], before_norm=tap == before)
+            hidden = outputs[before][b].detach()
+            patch = torch.ones(len(hidden), dtype=hidden.dtype, device=hidden.device)
+            patch[0] = 0
+            place = torch.zeros(int(mine.sum()), dtype=torch.long, device=hidden.device)  # the CLS
+            row = last.rows(hidden, place, shift[mine], patch, before_norm=tap == before)
+            pooled = last.norm(self._vision.post_layernorm, row)
+            image = F.normalize(self.model.visual_projection(pooled), dim=-1)
             scores = scores.masked_scatter(mine, (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1))
         return scores
 
@@ -211,6 +215,26 @@ class ClipAdapter(Adapter):
                 parts.append(whole[list(texts)] - embed_left_out(self.model, ids[used], mask[used], rows, masked))
         return torch.cat(parts)
 
+    def _last_block(self, rule: str | None = None) -> LastBlock:
+        block = self._vision.encoder.layers[-1]
+        attention = block.self_attn
+        return LastBlock(
+            before=block.layer_norm1,
+            query=attention.q_proj,
+            key=attention.k_proj,
+            value=attention.v_proj,
+            out=attention.out_proj,
+            after=block.layer_norm2,
+            mlp=block.mlp,
+            heads=attention.num_heads,
+            parts=(block, self._vision.post_layernorm, self.model.visual_projection),
+            rule=rule,
+        )
+
+    @property
+    def _vision(self) -> Any:
+        return self.model.vision_model
+
     @property
     def _config(self) -> Any:
         return self.model.config
@@ -223,16 +247,6 @@ class ClipAdapter(Adapter):
     def _pad_id(self) -> int:
         pad_id = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
-
-    @staticmethod
-    def _alone(span: Span, token_target: str | None) -> bool:
-        return span.alone or token_target == "alone"
-
-    def _piece(self, tokens: Tokens, span: Span) -> list[int]:
-        """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
-        first, last = tokens.visible[0], tokens.visible[-1]
-        inner = [tokens.ids[i] for i in span.positions]
-        return [*tokens.ids[:first], *inner, *tokens.ids[last + 1 :]]
 
     def _embed_alone(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "K E"]:
         return self.embed_texts(*pad(sequences, self._pad_id, self.device))

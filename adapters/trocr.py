@@ -98,6 +98,7 @@ class TrOcrAdapter(Adapter):
             readout="cross",
             prefix=PREFIX[self._vision.model_type],
             text_stacks=frozenset({"cross"}),
+            text_side=("decoder", "enc_to_dec_proj"),
         )
 
     def see(self, images: Sequence[Any]) -> Inputs:

@@ -13,46 +13,32 @@ An adapter is made around a model and its processor; it never changes either. To
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from grounding.errors import LayerError, ModelError, TargetError
+from grounding.errors import ModelError, OptionError, TargetError
 from grounding.explanation import Alternative
 from grounding.methods import DEFAULT_METHODS
-from grounding.recorder import Recorder, find_module
+from grounding.places import ModelInfo, Places
+from grounding.recorder import Recorder
 from grounding.registry import did_you_mean
 from grounding.repeating import shifted_scores
 from grounding.text import Generate, Span
-from grounding.types import Inputs, Sites, Stack, Targets
+from grounding.types import Inputs, Targets
 
-if TYPE_CHECKING:
-    from grounding.trace import Trace
+__all__ = ["TOKEN_TARGETS", "Adapter", "Chance", "ModelInfo"]
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
 # The probability of a token at its place, and the next best ones.
 Chance = tuple[float, tuple[Alternative, ...]]
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """Where a model came from, for provenance."""
-
-    id: str
-    type: str
-    revision: str | None = None
-    processor: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Adapter(ABC):
+class Adapter(Places, ABC):
     """Base of all adapters. `kinds` are the targets the architecture has, its default first; `token_targets` how it
     scores a part of a caption, likewise (none: by itself)."""
 
@@ -66,15 +52,8 @@ class Adapter(ABC):
     example: ClassVar[str] = ""
     # Target kinds that `shifts` knows at a fast tap.
     fast_kinds: ClassVar[tuple[str, ...]] = ()
-    model: nn.Module
-    info: ModelInfo
 
     # ------------------------------------------------------------------ what an architecture answers
-
-    @cached_property
-    @abstractmethod
-    def sites(self) -> Sites:
-        """Where things are in this model."""
 
     @abstractmethod
     def see(self, images: Sequence[Any]) -> Inputs:
@@ -114,6 +93,14 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------ what every architecture inherits
 
+    def aimed(self, kind: str | None, options: Mapping[str, Any] | None = None) -> Adapter:
+        """The adapter for targets of this kind (None: its default), where its sites depend on it; `options` are those
+        of targets, "kind.option" -> value. Raises TargetError, OptionError."""
+        self.check_kind(kind)
+        for key in options or {}:
+            raise OptionError(f"option {key!r}: targets of {self.info.type} have no options")
+        return self
+
     def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Pictures and the texts of each."""
         return self.read(self.see(images), texts)
@@ -122,26 +109,14 @@ class Adapter(ABC):
         """The scores (K,), differentiable, in one pass."""
         return self.score(inputs, self.encode(inputs), targets)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is. Raises ModelError where some of it lies nowhere (offloaded to disk, meta device)."""
-        found = {parameter.device for parameter in self.model.parameters()}
-        if any(device.type == "meta" for device in found):
-            raise ModelError("some weights are on the meta device (offloaded?): load the whole model onto one device")
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision the model computes in."""
-        return next(self.model.parameters()).dtype
-
     def activations(self, inputs: Inputs, layer: str | None = None) -> Float[Tensor, "B rows columns D"]:
-        """Patch features of a layer (default: the default tap), prefix tokens dropped."""
+        """Patch features of a layer (default: the default tap), prefix tokens dropped; of a layer on the text side one
+        row per caption."""
         path = self.resolve(layer)
         with Recorder(self.model, taps={path: False}) as recorder:
-            self.encode(inputs)
+            self._run(inputs, path)
             recorder.check()
-        return self.to_grid(recorder.outputs[path], self.grid(inputs))
+        return self.to_grid(recorder.outputs[path], self.grid(inputs), path)
 
     def attentions(self, inputs: Inputs, stack: str = "vision") -> list[Float[Tensor, "B H Q S"]]:
         """Attention weights of a stack, first block to last, whatever implementation the model was loaded with.
@@ -150,11 +125,15 @@ class Adapter(ABC):
         """
         found = self.stack(stack)
         with Recorder(self.model, attention=dict.fromkeys(found.attention, False)) as recorder:
-            encoded = self.encode(inputs)
-            if found.axis == "text":
-                self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
+            self._run(inputs, found.blocks[0])
             recorder.check()
         return [recorder.weights[path] for path in found.attention]
+
+    def _run(self, inputs: Inputs, path: str) -> None:
+        """As much of the model as it takes for the module at `path` to run."""
+        encoded = self.encode(inputs)
+        if self.axis(path) == "text":
+            self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
 
     def scores(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
         """The targets' values."""
@@ -164,35 +143,6 @@ class Adapter(ABC):
     def grid(self, inputs: Inputs) -> tuple[int, int]:
         """Rows and columns of the patch grid, the same for all pictures of a batch."""
         return inputs.geometry[0].rows, inputs.geometry[0].columns
-
-    def to_grid(self, hidden: Float[Tensor, "..."], grid: tuple[int, int]) -> Float[Tensor, "B rows columns D"]:
-        """Drop prefix tokens, check the count, fold. Also takes the (B, D, rows, columns) of a convolution.
-
-        Raises LayerError with the numbers where the tokens are not prefix + rows x columns.
-        """
-        rows, columns = grid
-        if hidden.ndim == 4 and tuple(hidden.shape[-2:]) == grid:
-            return rearrange(hidden, "b d r c -> b r c d")
-        if hidden.ndim == 3 and hidden.shape[1] == self.sites.prefix + rows * columns:
-            return rearrange(hidden[:, self.sites.prefix :], "b (r c) d -> b r c d", r=rows)
-        raise LayerError(
-            f"a layer output of shape {tuple(hidden.shape)} is no patch grid: expected {self.sites.prefix} prefix "
-            f"tokens + {rows} x {columns} patches = {self.sites.prefix + rows * columns} tokens"
-        )
-
-    def readout_row(self, trace: Trace) -> Float[Tensor, "K N"]:
-        """How much each token of the vision stack's output is read, per target: where attention chains start."""
-        row = torch.zeros(len(trace.targets), trace.tokens, dtype=torch.float32, device=self.device)
-        if self.sites.readout == "cls":
-            row[:, 0] = 1
-        elif self.sites.readout == "mean":
-            row[:, self.sites.prefix :] = 1 / (trace.tokens - self.sites.prefix)
-        elif self.sites.readout == "cross":
-            [weights] = trace.attentions("cross", slice(-1, None))
-            return trace.chain(trace.text_rows(), weights.mean(1), "cross")
-        else:
-            raise ModelError(f"{type(self).__name__} has read-out {self.sites.readout!r} and must answer readout_row")
-        return row
 
     def text_conditioned(self, kind: str, gradient: bool) -> bool:
         """Whether a map of a target kind depends on the text: by gradient, or through a stack that sees the text."""
@@ -259,38 +209,3 @@ class Adapter(ABC):
                     f"(it has: {', '.join(known) or 'none, a token is scored by itself'})"
                 )
         return kind, token_target
-
-    # ------------------------------------------------------------------ layers by name
-
-    def stack(self, name: str) -> Stack:
-        """The stack of that name. Raises LayerError naming those there are."""
-        if name not in self.sites.stacks:
-            raise LayerError(f"{self.info.type} has no stack {name!r} (it has: {', '.join(self.sites.stacks)})")
-        return self.sites.stacks[name]
-
-    def axis(self, path: str) -> str:
-        """What the output of a module has first, "picture" or "text", by the stack it lies in."""
-        inside = (s for s in self.sites.stacks.values() if any(f"{path}.".startswith(f"{b}.") for b in s.blocks))
-        return "text" if any(stack.axis == "text" for stack in inside) else "picture"
-
-    def resolve(self, layer: str | None) -> str:
-        """The module path of a layer as a user names it.
-
-        `None`: the default tap. `-1`: the output of that block of the vision stack; `-1.in`: the input of its
-        attention; `fusion:-1.in`: in another stack; anything else: a dotted module path. Raises LayerError.
-        """
-        if layer is None:
-            return self.sites.tap
-        name, _, rest = layer.rpartition(":")
-        index, _, part = rest.partition(".")
-        if not re.fullmatch(r"-?\d+", index) or part not in ("", "in"):
-            find_module(self.model, layer)
-            return layer
-        stack = self.stack(name or "vision")
-        paths = stack.inputs if part else stack.blocks
-        if not -len(paths) <= int(index) < len(paths):
-            raise LayerError(
-                f"layer {layer!r}: the {name or 'vision'} stack has {len(paths)} blocks, "
-                f"{-len(paths)} to {len(paths) - 1}"
-            )
-        return paths[int(index)]

@@ -56,7 +56,7 @@ def explain(
         `adapter.token_targets`. Default the first of each.
     layers: the taps of methods that have one, as `Adapter.resolve` takes them; several give one column each, or with
         `average_layers` one joint column.
-    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}.
+    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option", where there are.
     batch_size: pictures per forward pass.
 
     Returns
@@ -71,6 +71,9 @@ def explain(
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
+    settings = {key: value for key, value in (options or {}).items() if key.partition(".")[0] in adapter.kinds}
+    options = {key: value for key, value in (options or {}).items() if key not in settings}
+    adapter = adapter.aimed(target, settings)
     pictures, captions, rebuild = flatten(images, texts, generates=adapter.generates)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")

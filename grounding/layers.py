@@ -15,7 +15,7 @@ from grounding.method import Method
 from grounding.plan import Column
 from grounding.recorder import Recorder
 from grounding.tracing import trace
-from grounding.types import Inputs
+from grounding.types import Inputs, Targets
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Layer:
     alias: str = ""
 
 
-def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
-    """All layers whose output folds to the patch grid, in the order they run, tried on one picture and one text."""
+def list_layers(adapter: Adapter, image: Any, text: str, target: str | None = None) -> tuple[Layer, ...]:
+    """All layers whose output folds to the patch grid, in the order they run, tried on one picture, one text and one
+    kind of target."""
+    adapter = adapter.aimed(target)
     inputs = adapter.prepare([image], [[text]])
-    targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]])
-    shapes = _foldable(adapter, inputs)
+    targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]], target)
+    shapes = _foldable(adapter, inputs, targets)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
     column = Column("", "", recording, {}, paths=tuple(shapes))
     [chunk] = trace(adapter, inputs, targets, [column])
@@ -43,7 +45,7 @@ def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
         Layer(
             path,
             shape,
-            bool(adapter.to_grid(chunk.trace.gradients[path], grid).any()),
+            bool(adapter.to_grid(chunk.trace.gradients[path], grid, path).any()),
             path == adapter.sites.tap,
             aliases.get(path, ""),
         )
@@ -51,7 +53,7 @@ def list_layers(adapter: Adapter, image: Any, text: str) -> tuple[Layer, ...]:
     )
 
 
-def _foldable(adapter: Adapter, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+def _foldable(adapter: Adapter, inputs: Inputs, targets: Targets) -> dict[str, tuple[int, ...]]:
     """Path -> output shape of every module that ran once and whose output is a patch grid."""
     found: dict[str, tuple[int, ...]] = {}
     twice: set[str] = set()
@@ -60,7 +62,7 @@ def _foldable(adapter: Adapter, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     def look(path: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         with contextlib.suppress(LayerError):
-            if isinstance(tensor, Tensor) and adapter.to_grid(tensor, grid) is not None:
+            if isinstance(tensor, Tensor) and adapter.to_grid(tensor, grid, path) is not None:
                 twice.update({path} & found.keys())
                 found[path] = tuple(tensor.shape)
 
@@ -68,7 +70,7 @@ def _foldable(adapter: Adapter, inputs: Inputs) -> dict[str, tuple[int, ...]]:
         for path, module in _modules(adapter.model):
             handle = module.register_forward_hook(lambda _m, _a, out, p=path: look(p, out))
             hooks.callback(handle.remove)
-        adapter.encode(inputs)
+        adapter.forward(inputs, targets)
     return {path: shape for path, shape in found.items() if path not in twice}
 
 

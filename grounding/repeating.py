@@ -26,12 +26,17 @@ def shifted_scores(
 
     def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        adapter.to_grid(hidden, grid)  # the check
+        adapter.to_grid(hidden, grid, tap)  # the check
         if hidden.ndim == 4:
             hidden = hidden + shift[:, :, None, None]
         else:
-            patches = torch.arange(hidden.shape[1], device=hidden.device) >= adapter.sites.prefix
-            hidden = hidden + patches[None, :, None] * shift[:, None, :]
+            place = torch.arange(hidden.shape[1], device=hidden.device) - adapter.sequence(tap)[0]
+            patches = (place >= 0) & (place < grid[0] * grid[1])
+            # The targets' own sequences come first; others that a score is compared with stay as they are.
+            moved = torch.zeros_like(hidden).index_add(
+                0, torch.arange(len(shift), device=hidden.device), patches[None, :, None] * shift[:, None, :]
+            )
+            hidden = hidden + moved
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with Recorder(adapter.model, rule=rule):
@@ -61,7 +66,7 @@ def one_picture_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Ta
         per_picture=inputs.per_picture,
         per_text=inputs.per_text,
     )
-    return repeated, replace(targets, image=own, text=own)
+    return repeated, replace(targets, image=own, text=own, unit=None if targets.unit is None else own)
 
 
 def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
@@ -85,4 +90,5 @@ def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targ
     )
     every = targets.select([k for k in range(len(targets)) for _ in range(count)])
     version = torch.arange(count).repeat(len(targets))
-    return repeated, replace(every, image=version, text=every.text * count + version)
+    unit = None if every.unit is None else every.unit * count + version
+    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit)

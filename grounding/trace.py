@@ -24,10 +24,10 @@ GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
 class Trace:
     """The signals of k targets at one tap. Reading an undeclared one is an error.
 
-    Outputs, attention weights and their gradients have the pictures of the batch first, or its texts (see `Stack`);
-    gradients are there only where targets do not get into each other's way. `shifts` (k, D) stand for them at fast
-    taps. The readers of taps below give one row per target, those of attention one matrix per picture or text: `chain`
-    multiplies each target's row with its own.
+    Outputs, attention weights and their gradients have the pictures of the batch first, or its texts' sequences (see
+    `Sites`); gradients are there only where targets do not get into each other's way. `shifts` (k, D) stand for them at
+    fast taps. The readers of taps below give one row per target, those of attention one matrix per picture or text:
+    `chain` multiplies each target's row with its own.
     """
 
     adapter: Adapter
@@ -51,23 +51,23 @@ class Trace:
 
     def gradient_sizes(self) -> dict[str, float]:
         """Tap -> largest absolute gradient at a patch (or of the shift), for telling dead taps."""
-        patches = {tap: self.adapter.to_grid(gradient, self.grid) for tap, gradient in self.gradients.items()}
+        patches = {tap: self.adapter.to_grid(gradient, self.grid, tap) for tap, gradient in self.gradients.items()}
         return {tap: float(gradient.abs().max()) for tap, gradient in (patches | dict(self.shifts)).items()}
 
     def activations(self) -> Float[Tensor, "k rows columns D"]:
         """Patch features at the tap."""
-        return self.adapter.to_grid(self._rows("activations", self.outputs), self.grid)
+        return self._folded(self._rows("activations", self.outputs))
 
     def patch_gradient(self) -> Float[Tensor, "k rows columns D"]:
         """d score / d features, per patch."""
-        return self.adapter.to_grid(self._rows("patch_gradient", self.gradients), self.grid)
+        return self._folded(self._rows("patch_gradient", self.gradients))
 
     def shift(self) -> Float[Tensor, "k D"]:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
         self._declared("shift")
         if self.tap is not None and self.tap in self.shifts:
             return _precise(self.shifts[self.tap])
-        return self.adapter.to_grid(self._rows("shift", self.gradients), self.grid).sum((1, 2))
+        return self._folded(self._rows("shift", self.gradients)).sum((1, 2))
 
     def weighted(self, weights: Float[Tensor, "k D"], *, centred: bool = False) -> Float[Tensor, "k rows columns"]:
         """sum_d weights_kd F_pd for every target, with the mean over patches taken off the features first if `centred`.
@@ -76,11 +76,11 @@ class Trace:
         """
         self._declared("activations")
         assert self.tap is not None
-        features = _precise(self.adapter.to_grid(self.outputs[self.tap], self.grid))
+        features = _precise(self._folded(self.outputs[self.tap]))
         if centred:
             features = features - features.mean((1, 2), keepdim=True)
         maps = weights.new_empty(len(weights), *self.grid)
-        owner = self.targets.image.to(weights.device)
+        owner = self._owner(self.tap).to(weights.device)
         for b in owner.unique().tolist():
             mine = owner == b
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
@@ -109,18 +109,22 @@ class Trace:
         return made
 
     def owner(self, stack: str = "vision") -> Int[Tensor, "k"]:
-        """Which matrix of a stack belongs to each target: that of its picture, or of its text."""
-        axis = self.adapter.stack(stack).axis
-        return self.targets.text if axis == "text" else self.targets.image
+        """Which matrix of a stack belongs to each target: that of its picture, or of its text's sequence."""
+        return self._owner(self.adapter.stack(stack).blocks[0])
 
     def has(self, stack: str) -> bool:
         """Whether the architecture has such a stack."""
         return stack in self.adapter.sites.stacks
 
-    def text_rows(self) -> Float[Tensor, "k L"]:
-        """At which positions of the text each target is read: weights that sum to 1."""
-        assert self.targets.rows is not None
-        return self.targets.rows
+    def text_rows(self) -> Float[Tensor, "k Q"]:
+        """The places of the text side's sequence from which chains of attention start: weights that sum to 1."""
+        return self.adapter.text_rows(self)
+
+    def picture_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
+        """What a row over the sequence of the `fusion` stack says of the vision stack's tokens in it."""
+        before, _ = self.adapter.sequence(self.adapter.stack("fusion").blocks[0])
+        first = before - self.adapter.sites.prefix
+        return row[:, first : first + self.tokens]
 
     @property
     def tokens(self) -> int:
@@ -135,15 +139,23 @@ class Trace:
         """A row over the vision stack's tokens as a patch map: prefix dropped, folded, the count checked."""
         return rearrange(self.adapter.to_grid(row[..., None], self.grid), "k r c 1 -> k r c")
 
+    def _folded(self, hidden: Tensor) -> Tensor:
+        assert self.tap is not None
+        return self.adapter.to_grid(hidden, self.grid, self.tap)
+
+    def _owner(self, path: str) -> Int[Tensor, "k"]:
+        return self.targets.units if self.adapter.axis(path) == "text" else self.targets.image
+
     def _rows(self, signal: str, record: Mapping[str, Tensor]) -> Tensor:
         self._declared(signal)
         assert self.tap is not None
         return self._per_target(record[self.tap])
 
     def _per_target(self, tensor: Tensor) -> Tensor:
-        """One row per target of what a tap has per picture; not copied where they are the same."""
-        image = self.targets.image.tolist()
-        return _precise(tensor if image == list(range(len(tensor))) else tensor[image])
+        """One row per target of what the tap has per picture or text; not copied where they are the same."""
+        assert self.tap is not None
+        owner = self._owner(self.tap).tolist()
+        return _precise(tensor if owner == list(range(len(tensor))) else tensor[owner])
 
     def _declared(self, signal: str) -> None:
         if signal not in self.needs:

@@ -75,12 +75,11 @@ def _one_pass(
     taps, attention = wanted_signals(adapter, slow)
     starts = _starts(adapter, fast)
     own = _of_pictures(adapter, {**starts, **taps}), _of_pictures(adapter, attention)
-    rest = [{path: g for path, g in found.items() if path not in own[i]} for i, found in enumerate((taps, attention))]
+    here = ({**starts, **taps}, attention)
     seen: Mapping[str, Tensor] = {}
-    if any([*own[0].values(), *own[1].values()]):
-        here = ({**starts, **taps}, attention)
-    else:
-        seen, here = remembered(adapter, inputs, *own), (rest[0], rest[1])
+    if not any([*own[0].values(), *own[1].values()]):
+        seen = remembered(adapter, inputs, *own)
+        here = _without(here[0], own[0]), _without(here[1], own[1])
     with Recorder(adapter.model, *here, rule) as recorder:
         scores = adapter.score(inputs, seen[ENCODED] if seen else adapter.encode(inputs), targets)
         recorder.check()
@@ -113,6 +112,10 @@ def _starts(adapter: Adapter, fast: Sequence[Column]) -> dict[str, bool]:
 
 def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
     return {path: gradient for path, gradient in paths.items() if adapter.axis(path) == "picture"}
+
+
+def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str, bool]:
+    return {path: gradient for path, gradient in paths.items() if path not in others}
 
 
 def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
@@ -178,8 +181,8 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     Without leaves, and the text in the attention alone, all of them.
     """
     adapter, targets = record.adapter, record.targets
-    image, text = targets.image.tolist(), targets.text.tolist()
-    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.axis == "text" and s.attention}
+    image, text = targets.image.tolist(), targets.units.tolist()
+    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.attention}
     if any(adapter.axis(path) == "picture" for path in leaves) or not adapter.sites.text_stacks:
         claims = [{b} for b in image]
     elif not leaves:
@@ -195,7 +198,7 @@ def _orthogonal(chunk: Trace) -> frozenset[str]:
     """Taps whose every patch has a gradient at right angles to its features, to rounding."""
     found = set()
     for path, gradient in chunk.gradients.items():
-        grid = [chunk.adapter.to_grid(t, chunk.grid).double() for t in (chunk.outputs[path].detach(), gradient)]
+        grid = [chunk.adapter.to_grid(t, chunk.grid, path).double() for t in (chunk.outputs[path].detach(), gradient)]
         if at_right_angles(*grid):
             found.add(path)
     return frozenset(found)
@@ -217,7 +220,7 @@ def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
         members = one_each([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid).double() for t in (leaf, gradient)))
+    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid, tap).double() for t in (leaf, gradient)))
 
 
 def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, scores: Tensor) -> Iterator[Chunk]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -50,9 +49,10 @@ class Targets:
     """K flat targets: the scalars that are explained.
 
     `image` and `text` (K,) say where each belongs, `spans[k]` which part of its text it is about, `kind` what is
-    measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `rows` (K, L) are weights
-    over the positions of the text at which a target is read, where it is (each row sums to 1). `data` holds whatever
-    the adapter needs to compute the scores, every tensor with K first.
+    measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `unit` (K,) says which of
+    the text side's sequences a target is read in (none: that of its text), `rows` (K, Q) at which places of it, as
+    weights that sum to 1, where each place is read by itself. `data` holds whatever the adapter needs to compute the
+    scores, every tensor with K first.
     """
 
     kind: str
@@ -61,10 +61,16 @@ class Targets:
     spans: tuple[Span, ...]
     data: Mapping[str, Tensor] = field(default_factory=dict)
     token_target: str | None = None
-    rows: Float[Tensor, "K L"] | None = None
+    rows: Float[Tensor, "K Q"] | None = None
+    unit: Int[Tensor, "K"] | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
+
+    @property
+    def units(self) -> Int[Tensor, "K"]:
+        """The sequence of each target."""
+        return self.text if self.unit is None else self.unit
 
     def select(self, indices: Sequence[int]) -> Targets:
         """The targets at `indices`, in that order."""
@@ -76,6 +82,7 @@ class Targets:
             spans=tuple(self.spans[i] for i in indices),
             data={name: tensor[index.to(tensor.device)] for name, tensor in self.data.items()},
             rows=None if self.rows is None else self.rows[index.to(self.rows.device)],
+            unit=None if self.unit is None else self.unit[index],
         )
 
 
@@ -84,14 +91,12 @@ class Stack:
     """One run of attention blocks, as module paths in the model, first to last.
 
     `blocks` are the blocks themselves, `inputs` the modules whose output enters each block's attention (its first
-    layer norm), `attention` the modules that compute the attention weights (H, Q, S). `axis` says what their outputs
-    have first: the pictures, or the texts.
+    layer norm), `attention` the modules that compute the attention weights (H, Q, S).
     """
 
     blocks: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
-    axis: Literal["picture", "text"] = "picture"
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,12 @@ class Sites:
     """Where things are in one architecture, as data.
 
     Stacks have the same names everywhere: `vision` (the picture's own), `cross` (from text positions to the vision
-    stack's output), `decoder` (among text positions). `tap` is the default layer for Grad-CAM: a live one. `readout`
-    says how the vision stack is read: `cls`, `mean`, `attention_pool`, or `cross` (by the `cross` stack). `prefix`
-    counts the tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the
-    text.
+    stack's output), `decoder` (among text positions), `fusion` (picture and text in one sequence), `text`. `tap` is the
+    default layer for Grad-CAM: a live one. `readout` says how the vision stack is read: `cls`, `mean`,
+    `attention_pool`, `cross` (by the `cross` stack) or `fusion` (its tokens go on in that stack). `prefix` counts the
+    tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the text,
+    `text_side` the parts of the model (module paths) that run on texts: their outputs have a text's sequence first,
+    those of all others a picture.
     """
 
     stacks: Mapping[str, Stack]
@@ -110,3 +117,4 @@ class Sites:
     readout: str
     prefix: int
     text_stacks: frozenset[str] = frozenset()
+    text_side: tuple[str, ...] = ()

@@ -1,5 +1,7 @@
 """Tiny random models, built from configurations: each architecture's shape at a thousandth of its size."""
 
+from functools import partial
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -10,6 +12,10 @@ from transformers import (
     CLIPModel,
     DeiTConfig,
     DeiTModel,
+    FlavaConfig,
+    FlavaForPreTraining,
+    FlavaImageProcessor,
+    FlavaModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -22,6 +28,7 @@ from transformers import (
 )
 
 from adapters.clip import ClipAdapter
+from adapters.flava import FlavaAdapter
 from adapters.trocr import TrOcrAdapter
 from tests.third_party import MeanAdapter
 
@@ -147,6 +154,51 @@ def trocr_adapter(seed=0, **model):
     )
 
 
+def bert_tokenizer():
+    """A word-piece tokenizer in FLAVA's manner: lower case, [CLS] and [SEP]."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(t, made.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
+        mask_token="[MASK]", model_max_length=LIMIT,
+    )  # fmt: skip
+
+
+def flava_model(seed=0, size=32, patch=8, heads=True, dtype=torch.float64):
+    """A random FLAVA: 3 image blocks, 2 text blocks and 3 multimodal ones of width 32; with its heads or without."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = FlavaConfig(
+        image_config=tower | {"num_hidden_layers": 3, "image_size": size, "patch_size": patch, "vocab_size": 16},
+        text_config=tower
+        | {"num_hidden_layers": 2, "vocab_size": len(bert_tokenizer()), "max_position_embeddings": LIMIT},
+        multimodal_config=tower | {"num_hidden_layers": 3},
+        hidden_size=32, projection_dim=16, init_codebook=False,
+    )  # fmt: skip
+    model = FlavaForPreTraining(config) if heads else FlavaModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def flava_adapter(seed=0, kind="similarity", **model):
+    """A tiny FLAVA with its tokenizer and processor."""
+    made = flava_model(seed, **model)
+    size = made.config.image_config.image_size
+    settings = {"size": {"height": size, "width": size}, "crop_size": {"height": size, "width": size}}
+    processor = FlavaImageProcessor(**settings)
+    return FlavaAdapter(made, tokenizer=bert_tokenizer(), image_processor=processor).aimed(kind)
+
+
 def mean_adapter():
     """An architecture from outside: no CLS token, mean read-out, a grid that is not square."""
     return MeanAdapter()
@@ -155,6 +207,10 @@ def mean_adapter():
 # One per architecture in `adapters.ADAPTERS`, and one from outside.
 FACTORIES = {
     "CLIPModel": clip_adapter,
+    "FlavaForPreTraining": flava_adapter,
+    "FlavaForPreTraining matching": partial(flava_adapter, kind="matching"),
+    "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
+    "FlavaModel": partial(flava_adapter, heads=False),
     "VisionEncoderDecoderModel": trocr_adapter,
     "third party": mean_adapter,
 }

@@ -11,6 +11,7 @@ METHODS = Registry(
         "relevance": "grounding.methods.relevance:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",
         "attention": "grounding.methods.attention:raw_attention",
+        "attention_gradcam": "grounding.methods.cross:attention_gradcam",
         "cross_attention": "grounding.methods.cross:cross_attention",
         "gradient_x_cross_attention": "grounding.methods.cross:gradient_x_cross_attention",
     },

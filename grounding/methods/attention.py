@@ -2,7 +2,8 @@
 
 Chains are row vectors times matrices, from the read-out backwards through the blocks: e^T (A_L ... A_1) costs a
 fraction of the matrix product and is the same number. Where the vision stack is read by cross-attention (an
-encoder-decoder), the chain starts with the cross-attention row of the last block at the target's place: there these
+encoder-decoder), the chain starts with the cross-attention row of the last block at the target's place; where picture
+and text go on in one sequence (a fusion encoder), with the rollout of that stack from the target's place. There these
 maps see the text.
 """
 
@@ -24,7 +25,8 @@ from grounding.types import Sites
 
 def _readout(sites: Sites) -> dict[str, Reading]:
     """What the read-out's row is made of."""
-    return {"cross": Reading(slice(-1, None))} if sites.readout == "cross" else {}
+    last = {"cross": Reading(slice(-1, None)), "fusion": Reading()}
+    return {sites.readout: last[sites.readout]} if sites.readout in last else {}
 
 
 def _all_blocks(_options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.trace import Trace
+if TYPE_CHECKING:
+    from grounding.trace import Trace
 
 
-def through(trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"]) -> Float[Tensor, "k N"]:
-    """row times rownorm(matrix + I) of the vision stack, without making that matrix."""
-    owner = trace.owner()
-    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[owner]
-    return row + trace.chain(row, matrix)
+def through(
+    trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
+) -> Float[Tensor, "k N"]:
+    """row times rownorm(matrix + I) of a block of a stack, without making that matrix."""
+    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[trace.owner(stack)]
+    return row + trace.chain(row, matrix, stack)
 
 
 def relevance_row(
-    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]]
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str = "vision"
 ) -> Float[Tensor, "k N"]:
-    """row times R, R <- R + Abar R from R = I over the `blocks` of the vision stack, first to last."""
+    """row times R, R <- R + Abar R from R = I over the `blocks` of a stack, first to last."""
     for matrix in reversed(blocks):
-        row = row + trace.chain(row, matrix)
+        row = row + trace.chain(row, matrix, stack)
     return row
 
 

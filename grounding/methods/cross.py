@@ -1,4 +1,4 @@
-"""Maps from cross-attention: where in the picture a text position looked, and where looking helped."""
+"""Maps from the attention of text on the picture: where a text position looked, and where looking helped."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def cross_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -
     """
     [weights] = trace.attentions("cross", slice(layer, layer + 1 or None))
     return trace.patches(trace.chain(trace.text_rows(), one_head("cross_attention", weights, head), "cross"))
+
+
+def _fusion(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
+    return {"fusion": Reading(one_block("attention_gradcam", options, sites, "fusion"), gradient=True)}
+
+
+@method("Attention Grad-CAM", {"attention", "attention_gradient"}, reads=_fusion)
+def attention_gradcam(trace: Trace, *, layer: int = -2, head: int | None = None) -> Float[Tensor, "k rows columns"]:
+    """E_h [A (G)+] of the target's rows in one block of a fusion encoder over the image tokens, G = d score / d A
+    (ALBEF, Li et al. 2021). Values >= 0.
+
+    The default is the last block but one: in the last, a matching head reads the CLS row alone, and the rows of the
+    text have no gradient. Cost: one backward per target down to that block.
+    """
+    blocks = slice(layer, layer + 1 or None)
+    [weights], [gradient] = trace.attentions("fusion", blocks), trace.attention_gradients("fusion", blocks)
+    led = one_head("attention_gradcam", weights * gradient.clamp(min=0), head)
+    return trace.patches(trace.picture_part(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "fusion")))
 
 
 @method("Gradient × cross-attention", {"attention", "attention_gradient"}, reads=_gradients)

@@ -21,11 +21,15 @@ def _reads(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
     blocks = slice(
         index_of(options["start_layer"], len(sites.stacks["vision"].attention), "relevance.start_layer"), None
     )
+    led = Reading(gradient=True)
+    if sites.readout == "fusion":
+        return {"fusion": led, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}
     if sites.readout != "cross":
         if options["encoder"] == "rollout":
-            raise OptionError("option relevance.encoder: rollout is for vision stacks that are read by cross-attention")
+            raise OptionError(
+                "option relevance.encoder: rollout is for vision stacks that are read through another one"
+            )
         return {"vision": Reading(blocks, gradient=True)}
-    led = Reading(gradient=True)
     return {"decoder": led, "cross": led, "vision": Reading(blocks, gradient=options["encoder"] == "relevance")}
 
 
@@ -41,14 +45,18 @@ def relevance(
     Of an encoder-decoder the bi-modal rule: per decoder block R_ss <- R_ss + Abar_ss R_ss and R_sq likewise, then
     R_sq <- R_sq + N(R_ss)^T Abar_sq N(R_qq), N(R) = rownorm(R - I) + I with 0/0 = 0; the row that writes the token.
     `encoder` says what stands for N(R_qq): the encoder's attention rollout (the default, without a gradient), or its
-    relevance, at one backward through the encoder per target.
+    relevance, at one backward through the encoder per target. Of a fusion encoder the self rule over its sequence, then
+    on from its image tokens through the vision stack; there `encoder` is relevance unless told otherwise.
     """
     blocks = slice(start_layer, None)
-    if not trace.has("cross"):
-        return trace.patches(relevance_row(trace, trace.readout_row(), _led(trace, "vision", blocks)))
-    row = _decoder_row(trace)
-    if encoder == "relevance":
-        return trace.patches(normalised_relevance_row(trace, row, _led(trace, "vision", blocks)))
+    if trace.has("cross"):
+        row = _decoder_row(trace)
+        if encoder == "relevance":
+            return trace.patches(normalised_relevance_row(trace, row, _led(trace, "vision", blocks)))
+    else:
+        row = _fusion_row(trace) if trace.has("fusion") else trace.readout_row()
+        if encoder != "rollout":
+            return trace.patches(relevance_row(trace, row, _led(trace, "vision", blocks)))
     for weights in reversed(trace.attentions(blocks=blocks)):
         row = through(trace, row, weights.mean(1))
     return trace.patches(row)
@@ -58,6 +66,11 @@ def _led(trace: Trace, stack: str, blocks: slice = slice(None)) -> list[Float[Te
     """E_h (G A)+ of the blocks of a stack, first to last."""
     pairs = zip(trace.attentions(stack, blocks), trace.attention_gradients(stack, blocks), strict=True)
     return [(weights * gradient).clamp(min=0).mean(1) for weights, gradient in pairs]
+
+
+def _fusion_row(trace: Trace) -> Float[Tensor, "k N"]:
+    """The target's row of R over the fusion sequence, its image tokens."""
+    return trace.picture_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
 
 
 def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:

@@ -1,0 +1,133 @@
+"""FLAVA's multimodal encoder: picture and text in one sequence, and the targets that are read behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adapters._dual import Flat, piece, scored_as
+from adapters._last_block import LastBlock
+from adapters._text import pad
+from grounding.types import Inputs, Targets
+
+# The multimodal sequence: its own CLS, the image CLS, patches, text.
+BEFORE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """The part of a FlavaForPreTraining behind its towers.
+
+    Targets that are read in the same text with the same picture share one sequence (`Targets.unit`). A part of a
+    caption that is matched is compared with the caption in which it is masked: one more sequence, behind all others.
+    """
+
+    model: Any  # a FlavaForPreTraining; its parts have no static types
+    pad_id: int
+
+    def targets(self, inputs: Inputs, flat: Flat, targets: Targets) -> Targets:
+        """Per target the text that it is read in, what is masked for comparison, and where attention chains start: at
+        the places of the span, or of a whole text that is matched, at the CLS of the multimodal encoder."""
+        matching = targets.kind == "matching"
+        how = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
+        own = [
+            piece(inputs.tokens[t], span) if h == "alone" else list(inputs.tokens[t].ids)
+            for (t, span), h in zip(flat, how, strict=True)
+        ]
+        device = inputs.tensors["input_ids"].device
+        ids, mask = pad(own, self.pad_id, device)
+        compared = mask.clone()
+        ahead = BEFORE + inputs.geometry[0].rows * inputs.geometry[0].columns
+        start = torch.zeros(len(flat), ahead + ids.shape[1], device=device)
+        for k, (t, span) in enumerate(flat):
+            places = torch.tensor(span.positions or inputs.tokens[t].visible, device=device)
+            if how[k] == "left out":
+                compared[k, places] = 0
+            if matching and how[k] != "left out":
+                start[k, 0] = 1
+            else:
+                start[k, ahead + places] = 1 / len(places)
+        precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
+        start = start.to(precise)
+        known: dict[tuple[int, ...], int] = {}
+        unit = [known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)]
+        data = {"ids": ids, "mask": mask, "compared": compared, "start": start}
+        return replace(targets, data=data, unit=torch.tensor(unit), rows=None if matching else start)
+
+    def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
+        """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
+        place = torch.unique(targets.units, return_inverse=True)[1]
+        first = [place.tolist().index(unit) for unit in range(int(place.max()) + 1)]
+        place, data = place.to(encoded.device), targets.data
+        left_out = (data["compared"] != data["mask"]).any(1).nonzero().flatten()
+        rows = torch.cat([torch.tensor(first, device=encoded.device), left_out])
+        masks = torch.cat([data["mask"][first], data["compared"][left_out]])
+        states = encoded[targets.image.to(encoded.device)[rows], 0]
+        fused = self.fuse(states, data["ids"][rows], masks)
+        if targets.kind == "matching":
+            odds = self.model.itm_head(fused)
+            odds = odds[:, 1] - odds[:, 0]
+            return odds[place].index_add(0, left_out, -odds[len(first) :])
+        k, at = data["start"].nonzero(as_tuple=True)
+        token = data["ids"][k, at - (data["start"].shape[1] - data["ids"].shape[1])]
+        logits = self.model.mmm_text_head(fused[place[k], at]).gather(1, token[:, None])[:, 0]
+        weights = data["start"][k, at].to(logits.dtype)
+        return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
+
+    def shifts(
+        self,
+        last: LastBlock,
+        hidden: Float[Tensor, "R Q D"],
+        targets: Targets,
+        patch: Float[Tensor, "Q"],
+        **where: bool,
+    ) -> Float[Tensor, "K D"]:
+        """d score / d shift of all patches at the last block, from the rows that the targets are read in; `hidden` is
+        the block's input. What a caption is compared with has no part in it: it is another sequence."""
+        made = hidden.new_zeros(len(targets), hidden.shape[-1])
+        start, ids = targets.data["start"], targets.data["ids"]
+        ahead = start.shape[1] - ids.shape[1]
+        rows = start if targets.kind == "logit" else torch.zeros_like(start).index_fill(1, ids.new_zeros(1), 1)
+        k, at = rows.nonzero(as_tuple=True)
+        unit = targets.units.to(k.device)[k]
+        for u in unit.unique().tolist():
+            mine = unit == u
+            kept = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            kept[ahead:] = targets.data["mask"][k[mine][0]].bool()
+            with torch.enable_grad():
+                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
+                read = last.rows(hidden[u], at[mine], shift, patch, kept=kept, **where)
+                read = last.norm(self.model.flava.multimodal_model.layernorm, read)
+                if targets.kind == "logit":
+                    token = ids[k[mine], at[mine] - ahead]
+                    scores = self._head(last, read).gather(1, token[:, None])[:, 0] * rows[k[mine], at[mine]]
+                else:
+                    odds = self.model.itm_head(read[:, None])
+                    scores = odds[:, 1] - odds[:, 0]
+                [gradient] = torch.autograd.grad(scores.sum(), shift)
+            made = made.index_add(0, k[mine], gradient)
+        return made
+
+    def _head(self, last: LastBlock, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """The masked-language head, its norm under the rule."""
+        head, transform = self.model.mmm_text_head, self.model.mmm_text_head.transform
+        inner = transform.transform_act_fn(transform.dense(states))
+        return head.decoder(last.norm(transform.LayerNorm, inner))
+
+    def fuse(
+        self, states: Float[Tensor, "R N D"], ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"]
+    ) -> Float[Tensor, "R Q D"]:
+        """The multimodal encoder's output for pictures' states and texts, row by row."""
+        towers = self.model.flava
+        text = towers.text_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True
+        ).hidden_states[-1]
+        together = torch.cat([towers.image_to_mm_projection(states), towers.text_to_mm_projection(text)], 1)
+        seen = torch.ones(len(ids), BEFORE - 1 + states.shape[1], dtype=mask.dtype, device=mask.device)
+        return towers.multimodal_model(
+            together, attention_mask=torch.cat([seen, mask], 1), return_dict=True
+        ).last_hidden_state
