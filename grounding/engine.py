@@ -71,9 +71,7 @@ def explain(
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
-    settings = {key: value for key, value in (options or {}).items() if key.partition(".")[0] in adapter.kinds}
-    options = {key: value for key, value in (options or {}).items() if key not in settings}
-    adapter = adapter.aimed(target, settings)
+    adapter, options = aim(adapter, target, options)
     pictures, captions, rebuild = flatten(images, texts, generates=adapter.generates)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
@@ -86,6 +84,13 @@ def explain(
                 look(adapter, seen, plan)
             results += _explain_batch(adapter, adapter.read(seen, own), plan, select, target, token_target, seed)
     return rebuild(results)
+
+
+def aim(adapter: Adapter, target: str | None, options: Mapping[str, Any] | None) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter for this kind of target with the options of targets, and the options of methods that are left."""
+    settings = {key: value for key, value in (options or {}).items() if key.partition(".")[0] in adapter.kinds}
+    rest = {key: value for key, value in (options or {}).items() if key not in settings}
+    return adapter.aimed(target, settings), rest
 
 
 def _batches(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from grounding.adapter import Adapter
 from grounding.demo import data_name, is_demo
-from grounding.engine import explain
+from grounding.engine import aim, explain
 from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.explanation import Explanation
 from grounding.faithfulness import WHOLE, faithfulness
@@ -25,7 +25,7 @@ from grounding.flickr30k import open_dataset
 from grounding.perturbation import Baseline, Case
 from grounding.plan import columns
 from grounding.records import Dataset, Record
-from grounding.resampling import CONFIDENCE, RESAMPLES
+from grounding.resampling import CONFIDENCE, RESAMPLES, mean
 from grounding.results import doubts, provenance_of
 from grounding.scorecard import FORMAT
 from grounding.scoring import (
@@ -40,6 +40,7 @@ from grounding.scoring import (
     score_picture,
 )
 from grounding.summary import best_threshold, summary
+from grounding.swaps import Swaps, beaten
 
 PROTOCOL = "mention-anybox"
 BASELINE: Baseline = "blur"
@@ -95,6 +96,14 @@ class Tally:
     skipped_pictures: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    beaten: list[list[float]] = field(default_factory=list)
+
+    def compare(
+        self, adapter: Adapter, record: Record, swaps: Swaps | None, dataset: Dataset, kind: str | None
+    ) -> None:
+        """Let the model compare a picture's first caption with wrong ones, where the data set knows such."""
+        if swaps is not None:
+            self.beaten.append(beaten(adapter, record, swaps, dataset.heldout or frozenset(), kind))
 
     def failed(self, error: GroundingError, phrases: int) -> None:
         """One picture could not be scored."""
@@ -115,10 +124,10 @@ def evaluate(
     if rules.min_entities is None:
         rules = replace(rules, min_entities=DEMO_ENTITIES if is_demo(dataset.folder) else 1)
     how = {**how, "select": WHOLE}
+    swaps = Swaps.read(dataset.folder)
     # Before anything runs: a wrong name costs nothing.
-    plan = columns(
-        adapter, how.get("methods"), how.get("layers", ()), how.get("options"), how.get("average_layers", False)
-    )
+    aimed, options = aim(adapter, how.get("target"), how.get("options"))
+    plan = columns(aimed, how.get("methods"), how.get("layers", ()), options, how.get("average_layers", False))
     adapter.check_kind(how.get("target"), how.get("token_target"))
     keys = [column.key for column in plan]
     thresholds = dict.fromkeys(keys, THRESHOLD if rules.threshold is None else rules.threshold)
@@ -128,7 +137,9 @@ def evaluate(
         whole = replace(rules, limit=None)
         tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, how, progress)
         thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
-    tally = _tally(adapter, dataset, rules, sorted(set(thresholds.values())), how, progress, rules.faithfulness)
+    compared = swaps if aimed.text_conditioned(how.get("target") or adapter.kinds[0], gradient=True) else None
+    cuts = sorted(set(thresholds.values()))
+    tally = _tally(adapter, dataset, rules, cuts, how, progress, rules.faithfulness, compared)
     scored = tally.scored
     document: dict[str, Any] = {
         "format": FORMAT,
@@ -149,6 +160,9 @@ def evaluate(
         "warnings": dict(tally.warnings.most_common()),
         "provenance": provenance_of(adapter, rules.seed),
     }
+    if any(tally.beaten):
+        told = mean(tally.beaten, rules.seed)
+        document |= {"swap_accuracy": told.value, "swap_accuracy_ci": told.interval, "swap_captions": told.count}
     if rules.faithfulness:
         document["faithfulness"] = faithfulness(
             adapter, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
@@ -191,8 +205,12 @@ def _tally(
     how: Mapping[str, Any],
     progress: bool,
     keep_cases: bool = False,
+    swaps: Swaps | None = None,
 ) -> Tally:
-    """Explain and score every picture that qualifies. Raises GroundingError where none could be scored."""
+    """Explain and score every picture that qualifies; with `swaps`, compare its first caption with wrong ones.
+
+    Raises GroundingError where none could be scored.
+    """
     tally = Tally(problems=list(dataset.problems))
     seen = 0
     for name in tqdm(dataset.ids, desc=dataset.split, unit="picture", disable=not progress):
@@ -220,6 +238,7 @@ def _tally(
         for one in found:  # what the methods say of their maps is in the scores already
             tally.warnings.update(set(one.warnings) - set(doubts(one.columns, one.entries)))
         tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
+        tally.compare(adapter, record, swaps, dataset, how.get("target"))
         if keep_cases:
             tally.cases.append(Case.of(record.picture, explanations, (caption.text for caption in record.captions)))
     if not tally.scored:

@@ -25,6 +25,13 @@ def markdown(document: Mapping[str, Any]) -> str:
     if any(scores["heldout"] for scores in methods.values()):
         split = {"held out of training": "heldout", "not held out": "not_heldout"}
         parts.append(_parts("phrases", methods, lambda scores: {name: scores[key] for name, key in split.items()}))
+    if "swap_accuracy" in document:
+        low, high = document["swap_accuracy_ci"] or (float("nan"),) * 2
+        parts.append(
+            f"The model itself gives the true caption the higher score than one with a single word swapped in "
+            f"{100 * document['swap_accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of "
+            f"{document['swap_captions']} pairs (target {document['rules']['target']})."
+        )
     if "faithfulness" in document:
         parts += _faithfulness(document["faithfulness"])
     return "\n\n".join(parts)

@@ -47,7 +47,7 @@ def ground(args: argparse.Namespace) -> int:
     check_options(**cli.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], caption or "picture")))
+        print(layer_table(list_layers(adapter, images[0], caption or "picture", args.target)))
         return 0
     if caption is None and not adapter.generates:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")

@@ -48,7 +48,7 @@ def inspect(args: argparse.Namespace) -> int:
     if not adapter.generates:
         raise OptionError(f"{adapter.info.type} writes no text: use scripts/ground.py with --caption")
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], "a")))
+        print(layer_table(list_layers(adapter, images[0], "a", args.target)))
         return 0
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
 from phrases import STYLES, CaptionPlan, Segment, join, phrase, plan_caption
 from splits import DEFAULT_ID, SHORT_SIDE, default_scene, split_scenes
-from vocabulary import ENTITY_TYPES, HELD_OUT
+from vocabulary import ANIMALS, COLOURS, ENTITY_TYPES, GARMENTS, HELD_OUT, PEOPLE, SEEN_ENTITIES, THINGS
 from world import Scene, render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +74,13 @@ def held_out_phrases() -> list[str]:
     return list(dict.fromkeys(forms))
 
 
+def swaps() -> dict[str, list[Any]]:
+    """Words that may stand for each other, and the combinations that training has seen: for telling wrong captions."""
+    groups = (COLOURS, GARMENTS, PEOPLE, ANIMALS, THINGS)
+    seen = [" ".join(filter(None, (entity.kind, entity.colour, entity.garment))) for entity in SEEN_ENTITIES]
+    return {"groups": [list(group) for group in groups], "combinations": seen}
+
+
 def write_split(folder: Path, split: str, first_chain: int) -> tuple[list[tuple[str, str]], int]:
     """Write the pictures, sentences and boxes of a split; its rows of captions.txt and the next free chain id."""
     rows: list[tuple[str, str]] = []
@@ -104,6 +113,7 @@ def write_scenes(folder: Path) -> int:
         rows += more
     with (fresh / "captions.txt").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("image", "caption"), *rows])
+    (fresh / "swaps.json").write_text(json.dumps(swaps(), indent=1) + "\n", encoding="utf-8")
     (fresh / "heldout.txt").write_text("\n".join(held_out_phrases()) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.replace(folder)
