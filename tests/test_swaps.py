@@ -51,7 +51,7 @@ def test_the_true_caption_must_score_higher(swaps, tmp_path):
         "A man in an orange jacket and a dog",
     )
     for low, high, expected in ((0, 2, [1.0, 0.0]), (2, 3, [0.0, 0.0]), (0, 0.5, [1.0, 1.0])):
-        weights = {true: [[1.0] * 4] * 3, blue: [[low] * 4] * 3, orange: [[high] * 4] * 3}
+        weights = {true: [[1.0] * 5] * 4, blue: [[low] * 5] * 4, orange: [[high] * 5] * 4}
         adapter = LinearAdapter(weights)
         assert beaten(adapter, record(tmp_path / "x.png"), swaps, frozenset(), None) == expected
 
