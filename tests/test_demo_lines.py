@@ -129,15 +129,33 @@ def test_shipped_lines_follow_from_their_seeds():
         assert json.loads(json.dumps(line.label())) == {key: value for key, value in label.items() if key != "file"}
 
 
+def trained(number, row):
+    from line_batches import training_seed
+    from lines import sample_line
+
+    label = sample_line(training_seed(number, row)).label()
+    return label["text"], label["size"], label["left"]
+
+
 def test_no_seed_of_the_training_is_shipped():
     from line_batches import TRAIN_SEED, training_seed
-    from make_lines import SEEDS, split_seeds
+    from make_lines import SEEDS
 
-    assert TRAIN_SEED not in SEEDS.values()
-    shipped = {seed for split in SEEDS for seed in split_seeds(split)}
-    training = {training_seed(number, row) for number in range(50) for row in range(48)}
-    assert not shipped & training
-    assert {seed.split("/")[0] for seed in training} == {str(TRAIN_SEED)}
+    assert TRAIN_SEED not in SEEDS.values()  # every seed begins with one of these numbers and a stroke
+    assert len({*SEEDS.values(), TRAIN_SEED}) == 3
+    assert training_seed(7, 3).startswith(f"{TRAIN_SEED}/")
+    drawn = {(label["text"], label["size"], label["left"]) for split in SEEDS for label in labels(split)}
+    assert len(drawn) == 520
+    assert not drawn & {trained(number, row) for number in (0, 1) for row in range(48)}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_shipped_lines_stand_clear_of_the_border_of_the_rows(split):
+    for label in labels(split):
+        top, bottom = (label["chars"][0][side] * 32 / label["height"] for side in (1, 3))
+        assert top < 16 + 16 / 3 + 0.1
+        for row in (0, 16):
+            assert top <= row + 8.1 < bottom + 0.2 or min(bottom, row + 16) - max(top, row) < 16 / 3 + 0.1
 
 
 def test_the_unseen_faces_are_not_trained_on():
@@ -168,3 +186,20 @@ def test_the_tokenizer_keeps_every_character():
         assert coded["offset_mapping"][1:-1] == [(place, place + 1) for place in range(len(text))]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert tokenizer("é")["input_ids"][1] == UNK
+
+
+def test_the_shipped_checkpoint_reads_the_line_for_show():
+    import torch
+    from ocr_model import build_image_processor
+    from score_trocr import read
+    from transformers import VisionEncoderDecoderModel
+
+    folder = LINES.parent / "models/trocr"
+    model, info = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.demo_world
+    label = json.loads((LINES.parent / "line.json").read_text(encoding="utf-8"))
+    with Image.open(LINES.parent / label["file"]) as picture:
+        pixels = build_image_processor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert read(model, pixels) == [label["text"]]

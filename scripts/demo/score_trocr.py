@@ -129,8 +129,10 @@ def own_box(maps: torch.Tensor, boxes: Sequence[np.ndarray]) -> list[list[bool]]
     return hits
 
 
-def _share(hits: Sequence[Sequence[bool]]) -> float:
-    flat = [hit for line in hits for hit in line]
+def _share(hits: Sequence[Sequence[bool]], texts: Sequence[str], blanks: bool = True) -> float:
+    """The share of hits among all characters, or among those that have ink."""
+    pairs = zip(hits, texts, strict=True)
+    flat = [hit for line, text in pairs for hit, c in zip(line, text, strict=True) if blanks or c != " "]
     return sum(flat) / max(1, len(flat))
 
 
@@ -144,13 +146,15 @@ class Scores:
     accuracy: float  # share of characters that are right when those before are given
 
     def figures(self, data: LineSet, rows: Sequence[int] | None = None) -> dict[str, float]:
-        """Character error rate and shares of peaks in the own box, of all lines or some."""
+        """Character error rate and shares of peaks in the own box, of all lines or some; `_ink`: without blanks."""
         rows = range(len(self.read)) if rows is None else rows
-        return {
-            "cer": character_errors([self.read[row] for row in rows], [data.texts[row] for row in rows]),
-            "attention": _share([self.attention[row] for row in rows]),
-            "gradient": _share([self.gradient[row] for row in rows]),
-        }
+        texts = [data.texts[row] for row in rows]
+        figures = {"cer": character_errors([self.read[row] for row in rows], texts)}
+        for name, hits in (("attention", self.attention), ("gradient", self.gradient)):
+            chosen = [hits[row] for row in rows]
+            figures[name] = _share(chosen, texts)
+            figures[f"{name}_ink"] = _share(chosen, texts, blanks=False)
+        return figures
 
 
 def score(model: VisionEncoderDecoderModel, data: LineSet) -> Scores:
