@@ -17,6 +17,8 @@ import numpy as np
 from line_text import LONGEST, sample_text
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+Colour = tuple[int, int, int]
+
 INPUT_HEIGHT, INPUT_WIDTH = 32, 256  # what the model's image processor makes of every line
 ASCENT, DESCENT = 0.93, 0.25  # the line box above and below the baseline, in font sizes, the same for all faces
 MARGIN = 4.0  # left and right of the text, in pixels of the model's input
@@ -56,8 +58,8 @@ class Style:
     left: float = 0.1  # place of the text in the room that is left beside it
     height: int = 48  # of the picture, in its own pixels
     stretch: float = 1.0  # the picture is 8 * stretch times as wide as high
-    ink: tuple[int, int, int] = (0, 0, 0)
-    paper: tuple[int, int, int] = (255, 255, 255)
+    ink: Colour = (0, 0, 0)
+    paper: Colour = (255, 255, 255)
     noise: float = 0.0  # standard deviation, grey levels
     blur: float = 0.0  # radius
     jpeg: int = 0  # quality, 0: none
@@ -90,7 +92,7 @@ class Line:
         }
 
 
-def luminance(colour: tuple[int, int, int]) -> float:
+def luminance(colour: Colour) -> float:
     """Grey level of a colour, 0 to 255, by the weights of ITU-R BT.601."""
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
@@ -161,13 +163,22 @@ def _ramp(difficulty: float, begin: float, end: float) -> float:
     return min(1.0, max(0.0, (difficulty - begin) / (end - begin)))
 
 
-def _colours(rng: random.Random, light: bool, coloured: bool) -> dict[str, tuple[int, int, int]]:
+def _colour(rng: random.Random) -> Colour:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+
+def _grey(rng: random.Random) -> Colour:
+    level = rng.randrange(256)
+    return level, level, level
+
+
+def _colours(rng: random.Random, light: bool, coloured: bool) -> dict[str, Colour]:
     """Ink and paper that differ by at least 100 grey levels."""
     while True:
         if coloured:
-            one, two = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+            one, two = _colour(rng), _colour(rng)
         else:
-            one, two = (rng.randrange(256),) * 3, (rng.randrange(256),) * 3
+            one, two = _grey(rng), _grey(rng)
         if abs(luminance(one) - luminance(two)) >= 100:
             dark, bright = sorted((one, two), key=luminance)
             return {"ink": bright, "paper": dark} if light else {"ink": dark, "paper": bright}
