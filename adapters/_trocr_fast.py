@@ -17,9 +17,10 @@ falls away.
 
 Rows of the decoder are computed in segments, keys and values of earlier ones kept on the graph: the gradient of a token
 never runs through rows behind its own segment. The tokens of a segment share one backward, batched over their
-directions (`torch.func.vmap`); keys and values are the same for all of them, which `_Shared` says to the batching, or
-it would copy them per token. The gradient starts at the decoder's last state with the token's own row of the output
-matrix, so that no (rows x vocabulary) gradient is ever made. Held against the slow way by the contract tests.
+directions (`torch.func.vmap`), in which `_ReadBack` joins them to the rows of one product with the picture's keys or
+values. There sum_i P_i dP_i is the gradient times what was read, and q Khat_i is a score less a constant: no product
+with the Khat is needed. The gradient starts at the decoder's last state with the token's own row of the output matrix,
+so that no (rows x vocabulary) gradient is ever made. Held against the slow way by the contract tests.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import TrOCRForCausalLM
 
 from adapters._plain import is_plain
@@ -42,54 +42,86 @@ from adapters._plain import is_plain
 SEGMENT = 10
 
 
-class _Shared(torch.autograd.Function):
-    """x @ m with a constant m (H, a, b) that is the same for the whole batch: the batch joins the rows of x."""
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """The picture in one block: keys and values (H, N, d), m (N,), and of keys and values what r leaves as it is
+    (H, 1, d), none where r does not count."""
+
+    keys: Tensor
+    values: Tensor
+    reach: Tensor
+    still: tuple[Tensor, Tensor] | None
+
+
+class _Read(torch.autograd.Function):
+    """What queries (H, q, d) read of a picture; gradients at the shifts u, v and r too, which are zero."""
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor) -> Tensor:
-        return x @ m
+    def forward(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        scores = query @ others[-1].keys.mT
+        weights = scores.softmax(-1)
+        return weights @ others[-1].values, scores, weights
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _output: Tensor) -> None:
-        ctx.matrix = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.seen = inputs[0].detach(), *(t.detach() for t in outputs), inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Shared.apply(gradient, ctx.matrix.mT), None
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        query, u, v, *r = _ReadBack.apply(gradient, *ctx.seen)
+        return query, u, v, r[0] if r else None, None
+
+
+class _ReadBack(torch.autograd.Function):
+    """The gradients of `_Read`, of which only the one it starts from has a batch: it joins the rows of the queries."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, m: Tensor) -> tuple[Tensor, int]:
-        assert in_dims[0] is not None
-        rows = rearrange(x.movedim(in_dims[0], 0), "b h q a -> h (b q) a")
-        return rearrange(rows @ m, "h (b q) c -> b h q c", b=info.batch_size), 0
+    def forward(*_: Any) -> tuple[Tensor, ...]:
+        raise NotImplementedError("only ever batched")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is differentiated twice."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, gradient: Tensor, *seen: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        query, read, scores, weights, memory = seen
+        size = {"b": info.batch_size}
+        begin = rearrange(gradient.movedim(in_dims[0], 0), "b h q d -> h (b q) d")
+        towards = rearrange(begin @ memory.values.mT, "h (b q) n -> h b q n", **size)  # at the weights
+        begin = rearrange(begin, "h (b q) d -> h b q d", **size)
+        mean = (begin * read[:, None]).sum(-1)  # of `towards`, by the weights
+        along: list[Tensor] = []
+        if memory.still is not None:
+            moved = scores - query @ memory.still[0].mT  # q Khat
+            constant = einsum(begin, memory.still[1], "h b q d, h one d -> h b q")
+            both = (towards * (weights * (moved + 1))[:, None]).sum((0, 2))
+            both = both - einsum(mean, weights * moved, "h b q, h q n -> b n")
+            along = [(einsum(constant, weights, "h b q, h q n -> b n") - both) * memory.reach]
+        towards = towards.sub_(mean[..., None]).mul_(weights[:, None])  # at the scores
+        found = (
+            rearrange(rearrange(towards, "h b q n -> h (b q) n") @ memory.keys, "h (b q) d -> b h q d", **size),
+            einsum(towards @ memory.reach, query, "h b q, h q d -> b h d")[:, :, None],
+            einsum(begin, weights @ memory.reach, "h b q d, h q -> b h d")[:, :, None],
+            *along,
+        )
+        return found, (0,) * len(found)
 
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
     """The picture as the decoder sees it, and how a shift of its patches gets there.
 
-    `states` (N, C) are the encoder's, `reach` (N,) is m, over sigma where a norm lies between, `direction` (N, C) is
-    xhat g where r counts, `back` brings gradients at the shifted states and at r to the tap.
+    `states` (N, C) are the encoder's, `reach` (N,) is m, over sigma where a norm lies between, `still` (1, C) is the
+    part of each that r does not move where r counts, `back` brings gradients at the shifted states and at r to the tap.
     """
 
     states: Tensor
     reach: Tensor
-    direction: Tensor | None
+    still: Tensor | None
     back: Callable[[Tensor, Tensor | None], Tensor]
-
-
-@dataclass(eq=False)
-class _Leaves:
-    """Where the backward passes end: zero shifts of keys and values per block, and r."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    along: Tensor | None
-
-    @property
-    def all(self) -> list[Tensor]:
-        """In a fixed order."""
-        return [*self.keys, *self.values, *([] if self.along is None else [self.along])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +165,7 @@ class FastDecoder:
                 mine = ((pairs[:, 0] >= first) & (pairs[:, 0] < first + SEGMENT)).nonzero().flatten()
                 if len(mine):
                     begin = self._directions(last.detach(), pairs[mine] - pairs.new_tensor([first, 0]), log_probability)
-                    gradients = _batched(last, leaves.all, begin)
-                    made[mine] = picture.back(*self._gather(gradients, leaves))
+                    made[mine] = picture.back(*self._gather(_batched(last, leaves, begin)))
         return made
 
     # ------------------------------------------------------------------ the picture's side
@@ -157,75 +188,62 @@ class FastDecoder:
             moved = moved - moved.mean(-1, keepdim=True)
             return moved if along is None else moved + along @ normal / normal.shape[-1]
 
-        direction = normal * norm.weight if self.rule is None else None
-        return _Picture(norm(self.features), patch / deviation.to(patch.dtype), direction, back)
+        still = norm.bias[None] if self.rule is None else None
+        return _Picture(norm(self.features), patch / deviation.to(patch.dtype), still, back)
+
+    @property
+    def _project(self) -> Any:
+        """From encoder to decoder width, None where they are the same."""
+        return getattr(self.model, "enc_to_dec_proj", None)
 
     @cached_property
-    def _project(self) -> Callable[[Tensor], Tensor]:
-        """From encoder to decoder width, where they differ."""
-        return getattr(self.model, "enc_to_dec_proj", None) or (lambda states: states)
-
-    @cached_property
-    def _cross(self) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """Per block keys and values (H, N, d) of the picture, and what r moves of each."""
+    def _cross(self) -> list[_Memory]:
+        """The picture in each block."""
         picture, made = self._picture, []
-        states = self._project(picture.states)
-        towards = None if picture.direction is None else self._linear(picture.direction)
         for block in self._blocks:
-            attention = block.encoder_attn
-            pair = [self._heads(attention, part(states)) for part in (attention.k_proj, attention.v_proj)]
-            moved: list[Tensor | None] = [None, None]
-            if towards is not None:
-                weights = (attention.k_proj.weight, attention.v_proj.weight)
-                moved = [self._heads(attention, F.linear(towards, weight)) for weight in weights]
-            made.append((pair[0], pair[1], moved[0], moved[1]))
+            still = None if picture.still is None else self._both(block.encoder_attn, picture.still)
+            made.append(_Memory(*self._both(block.encoder_attn, picture.states), picture.reach, still))
         return made
 
-    def _linear(self, states: Tensor) -> Tensor:
-        """`_project` without its bias."""
-        project = getattr(self.model, "enc_to_dec_proj", None)
-        return states if project is None else F.linear(states, project.weight)
+    def _both(self, attention: Any, states: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
+        """Keys and values (H, n, d) of encoder states."""
+        states = states if self._project is None else self._project(states)
+        return self._heads(attention, attention.k_proj(states)), self._heads(attention, attention.v_proj(states))
 
-    def _leaves(self) -> _Leaves:
-        shape = self._cross[0][0][:, :1].shape
-        zeros = [[self.features.new_zeros(shape).requires_grad_() for _ in self._blocks] for _ in range(2)]
-        along = self.features.new_zeros(len(self.features)).requires_grad_()
-        return _Leaves(zeros[0], zeros[1], None if self._picture.direction is None else along)
+    def _leaves(self) -> list[Tensor]:
+        """Where the backward passes end: zero shifts u of each block, then v of each, and r where it counts."""
+        shapes = [self._cross[0].keys[:, :1].shape] * 2 * len(self._blocks)
+        shapes += [] if self._picture.still is None else [self._picture.reach.shape]
+        return [self.features.new_zeros(shape).requires_grad_() for shape in shapes]
 
-    def _gather(self, gradients: list[Tensor], leaves: _Leaves) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gradients (n, ...) at the leaves as those at the shifted encoder states (n, D) and at r (n, N)."""
         count = len(self._blocks)
         states = gradients[0].new_zeros(())
         for block, keys, values in zip(self._blocks, gradients[:count], gradients[count : 2 * count], strict=True):
             for part, moved in ((block.encoder_attn.k_proj, keys), (block.encoder_attn.v_proj, values)):
                 states = states + rearrange(moved, "n h 1 d -> n (h d)") @ part.weight
-        project = getattr(self.model, "enc_to_dec_proj", None)
-        states = states if project is None else states @ project.weight
-        return states, None if leaves.along is None else gradients[-1]
+        states = states if self._project is None else states @ self._project.weight
+        return states, None if self._picture.still is None else gradients[-1]
 
     # ------------------------------------------------------------------ the decoder, row by row
 
     @property
-    def _decoder(self) -> Any:
-        return self.model.decoder.model.decoder
-
-    @property
     def _blocks(self) -> Any:
-        return self._decoder.layers
+        return self.model.decoder.model.decoder.layers
 
     def _embed(self, ids: Int[Tensor, "L"]) -> Float[Tensor, "L C"]:
-        decoder = self._decoder
+        decoder = self.model.decoder.model.decoder
         with torch.no_grad():
             hidden = decoder.embed_tokens(ids[None]) + decoder.embed_positions(ids[None], past_key_values_length=0)
             return (hidden if decoder.layernorm_embedding is None else decoder.layernorm_embedding(hidden))[0]
 
-    def _segment(self, hidden: Float[Tensor, "q C"], first: int, leaves: _Leaves) -> Float[Tensor, "q C"]:
+    def _segment(self, hidden: Float[Tensor, "q C"], first: int, leaves: list[Tensor]) -> Float[Tensor, "q C"]:
         """The decoder's last states of some rows, those before `first` being known."""
         rows = torch.arange(first, first + len(hidden), device=hidden.device)
         for number, block in enumerate(self._blocks):
             hidden = self._norm(block.self_attn_layer_norm, hidden + self._among(number, hidden, rows))
-            across = self._across(number, hidden, leaves)
-            hidden = self._norm(block.encoder_attn_layer_norm, hidden + across)
+            hidden = self._norm(block.encoder_attn_layer_norm, hidden + self._across(number, hidden, leaves))
             hidden = self._norm(block.final_layer_norm, hidden + block.fc2(block.activation_fn(block.fc1(hidden))))
         return hidden
 
@@ -240,19 +258,13 @@ class FastDecoder:
         weights = (query @ keys.mT).masked_fill(later, -torch.inf).softmax(-1)
         return attention.out_proj(rearrange(weights @ values, "h q d -> q (h d)"))
 
-    def _across(self, number: int, hidden: Tensor, leaves: _Leaves) -> Tensor:
+    def _across(self, number: int, hidden: Tensor, leaves: list[Tensor]) -> Tensor:
         """Attention on the picture, with the leaves' shifts in it."""
-        attention, reach = self._blocks[number].encoder_attn, self._picture.reach
-        keys, values, towards_keys, towards_values = self._cross[number]
+        attention = self._blocks[number].encoder_attn
         query = self._heads(attention, attention.q_proj(hidden) * attention.scaling)
-        spread = reach.expand(len(query), 1, -1)  # (H, 1, N)
-        scores = _Shared.apply(query, keys.mT) + _Shared.apply(query.detach() @ leaves.keys[number].mT, spread)
-        if leaves.along is not None and towards_keys is not None:
-            scores = scores - (query.detach() @ towards_keys.mT * reach) * leaves.along
-        weights = scores.softmax(-1)
-        read = _Shared.apply(weights, values) + (weights.detach() @ reach)[..., None] @ leaves.values[number]
-        if leaves.along is not None and towards_values is not None:
-            read = read - _Shared.apply(weights.detach() * reach * leaves.along, towards_values)
+        count = len(self._blocks)
+        shifts = leaves[number], leaves[count + number], next(iter(leaves[2 * count :]), None)
+        read, *_ = _Read.apply(query, *shifts, self._cross[number])
         return attention.out_proj(rearrange(read, "h q d -> q (h d)"))
 
     def _directions(self, last: Tensor, pairs: Int[Tensor, "n 2"], log_probability: bool) -> Float[Tensor, "n q C"]:

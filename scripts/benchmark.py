@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py clip
 python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
+python scripts/benchmark.py trocr --tokens 20 50
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from grounding import cli
 from grounding.tables import table
 
-FAMILIES = ("clip",)
+FAMILIES = ("clip", "trocr")
 
 
 def positive(text: str) -> int:
@@ -25,11 +26,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    """A whole number, 3 or more: as many tokens as the tutorial loop is measured on."""
+    if positive(text) < 3:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 3 or more, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("family", nargs="+", choices=FAMILIES, help="which architecture, at full size, random weights")
-    made.add_argument("--pictures", nargs="+", type=positive, default=[1, 32], help="batch sizes (default: 1 32)")
+    made.add_argument("--pictures", nargs="+", type=positive, default=[1, 32], help="clip: batch sizes (default: 1 32)")
+    made.add_argument(
+        "--tokens", nargs="+", type=several, default=[20, 50], help="trocr: text lengths (default: 20 50)"
+    )
     made.add_argument("--repeats", type=positive, default=3, help="runs of each case; the median counts (default: 3)")
     made.add_argument("--format", choices=["text", "json"], default="text")
     made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
@@ -40,15 +51,16 @@ def parser() -> argparse.ArgumentParser:
 def benchmark(args: argparse.Namespace) -> int:
     """Measure every family that was asked for and print its cases."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: CPU time is that of one thread
-    found = {}
+    found, units = {}, {}
     for family in args.family:
         module = importlib.import_module(f"benchmarks.{family}")
-        found[family] = module.measure(args.pictures, args.repeats, quiet=args.quiet)
+        found[family] = module.measure(getattr(args, module.SIZES), args.repeats, quiet=args.quiet)
+        units[family] = module.UNIT
     if args.format == "json":
         print(json.dumps(found, indent=2, allow_nan=False))
         return 0
     for family, cases in found.items():
-        print(f"{family}: CPU time in units of one bare image-tower forward pass on the same pictures")
+        print(f"{family}: CPU time in units of {units[family]}")
         shown = [["-" if value is None else str(value) for value in case.values()] for case in cases]
         print(table([list(cases[0]), *shown]), end="\n\n")
     return 0

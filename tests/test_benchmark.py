@@ -13,7 +13,10 @@ from tests.test_cli import ROOT, script
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import benchmarks.clip as loops
+    import benchmarks.trocr as lines
 
+    monkeypatch.setattr(lines, "make_adapter", lambda: tiny.trocr_adapter(dtype=tiny.torch.float32))
+    monkeypatch.setattr(lines, "sentence", lambda count: " ".join(["red"] * (count - 1)))
     monkeypatch.setattr(loops, "make_adapter", lambda: tiny.clip_adapter(dtype=tiny.torch.float32, layers=4))
     monkeypatch.setattr(loops, "captions", lambda: ["red car", "two dogs"])
     monkeypatch.setattr(loops, "CAPTIONS", 2)
@@ -34,12 +37,28 @@ def test_json_has_the_documented_cases(benchmark, capsys):
     assert all(c["speedup"] == pytest.approx(c["naive_ratio"] / c["ratio_to_forward"], rel=0.05) for c in gradcam)
 
 
-@pytest.mark.parametrize("argv", [["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]])
+def test_json_has_the_documented_cases_of_lines(benchmark, capsys):
+    assert benchmark.main(["trocr", "--format", "json", "--tokens", "4", "12", "21", "--repeats", "1", "-q"]) == 0
+    cases = json.loads(capsys.readouterr().out)["trocr"]
+    keys = ["method", "tokens", "ratio_to_forward", "ratio_to_generate", "naive_ratio", "speedup", "peak_mb"]
+    assert all(list(case) == [*keys, "difference"] for case in cases)
+    by_size = {size: {c["method"]: c for c in cases if c["tokens"] == size} for size in (4, 12, 21)}
+    assert by_size[4].keys() == by_size[12].keys() > by_size[21].keys()  # a backward per token: short texts alone
+    assert {"generate", "tutorial loop", "explain", "default methods", "rollout"} < by_size[21].keys()
+    for found in by_size.values():
+        looped = found["gradcam @ last encoder block"]
+        assert looped["naive_ratio"] == pytest.approx(found["tutorial loop"]["ratio_to_forward"], abs=0.06)
+        assert looped["difference"] < 1e-3  # float32
+        assert [c["method"] for c in found.values() if c["speedup"] is not None] == [looped["method"]]
+        assert found["generate"]["ratio_to_generate"] == 1
+
+
+@pytest.mark.parametrize("argv", [["--tokens", "2"], ["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]])
 def test_numbers_below_one_are_refused(benchmark, capsys, argv):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["clip", *argv])
     assert caught.value.code == 2
-    assert "1 or more" in capsys.readouterr().err
+    assert "or more" in capsys.readouterr().err
 
 
 def test_text_is_a_table(benchmark, capsys):

@@ -7,7 +7,6 @@ backward pass per target with all parameters on the graph, its text excluded, me
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,11 +20,13 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from adapters.clip import ClipAdapter
-from benchmarks.meter import Cost, cost
+from benchmarks.meter import Cost, cost, quietly, say
 from grounding.engine import compute, explain
 from grounding.images import open_image
 from grounding.plan import columns
 
+SIZES = "pictures"
+UNIT = "one bare image-tower forward pass on the same pictures"
 CAPTIONS, TOKENS = 5, 12
 SEEN = "picture seen before"
 # Method, variant, options. Relevance grows with the number of targets: one picture says it all.
@@ -44,21 +45,21 @@ def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> li
     """All cases for each number of pictures."""
     torch.set_num_threads(1)
     adapter = make_adapter()
+    tell = quietly if quiet else say
     cases = []
     for count in pictures:
-        say = _quiet if quiet else _say
         images = [open_image(_noise(seed)) for seed in range(count)]
         inputs = adapter.prepare(images, [captions()] * count)
         targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
         pixels = inputs.tensors["pixel_values"]
-        say(f"{count} pictures, {len(targets)} targets: bare forward")
+        tell(f"{count} pictures, {len(targets)} targets: bare forward")
         bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
         loops = {m: _naive(adapter, inputs, targets, m) / bare.seconds for m in ("gradcam", "relevance")}
         for method, variant, options in METHODS:
             if method == "relevance" and count > 1:
                 continue
             naive = None if variant else loops.get(method)
-            say(f"{count} pictures: {method} {variant or ''}")
+            tell(f"{count} pictures: {method} {variant or ''}")
             plan = columns(adapter, [method], options=options)
             # A memory of its own for every run, or all but the first would find the pass made already.
             found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
@@ -181,11 +182,3 @@ def _case(
         "speedup": None if naive is None else round(naive / ratio, 1),
         "peak_mb": round(found.peak_mb),
     }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _quiet(_text: str) -> None:
-    pass

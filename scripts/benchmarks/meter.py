@@ -31,6 +31,40 @@ def cost(work: Callable[[], object], repeats: int) -> Cost:
     return Cost(statistics.median(r.seconds for r in runs), max(r.peak_mb for r in runs))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """CPU time of a piece of work in units of another one's, both as medians, and the most memory it held."""
+
+    value: float
+    peak_mb: float
+
+
+def ratio(
+    work: Callable[[], object],
+    unit: Callable[[], object],
+    repeats: int,
+    warm_up: Callable[[], object],
+    enough: float = 8.0,
+) -> Ratio:
+    """Run `work` `repeats` times, or fewer once it took `enough` seconds of CPU, and `unit` before and after each."""
+    warm_up()
+    units, runs = [_one(unit)], []
+    while len(runs) < repeats and sum(run.seconds for run in runs) < enough:
+        runs.append(_one(work))
+        units.append(_one(unit))
+    value = statistics.median(r.seconds for r in runs) / statistics.median(u.seconds for u in units)
+    return Ratio(value, max(r.peak_mb for r in runs))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def quietly(_text: str) -> None:
+    """No progress."""
+
+
 def _one(work: Callable[[], object]) -> Cost:
     gc.collect()
     if sys.platform == "linux":

@@ -1,0 +1,193 @@
+"""TrOCR-base size, random weights from a configuration: a line of T tokens, every one of them a target.
+
+The unit is one bare forward pass of encoder and decoder over the same T tokens, all logits included; it is measured
+before and after every run. Rows named after a method are its maps alone, text known, picture not seen before;
+`default methods` are the adapter's, together; `explain` is `explain()` with its defaults, the model writing the text
+first. The tutorial loop is a full forward and backward pass per token with all parameters on the graph, measured on
+three tokens and scaled; `difference` is how far its maps are from ours on these, relative to our largest value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    PreTrainedTokenizerFast,
+    TrOCRConfig,
+    TrOCRForCausalLM,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from adapters.trocr import TrOcrAdapter
+from benchmarks.meter import Ratio, quietly, ratio, say
+from grounding.engine import compute, explain
+from grounding.images import open_image
+from grounding.plan import columns
+from grounding.text import Generate
+
+SIZES = "tokens"
+UNIT = "one bare forward pass of encoder and decoder over the same tokens"
+# Name, methods, layer. Those that grow with a backward pass per token are measured on short texts alone.
+LAST, INNER = "last encoder block", "-2"
+METHODS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
+    (f"gradcam @ {LAST}", ("gradcam",), None),
+    (f"gradcam_ln @ {LAST}", ("gradcam_ln",), None),
+    ("gradcam @ encoder.layernorm", ("gradcam",), "encoder.layernorm"),
+    ("gradcam @ encoder block -2", ("gradcam",), INNER),
+    ("rollout", ("rollout",), None),
+    ("cross_attention", ("cross_attention",), None),
+    ("gradient_x_cross_attention", ("gradient_x_cross_attention",), None),
+    ("relevance", ("relevance",), None),
+    ("default methods", ("default",), None),
+)
+SHORT = 20
+SHORT_ALONE = ("gradcam @ encoder block -2", "relevance")
+LOOPED = METHODS[0][0]
+BEAMS = 4
+WARM_UP = 2  # tokens
+LOOP_TOKENS = 3
+VOCABULARY = 50265
+BOS, PAD, EOS = 0, 1, 2
+
+
+def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """All cases for each length of text."""
+    torch.set_num_threads(1)
+    adapter = make_adapter()
+    tell = quietly if quiet else say
+    return [case for count in tokens for case in _cases(adapter, count, repeats, tell)]
+
+
+def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    picture = open_image(_noise())
+    inputs = adapter.read(adapter.see([picture]), [[sentence(count)]])
+    targets = adapter.targets(inputs, [inputs.tokens[0].tokens(special=True)])
+    assert len(targets) == count
+    measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
+
+    def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, np.ndarray]:
+        plan = columns(adapter, methods, [layer] if layer else [])
+        # A memory of its own for every run, or all but the first would find the pass made already.
+        return compute(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
+
+    def whole(size: int) -> object:
+        adapter.model.generation_config.min_new_tokens = size
+        return explain(adapter, picture, Generate(max_length=size))
+
+    def case(method: str, found: Ratio, loop: Ratio | None = None, difference: float | None = None) -> dict[str, Any]:
+        return {
+            "method": method,
+            "tokens": count,
+            "ratio_to_forward": round(found.value, 3),
+            "ratio_to_generate": round(found.value / generate.value, 3),
+            "naive_ratio": loop and round(loop.value, 1),
+            "speedup": loop and round(loop.value / found.value, 1),
+            "peak_mb": round(found.peak_mb),
+            "difference": difference and float(f"{difference:.1e}"),
+        }
+
+    def run(method: str, work: Callable[[int], object], size: int = count) -> Ratio:
+        found = measured(lambda: work(size), warm_up=lambda: work(WARM_UP))
+        tell(f"{count} tokens: {method}: {found.value:.2f} x a forward pass for {size}, {found.peak_mb:.0f} MB")
+        return found
+
+    write = functools.partial(_generate, adapter.model, inputs)
+    generate = run("generate", write)
+    yield case("generate", generate)
+    name = f"generate, {BEAMS} beams"
+    yield case(name, run(name, lambda size: write(size, beams=BEAMS)))
+    name, kept = "tutorial loop", {}
+    rows = [(count - 1) * k // (LOOP_TOKENS - 1) for k in range(LOOP_TOKENS)]
+    loop = run(
+        name, lambda size: kept.update({row: _tutorial(adapter, inputs, row) for row in rows[:size]}), LOOP_TOKENS
+    )
+    loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
+    adapter.model.zero_grad(set_to_none=True)
+    yield case(name, loop)
+    for name, methods, layer in METHODS:
+        if name in SHORT_ALONE and count > SHORT:
+            continue
+        found = run(name, functools.partial(maps, methods, layer))
+        if name == LOOPED:
+            ours = maps(methods, layer, count)["gradcam"]
+            apart = max(float(np.abs(ours[row] - cam).max() / np.abs(ours[row]).max()) for row, cam in kept.items())
+            yield case(name, found, loop, apart)
+        else:
+            yield case(name, found)
+    yield case("explain", run("explain", whole))
+
+
+def make_adapter() -> TrOcrAdapter:
+    """A TrOCR of the base size that knows nothing."""
+    torch.manual_seed(0)
+    encoder = ViTConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, image_size=384,
+        patch_size=16,
+    )  # fmt: skip
+    decoder = TrOCRConfig(
+        d_model=1024, decoder_layers=12, decoder_attention_heads=16, decoder_ffn_dim=4096, vocab_size=VOCABULARY,
+        cross_attention_hidden_size=768, max_position_embeddings=512, activation_function="gelu", bos_token_id=BOS,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=EOS, is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    model = VisionEncoderDecoderModel(encoder=ViTModel(encoder, False), decoder=TrOCRForCausalLM(decoder)).eval()
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = EOS, PAD, EOS
+    words = {"<bos>": BOS, "<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(EOS + 1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    shape = {"height": encoder.image_size, "width": encoder.image_size}
+    return TrOcrAdapter(model, tokenizer=fast, image_processor=ViTImageProcessorPil(size=shape))
+
+
+def sentence(count: int) -> str:
+    """A text that is `count` tokens with its end."""
+    return " ".join(f"w{i}" for i in np.random.default_rng(count).integers(EOS + 1, VOCABULARY, count - 1))
+
+
+def _noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 384, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def _forward(model: VisionEncoderDecoderModel, inputs: Any) -> torch.Tensor:
+    ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
+    return model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
+
+
+def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: int = 1) -> torch.Tensor:
+    """`size` tokens, neither fewer nor more."""
+    made = model.generate(
+        inputs.tensors["pixel_values"], max_new_tokens=size, min_new_tokens=size, num_beams=beams, do_sample=False
+    )
+    assert made.shape[1] == size + 1
+    return made
+
+
+def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
+    """The map of one token by one full forward and backward pass, gradients of every parameter included."""
+    model, kept, (rows, across) = adapter.model, [], adapter.grid(inputs)
+
+    def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+        kept[0].retain_grad()
+
+    handle = model.get_submodule(adapter.sites.tap).register_forward_hook(keep)
+    ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
+    logits = model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
+    handle.remove()
+    model.zero_grad()
+    logits[0, row, inputs.tensors["target_ids"][0, row]].backward()
+    features, gradient = (t[0, adapter.sites.prefix :].detach() for t in (kept[0], kept[0].grad))
+    return (features @ gradient.mean(0)).reshape(rows, across).numpy()
