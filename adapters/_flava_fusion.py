@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters._dual import Flat, piece, scored_as
 from adapters._last_block import LastBlock
@@ -61,7 +62,8 @@ class Fusion:
     def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
         place = torch.unique(targets.units, return_inverse=True)[1]
-        first = [place.tolist().index(unit) for unit in range(int(place.max()) + 1)]
+        units = place.tolist()
+        first = [units.index(unit) for unit in range(max(units) + 1)]
         place, data = place.to(encoded.device), targets.data
         left_out = (data["compared"] != data["mask"]).any(1).nonzero().flatten()
         rows = torch.cat([torch.tensor(first, device=encoded.device), left_out])
@@ -74,7 +76,9 @@ class Fusion:
             return odds[place].index_add(0, left_out, -odds[len(first) :])
         k, at = data["start"].nonzero(as_tuple=True)
         token = data["ids"][k, at - (data["start"].shape[1] - data["ids"].shape[1])]
-        logits = self.model.mmm_text_head(fused[place[k], at]).gather(1, token[:, None])[:, 0]
+        # A caption, its tokens and its phrases share places: each goes through the vocabulary once.
+        spots, own = torch.stack([place[k], at], 1).unique(dim=0, return_inverse=True)
+        logits = self.model.mmm_text_head(fused[spots[:, 0], spots[:, 1]])[own, token]
         weights = data["start"][k, at].to(logits.dtype)
         return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
 
@@ -131,3 +135,21 @@ class Fusion:
         return towers.multimodal_model(
             together, attention_mask=torch.cat([seen, mask], 1), return_dict=True
         ).last_hidden_state
+
+
+def last_block(tower: Any, behind: Sequence[nn.Module], rule: str | None) -> LastBlock:
+    """The last block of one of FLAVA's encoders, and what is recomputed behind it."""
+    block = tower.encoder.layer[-1]
+    attention = block.attention.attention
+    return LastBlock(
+        before=block.layernorm_before,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        out=block.attention.output.dense,
+        after=block.layernorm_after,
+        mlp=lambda x: block.output.dense(block.intermediate(x)),
+        heads=attention.num_attention_heads,
+        parts=(block, tower.layernorm, *behind),
+        rule=rule,
+    )

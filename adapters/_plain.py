@@ -11,15 +11,24 @@ LIBRARY = ("transformers.models.", "transformers.activations")
 def is_plain(module: nn.Module) -> bool:
     """No foreign parts (fine-tuning, quantisation), no `forward` in place of a part's own (as offloading puts), and no
     hooks but those of transformers, which only look."""
-    for part in module.modules():
-        if "forward" in vars(part) or not (type(part) in OWN or type(part).__module__.startswith(LIBRARY)):
-            return False
-        hooks = (
-            *part._forward_hooks.values(),
-            *part._forward_pre_hooks.values(),
-            *part._backward_hooks.values(),
-            *part._backward_pre_hooks.values(),
-        )
-        if not all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return False
-    return True
+    return all(
+        (type(part) in OWN or type(part).__module__.startswith(LIBRARY)) and _untouched(part)
+        for part in module.modules()
+    )
+
+
+def around_is_plain(model: nn.Module, *paths: str) -> bool:
+    """Whether nothing is attached to any module that the modules at these paths lie in: a shortcut skips those."""
+    outer = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
+    return _untouched(model) and all(_untouched(model.get_submodule(path)) for path in outer)
+
+
+def _untouched(part: nn.Module) -> bool:
+    hooks = (
+        *part._forward_hooks.values(),
+        *part._forward_pre_hooks.values(),
+        *part._backward_hooks.values(),
+        *part._backward_pre_hooks.values(),
+    )
+    own = all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+    return own and "forward" not in vars(part)

@@ -41,12 +41,14 @@ class Writer:
     def force(self, text: str, encoded: Float[Tensor, "N D"]) -> Written:
         """A text as the model would write it: with the special tokens before it that the model itself begins with."""
         tokens, warnings = tokenise(self.tokenizer, text, self.limit)
+        if not tokens.special[-1]:  # nothing marks the end: it needs room of its own
+            tokens, warnings = tokenise(self.tokenizer, text, self.limit - 1)
         before, after = tokens.visible[0], tokens.visible[-1] + 1
         if before:
             start = torch.tensor([[self.start]], device=encoded.device)
             first = self.model(encoder_outputs=(encoded[None],), decoder_input_ids=start, use_cache=False).logits
             before = 0 if int(first[0, -1].argmax()) == tokens.ids[0] else before
-        kept, end = slice(before, min(after, before + self.limit - 1)), tokens.read
+        kept, end = slice(before, after), tokens.read
         return (
             Tokens(
                 text,
@@ -62,7 +64,10 @@ class Writer:
         """The span with the id of the token that is asked for in its place. Raises TextError."""
         if not span.asked:
             return span
-        return replace(span, token_id=self.token_id(span.asked, tokens.ids[span.positions[0]]))
+        known = span.asked_id
+        return replace(
+            span, token_id=self.token_id(span.asked, tokens.ids[span.positions[0]]) if known is None else known
+        )
 
     def token_id(self, name: str, place: int) -> int:
         """The id of the one token that is called `name`, in the form it has where token `place` stands: with a blank
@@ -131,9 +136,8 @@ class Writer:
         end = next((i for i, token in enumerate(row) if token in ends), None)
         tokens, warnings = tokens_of(self.tokenizer, row if end is None else row[: end + 1]), []
         if end is None:
-            warnings.append(
-                f"stopped_by_length: the text was cut at {len(tokens)} tokens before the model ended it (--max-length)"
-            )
+            more = "it can write no more" if len(tokens) >= self.limit else "--max-length allows more"
+            warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
         if not tokens.text:
             warnings.append("the model read no text in this picture: its end alone is explained")
         return tokens, tuple(warnings)
@@ -163,13 +167,19 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
     share the sign that they make together.
     """
     ids = list(ids)
-    hidden = set(tokenizer.all_special_ids)
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)
+
+    def decoded(count: int) -> str:
+        # Not `skip_special_tokens`: a sign that the model could not name is part of what it read.
+        return str(tokenizer.decode([i for i in ids[:count] if i not in hidden]))
+
+    whole = decoded(len(ids))
     text = whole.strip()
     ahead = len(whole) - len(whole.lstrip())
     reach = [0]
     for count in range(1, len(ids) + 1):
-        prefix = tokenizer.decode(ids[:count], skip_special_tokens=True) if count < len(ids) else whole
+        prefix = decoded(count)
         same = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(prefix))
         reach.append(max(reach[-1], min(same, len(whole))))
     special = tuple(i in hidden for i in ids)

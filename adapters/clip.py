@@ -19,7 +19,7 @@ from adapters._dual import directions, piece
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info
-from adapters._plain import is_plain
+from adapters._plain import around_is_plain, is_plain
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
@@ -153,7 +153,7 @@ class ClipAdapter(Adapter):
         Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
         """
         stack = self.sites.stacks["vision"]
-        if not self._last_block().is_plain:
+        if not (self._last_block().is_plain and around_is_plain(self.model, stack.blocks[-1])):
             return {}
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from transformers import FlavaForPreTraining, FlavaModel
 
 from adapters._dual import Flat, directions, piece, without
-from adapters._flava_fusion import BEFORE, Fusion
+from adapters._flava_fusion import BEFORE, Fusion, last_block
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info
+from adapters._plain import around_is_plain
 from adapters._text import check_tokenizer, pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
-from grounding.errors import ModelError, OptionError, TargetError
+from grounding.errors import LayerError, ModelError, OptionError, TargetError
 from grounding.recorder import Recorder
 from grounding.text import Generate, Span, check_text
 from grounding.trace import Trace
@@ -94,8 +95,9 @@ class FlavaAdapter(Adapter):
 
     @cached_property
     def sites(self) -> Sites:
-        """Of `similarity` and `norm`: the image tower, read at its CLS; of the others also the multimodal encoder, with
-        the input of its last block for the default tap."""
+        """Of `similarity` and `norm`: the image tower, read at its CLS; of the others also the multimodal encoder. The
+        default tap of `logit` is the input of its last block; of `matching` the output of the image tower, which a
+        caption and the one it is compared with share: behind it each has a sequence of its own."""
         vision = find_stack(self.model, f"{self._root}image_model")
         if self.kind not in FUSED:
             return Sites({"vision": vision}, tap=vision.inputs[-1], readout="cls", prefix=1)
@@ -103,7 +105,7 @@ class FlavaAdapter(Adapter):
         text = find_stack(self.model, f"{self._root}text_model")
         return Sites(
             stacks={"vision": vision, "fusion": fusion, "text": text},
-            tap=fusion.inputs[-1],
+            tap=fusion.inputs[-1] if self.kind == "logit" else vision.blocks[-1],
             readout="fusion",
             prefix=1,
             text_stacks=frozenset({"fusion"}),
@@ -115,6 +117,8 @@ class FlavaAdapter(Adapter):
 
     def sequence(self, path: str) -> tuple[int, bool]:
         """The multimodal encoder has a CLS of its own before the image's, and the text behind the patches."""
+        if f"{path}.".startswith((f"{self._root}text_model.", f"{self._root}text_to_mm_projection.")):
+            raise LayerError(f"layer {path!r} has tokens of the text alone: there are no patches in it")
         inside = f"{path}.".startswith(f"{self._root}multimodal_model.")
         return (BEFORE, True) if inside else super().sequence(path)
 
@@ -127,7 +131,7 @@ class FlavaAdapter(Adapter):
     def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
         found = [tokenise(self.tokenizer, check_text(text), self._limit) for own in texts for text in own]
-        ids, mask = pad([tokens.ids for tokens, _ in found], self.tokenizer.pad_token_id, self.device)
+        ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
         return replace(
             inputs,
             tokens=tuple(tokens for tokens, _ in found),
@@ -202,10 +206,11 @@ class FlavaAdapter(Adapter):
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
         """The input of the last attention that is read row by row, and the block before it: of the image tower for
         `similarity`, of the multimodal encoder for targets behind it."""
-        if self.kind not in self.fast_kinds or not self._last_block().is_plain:
+        if self.kind not in self.fast_kinds:
             return {}
         stack = self.sites.stacks["fusion" if self.kind in FUSED else "vision"]
-        if len(stack.blocks) < 2:
+        plain = self._last_block().is_plain and around_is_plain(self.model, stack.blocks[-1])
+        if not plain or len(stack.blocks) < 2:
             return {}
         return {stack.inputs[-1]: (stack.blocks[-2],), stack.blocks[-2]: ()}
 
@@ -250,7 +255,7 @@ class FlavaAdapter(Adapter):
 
     def _alone(self, inputs: Inputs, own: Flat) -> Float[Tensor, "k E"]:
         pieces = [piece(inputs.tokens[t], span) for t, span in own]
-        return self.embed_texts(*pad(pieces, self.tokenizer.pad_token_id, self.device))
+        return self.embed_texts(*pad(pieces, self._pad_id, self.device))
 
     def _left_out(self, inputs: Inputs, own: Flat) -> Float[Tensor, "k E"]:
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
@@ -259,31 +264,22 @@ class FlavaAdapter(Adapter):
 
     def _last_block(self, rule: str | None = None) -> LastBlock:
         model: Any = self.model
-        fused = self.kind in FUSED
-        tower = self._towers.multimodal_model if fused else self._towers.image_model
-        heads: Any = (model.itm_head, model.mmm_text_head) if fused else (self._towers.image_projection,)
-        block = tower.encoder.layer[-1]
-        attention = block.attention.attention
-        return LastBlock(
-            before=block.layernorm_before,
-            query=attention.query,
-            key=attention.key,
-            value=attention.value,
-            out=block.attention.output.dense,
-            after=block.layernorm_after,
-            mlp=lambda x: block.output.dense(block.intermediate(x)),
-            heads=attention.num_attention_heads,
-            parts=(block, tower.layernorm, *heads),
-            rule=rule,
-        )
+        if self.kind in FUSED:
+            return last_block(self._towers.multimodal_model, (model.itm_head, model.mmm_text_head), rule)
+        return last_block(self._towers.image_model, (self._towers.image_projection,), rule)
 
     @property
     def _fusion(self) -> Fusion:
-        return Fusion(self.model, self.tokenizer.pad_token_id)
+        return Fusion(self.model, self._pad_id)
 
     @property
     def _config(self) -> Any:
         return self.model.config
+
+    @property
+    def _pad_id(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.sep_token_id, 0)
+        return next(i for i in known if i is not None)  # masked, whatever it is
 
     @property
     def _root(self) -> str:

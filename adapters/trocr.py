@@ -17,16 +17,17 @@ from transformers import VisionEncoderDecoderModel
 from adapters._decoder import decoder_stacks
 from adapters._images import prepare_images
 from adapters._loading import Checkpoint, model_info
+from adapters._plain import around_is_plain
 from adapters._text import check_tokenizer, pad
 from adapters._trocr_fast import FastDecoder
 from adapters._vit import find_stack
 from adapters._written import Writer
 from grounding.adapter import Adapter, Chance, ModelInfo
-from grounding.errors import ModelError
+from grounding.errors import LayerError, ModelError, TextError
 from grounding.explanation import Alternative
 from grounding.recorder import Recorder
 from grounding.text import Generate, Span, Tokens
-from grounding.tracing import remembered
+from grounding.tracing import ENCODED, remembered
 from grounding.types import Inputs, Sites, Targets
 
 # Prefix tokens of the encoders: CLS, and DeiT's distillation token.
@@ -101,6 +102,12 @@ class TrOcrAdapter(Adapter):
             text_side=("decoder", "enc_to_dec_proj"),
         )
 
+    def sequence(self, path: str) -> tuple[int, bool]:
+        """The decoder has text tokens alone. Raises LayerError there."""
+        if f"{path}.".startswith("decoder."):
+            raise LayerError(f"layer {path!r} has tokens of the text alone: there are no patches in it")
+        return super().sequence(path)
+
     def see(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
@@ -113,7 +120,7 @@ class TrOcrAdapter(Adapter):
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
         owner = [b for b, own in enumerate(texts) for _ in own]
         flat = [text for own in texts for text in own]
-        encoded = remembered(self, inputs, {}, {})["encoded"]
+        encoded = remembered(self, inputs, {}, {})[ENCODED]
         found: dict[int, tuple[Tokens, tuple[str, ...]]] = {}
         with Recorder(self.model):
             asked: dict[Generate, list[int]] = defaultdict(list)
@@ -154,7 +161,8 @@ class TrOcrAdapter(Adapter):
         flat = [(t, self.writer.named(inputs.tokens[t], span)) for t, chosen in enumerate(spans) for span in chosen]
         owner = torch.tensor([t for t, _ in flat])
         ids = inputs.tensors["target_ids"][owner]  # (K, L)
-        rows = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+        precise = self.dtype if self.dtype.itemsize >= 4 else torch.float32
+        rows = torch.zeros(ids.shape, dtype=precise, device=ids.device)
         against = torch.full_like(ids[:, 0], -1)
         for k, (t, span) in enumerate(flat):
             places = list(span.positions or inputs.tokens[t].visible or range(len(inputs.tokens[t])))
@@ -164,6 +172,8 @@ class TrOcrAdapter(Adapter):
                 ids[k, places] = span.token_id
             if span.against:
                 against[k] = self.writer.token_id(span.against, inputs.tokens[t].ids[places[0]])
+                if against[k] == span.token_id:
+                    raise TextError(f"{span.asked!r} and {span.against!r} are the same token: there is no contrast")
         return Targets(
             kind=kind,
             image=torch.tensor(inputs.text_image)[owner],
@@ -171,7 +181,7 @@ class TrOcrAdapter(Adapter):
             spans=tuple(span for _, span in flat),
             data={"ids": ids, "against": against},
             token_target=token_target,
-            rows=rows.to(self.dtype if self.dtype.itemsize >= 4 else torch.float32),
+            rows=rows,
         )
 
     def encode(self, inputs: Inputs) -> Float[Tensor, "B N D"]:
@@ -215,9 +225,11 @@ class TrOcrAdapter(Adapter):
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
         """The last encoder block and the norm behind it, where the decoder is TrOCR's own."""
-        if not FastDecoder.fits(self.model):
+        last = self.sites.stacks["vision"].blocks[-1]
+        inner = self.sites.stacks["decoder"].blocks[-1]
+        if not FastDecoder.fits(self.model) or not around_is_plain(self.model, last, inner):
             return {}
-        return {self.sites.stacks["vision"].blocks[-1]: (), "encoder.layernorm": ()}
+        return {last: (), "encoder.layernorm": ()}
 
     def from_tap(self, tap: str, features: Tensor) -> Tensor | None:
         """The last block is read through the encoder's final norm alone."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grounding.adapter import Adapter
-from grounding.errors import GroundingError, LayerError
+from grounding.errors import GroundingError, LayerError, OptionError
 from grounding.explanation import Explanation
 from grounding.plan import Column, Selection, columns
 from grounding.recorder import random_state
@@ -77,6 +77,8 @@ def explain(
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
     plan = columns(adapter, methods, layers, options, average_layers)
     select = select or Selection()
+    if (select.where or select.contrast) and not adapter.generates:
+        raise OptionError(f"where and contrast ask what a model could have written; {adapter.info.type} writes no text")
     results: list[list[Explanation]] = []
     with torch.inference_mode(False), random_state(adapter.model, seed):
         for seen, own in _batches(adapter, images, pictures, captions, batch_size):
@@ -200,7 +202,8 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
     """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
     for path, size in sizes.items():
         if size == 0:
+            live = "" if path == adapter.sites.tap else f"use {adapter.sites.tap!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
-                f"maps would be blank; use {adapter.sites.tap!r}, or see --list-layers for the live ones"
+                f"maps would be blank; {live}see --list-layers for the live ones"
             )

@@ -165,7 +165,7 @@ def evaluate(
         document |= {"swap_accuracy": told.value, "swap_accuracy_ci": told.interval, "swap_captions": told.count}
     if rules.faithfulness:
         document["faithfulness"] = faithfulness(
-            adapter, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
+            aimed, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
         )
     return document
 

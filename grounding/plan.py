@@ -45,6 +45,8 @@ class Selection:
         for name in ("tokens", "phrases"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
+        if (self.where or self.contrast) and (self.words or self.phrases):
+            raise OptionError("where and contrast ask about single tokens: not with words or phrases")
 
     def spans(self, tokens: Tokens) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""

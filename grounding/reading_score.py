@@ -58,10 +58,11 @@ class Aimed(Selection):
         draw = random.Random(f"{self.seed}/{tokens.text}")
         questions = []
         for span in own:
-            others = sorted({other.label for other in own if other.label.strip()} - {span.label})
+            others = {other.label: other.token_id for other in own if other.label.strip()}
+            others.pop(span.label, None)
             if span.label.strip() and others:
-                asked = draw.choice(others)
-                questions.append(replace(span, kind=ASKED, asked=asked, label=asked))
+                asked = draw.choice(sorted(others))
+                questions.append(replace(span, kind=ASKED, asked=asked, asked_id=others[asked], label=asked))
         return (*own, *questions)
 
 

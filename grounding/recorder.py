@@ -122,7 +122,9 @@ def _constant_deviation(norm: nn.Module, args: tuple[Tensor], output: Tensor) ->
     if not torch.is_grad_enabled():
         return output
     x, axes = args[0], tuple(range(-len(norm.normalized_shape), 0))
-    deviation = (x.detach().var(axes, correction=0, keepdim=True) + norm.eps).sqrt()
+    # Squares of half-precision features overflow.
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    deviation = (wide.var(axes, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
     linear = (x - x.mean(axes, keepdim=True)) / deviation
     linear = linear if norm.weight is None else linear * norm.weight
     return output.detach() + (linear - linear.detach())

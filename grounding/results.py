@@ -73,6 +73,11 @@ def unasked(plan: Sequence[Column], entries: Sequence[Entry]) -> Iterator[str]:
 def doubts(made: Mapping[str, MapColumn], entries: Sequence[Entry]) -> Iterator[str]:
     """What a reader of these maps must know."""
     for column in made.values():
+        if not column.shared and len(column.maps) > 1 and not np.ptp(column.maps, axis=0).any():
+            yield (
+                f"{column.title} cannot tell the parts of this text apart here: all entries have the same map; another "
+                "--layer may"
+            )
         if not column.text_conditioned:
             yield f"{column.title} does not see the text here: one map for all entries"
         for place, status in enumerate(column.status):

@@ -20,8 +20,8 @@ class Span:
     """One entry: a part of a text. `positions` are its tokens' places in the model's sequence, special tokens counted.
 
     `kind` is caption, token, word, phrase, class or image. `alone` marks a span that is scored as a text of its own.
-    Kind `where` asks for the token `asked` in place of the one that stands there, `contrast` for it rather than
-    `against`.
+    Kind `where` asks for the token `asked` (or the one with the id `asked_id`) in place of the one that stands there,
+    `contrast` for it rather than `against`.
     """
 
     kind: str
@@ -33,6 +33,7 @@ class Span:
     alone: bool = False
     asked: str = ""
     against: str = ""
+    asked_id: int | None = None
 
 
 @dataclass(frozen=True)

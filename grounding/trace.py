@@ -66,7 +66,7 @@ class Trace:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
         self._declared("shift")
         if self.tap is not None and self.tap in self.shifts:
-            return _precise(self.shifts[self.tap])
+            return precise(self.shifts[self.tap])
         return self._folded(self._rows("shift", self.gradients)).sum((1, 2))
 
     def weighted(self, weights: Float[Tensor, "k D"], *, centred: bool = False) -> Float[Tensor, "k rows columns"]:
@@ -76,7 +76,7 @@ class Trace:
         """
         self._declared("activations")
         assert self.tap is not None
-        features = _precise(self._folded(self.outputs[self.tap]))
+        features = precise(self._folded(self.outputs[self.tap]))
         if centred:
             features = features - features.mean((1, 2), keepdim=True)
         maps = weights.new_empty(len(weights), *self.grid)
@@ -89,13 +89,13 @@ class Trace:
     def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """Attention weights of the blocks of a stack, first to last, per picture or text."""
         self._declared("attention")
-        return [_precise(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [precise(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
 
     def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """d score / d attention weights of the blocks of a stack, first to last: those of the one target that each
         picture or text (or row of it) has here."""
         self._declared("attention_gradient")
-        return [_precise(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [precise(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
 
     def chain(
         self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str = "vision"
@@ -155,14 +155,14 @@ class Trace:
         """One row per target of what the tap has per picture or text; not copied where they are the same."""
         assert self.tap is not None
         owner = self._owner(self.tap).tolist()
-        return _precise(tensor if owner == list(range(len(tensor))) else tensor[owner])
+        return precise(tensor if owner == list(range(len(tensor))) else tensor[owner])
 
     def _declared(self, signal: str) -> None:
         if signal not in self.needs:
             raise RuntimeError(f"a method reads {signal!r} but declares only {sorted(self.needs)}")
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def precise(tensor: Tensor) -> Tensor:
     """Off the graph; half precision as float32, so that sums over patches and chains of layers keep their digits."""
     tensor = tensor.detach()
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()

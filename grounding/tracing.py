@@ -18,13 +18,15 @@ from grounding.adapter import Adapter
 from grounding.errors import NumericError
 from grounding.plan import Column, wanted_signals
 from grounding.recorder import Recorder
-from grounding.trace import Trace
+from grounding.trace import Trace, precise
 from grounding.types import Inputs, Targets
 
 # Numbers that the fast way may hold at once per target: rows of attention and hidden features; about 0.25 GB.
 FAST_BUDGET = 60_000_000
 # A layer that is read through a LayerNorm alone has |<features, gradient>| below this part of the product of lengths.
 RIGHT_ANGLE = 1e-3
+# Stacks of whose last block each row is read from its own attention row alone.
+READ_BY_ROWS = ("cross", "decoder", "fusion")
 # What the vision stack gave, among what is remembered of a pass.
 ENCODED = "encoded"
 
@@ -123,7 +125,8 @@ def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
     taps, attention = wanted_signals(adapter, plan)
     starts = {path: False for tap, others in adapter.fast_taps.items() if tap in taps for path in (tap, *others)}
     own = (_of_pictures(adapter, {**taps, **starts}), _of_pictures(adapter, attention))
-    remembered(adapter, inputs, *(dict.fromkeys(paths, False) for paths in own))
+    # What is wanted with a gradient needs a pass of its own later on.
+    remembered(adapter, inputs, *({path: False for path, gradient in paths.items() if not gradient} for paths in own))
 
 
 def remembered(
@@ -158,7 +161,7 @@ def _slow_chunks(
     wanted_attention = [path for path, gradient in attention.items() if gradient]
     leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
     groups = _groups(record, [*wanted_taps, *wanted_attention])
-    if not leaves and not record.adapter.text_conditioned(record.targets.kind, gradient=False):
+    if not record.adapter.text_conditioned(record.targets.kind, gradient=bool(leaves)):
         groups = groups[:1]  # nothing depends on the target: one per picture says it all
     for number, members in enumerate(groups):
         gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
@@ -182,7 +185,7 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     """
     adapter, targets = record.adapter, record.targets
     image, text = targets.image.tolist(), targets.units.tolist()
-    last = {s.attention[-1] for s in adapter.sites.stacks.values() if s.attention}
+    last = {s.attention[-1] for name, s in adapter.sites.stacks.items() if name in READ_BY_ROWS and s.attention}
     if any(adapter.axis(path) == "picture" for path in leaves) or not adapter.sites.text_stacks:
         claims = [{b} for b in image]
     elif not leaves:
@@ -198,7 +201,7 @@ def _orthogonal(chunk: Trace) -> frozenset[str]:
     """Taps whose every patch has a gradient at right angles to its features, to rounding."""
     found = set()
     for path, gradient in chunk.gradients.items():
-        grid = [chunk.adapter.to_grid(t, chunk.grid, path).double() for t in (chunk.outputs[path].detach(), gradient)]
+        grid = [chunk.adapter.to_grid(precise(t), chunk.grid, path) for t in (chunk.outputs[path], gradient)]
         if at_right_angles(*grid):
             found.add(path)
     return frozenset(found)
@@ -220,7 +223,7 @@ def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
         members = one_each([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return at_right_angles(*(record.adapter.to_grid(t.detach(), record.grid, tap).double() for t in (leaf, gradient)))
+    return at_right_angles(*(record.adapter.to_grid(precise(t), record.grid, tap) for t in (leaf, gradient)))
 
 
 def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, scores: Tensor) -> Iterator[Chunk]:

@@ -2,7 +2,7 @@
 
 python scripts/inspect_ocr.py
 python scripts/inspect_ocr.py --image line.png --model microsoft/trocr-base-printed
-python scripts/inspect_ocr.py --text "Total 12.60"        why did it not read this?
+python scripts/inspect_ocr.py --text 'Total $12.60'       why did it not read this?
 python scripts/inspect_ocr.py --contrast 5 6              why a 5 and not a 6?
 python scripts/inspect_ocr.py --tokens 0 --where z        is there a z anywhere, seen from the first place?
 """

@@ -8,10 +8,10 @@ import torch
 from PIL import Image, ImageFile
 
 from grounding import METHODS, explain
-from grounding.plan import available
 from grounding.errors import NumericError
 from grounding.layers import list_layers
 from grounding.method import Method
+from grounding.plan import available
 from tests.conftest import noise
 
 CAPTION = "a man in a red jacket"

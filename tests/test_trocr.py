@@ -11,7 +11,7 @@ from transformers import SwinConfig, SwinModel, VisionEncoderDecoderModel
 from adapters._written import tokens_of
 from adapters.trocr import TrOcrAdapter
 from grounding import Selection, explain, tracing
-from grounding.errors import ModelError, OptionError, TargetError, TextError
+from grounding.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.text import Generate
 from tests import oracles, oracles_reader, tiny
 from tests.conftest import noise
@@ -165,7 +165,7 @@ def test_a_batch_of_lines_equals_one_by_one(trocr):
 
 def test_one_encoder_pass_and_one_backward_for_all_tokens(trocr, monkeypatch):
     passes, backwards = [], []
-    handle = trocr.model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    handle = trocr.model.encoder.embeddings.register_forward_hook(lambda *_: passes.append(1))
     plain = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
     methods = ["gradient_x_cross_attention", "cross_attention", "rollout"]
@@ -414,3 +414,58 @@ def test_models_that_write_nothing_want_a_text(clip, picture):
         explain(clip, picture)
     with pytest.raises(TextError, match="a caption must be text, got Generate"):
         explain(clip, picture, Generate())
+
+
+def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, picture):
+    """A hook on a module that the shortcut's parts lie in would be skipped by it, but not by the score."""
+    cases = (
+        (tiny.trocr_adapter(), "encoder", "last_hidden_state"),
+        (tiny.flava_adapter(kind="logit"), "flava.multimodal_model", "last_hidden_state"),
+        (clip, "vision_model", "pooler_output"),
+    )
+    for adapter, path, field in cases:
+        assert adapter.fast_taps
+
+        def double(_module, _args, out, field=field):
+            out[field] = 2 * out[field]
+            return out
+
+        handle = adapter.model.get_submodule(path).register_forward_hook(double)
+        assert not adapter.fast_taps
+        handle.remove()
+        assert adapter.fast_taps
+
+
+def test_what_was_not_written_is_no_question_for_models_that_compare(clip, picture):
+    for select in (Selection(where="blue", tokens=["red"]), Selection(contrast=("red", "blue"))):
+        with pytest.raises(OptionError, match="clip writes no text"):
+            explain(clip, picture, TEXT, select=select)
+    with pytest.raises(OptionError, match="not with words or phrases"):
+        Selection(where="blue", words=True)
+
+
+def test_a_token_against_itself_is_no_contrast(trocr):
+    with pytest.raises(TextError, match="'red' and 'red' are the same token"):
+        explain(trocr, noise(90, 30), TEXT, select=Selection(contrast=("red", "red")))
+
+
+def test_layers_of_the_text_alone_hold_no_patches(trocr):
+    """Not even where a text happens to have as many tokens as the picture."""
+    for adapter, layer in ((trocr, "decoder:0"), (tiny.flava_adapter(kind="logit"), "text:0")):
+        with pytest.raises(LayerError, match="has tokens of the text alone"):
+            explain(adapter, noise(90, 30), "a b c d e f g h i j", methods=["gradcam"], layers=[layer], target="logit")
+
+
+def test_a_forced_text_without_room_for_its_end_names_what_is_cut(trocr):
+    from tokenizers import processors
+
+    trocr.writer.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    found = explain(trocr, noise(90, 30), "man" + " man" * 23, methods=["cross_attention"], select=TOKENS)
+    assert len(found.entries) == tiny.LIMIT
+    assert any("not read: 'man'" in w for w in found.warnings)
+
+
+def test_a_sign_the_model_cannot_name_is_part_of_what_it_read():
+    tokenizer = tiny.bert_tokenizer()
+    ids = tokenizer("red \u732b car", add_special_tokens=False)["input_ids"]
+    assert tokens_of(tokenizer, [*ids, tokenizer.sep_token_id]).text == "red [UNK] car"
