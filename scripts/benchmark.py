@@ -3,6 +3,7 @@
 python scripts/benchmark.py clip
 python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
 python scripts/benchmark.py trocr --tokens 20 50
+python scripts/benchmark.py flava --words 12
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from grounding import cli
 from grounding.tables import table
 
-FAMILIES = ("clip", "trocr")
+FAMILIES = ("clip", "trocr", "flava")
 
 
 def positive(text: str) -> int:
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tokens", nargs="+", type=several, default=[20, 50], help="trocr: text lengths (default: 20 50)"
     )
+    made.add_argument("--words", nargs="+", type=several, default=[12], help="flava: text lengths (default: 12)")
     made.add_argument("--repeats", type=positive, default=3, help="runs of each case; the median counts (default: 3)")
     made.add_argument("--format", choices=["text", "json"], default="text")
     made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")

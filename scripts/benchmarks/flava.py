@@ -1,0 +1,146 @@
+"""FLAVA at full size, random weights from a configuration: a caption of T words, every one of them a target.
+
+The unit is one bare forward pass of FlavaModel over the same picture and text, multimodal encoder included; it is
+measured before and after every run. `tap` is where Grad-CAM reads: the input of the last multimodal block, the output of
+the last image block, or (similarity) the input of its attention. The tutorial loop is a full forward and backward pass
+per token with all parameters on the graph, measured on three tokens and scaled; `difference` is how far its maps are
+from ours on these, relative to our largest value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import FlavaConfig, FlavaForPreTraining, PreTrainedTokenizerFast
+from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
+
+from adapters.flava import FlavaAdapter
+from benchmarks.meter import Ratio, quietly, ratio, say
+from grounding.engine import compute
+from grounding.plan import columns
+
+SIZES = "words"
+UNIT = "one bare forward pass of FlavaModel over the same picture and text"
+# Target, tap in words, layer, method.
+CASES = (
+    ("logit", "fusion", "fusion:-1.in", "gradcam"),
+    ("logit", "vision", "-1", "gradcam"),
+    ("logit", "vision", None, "rollout"),
+    ("matching", "fusion", "fusion:-1.in", "gradcam"),
+    ("matching", "vision", "-1", "gradcam"),
+    ("similarity", "vision", "-1.in", "gradcam"),
+)
+LOOP_TOKENS = 3
+VOCABULARY = 30522
+
+
+def measure(words: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """All cases for each length of text."""
+    torch.set_num_threads(1)
+    adapter = make_adapter()
+    tell = quietly if quiet else say
+    return [case for count in words for case in _cases(adapter, count, repeats, tell)]
+
+
+def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    inputs = adapter.prepare([_noise()], [[" ".join(f"w{i}" for i in range(100, 100 + count))]])
+    forward = functools.partial(_forward, adapter, inputs)
+    for target, tap, layer, method in CASES:
+        aimed = adapter.aimed(target)
+        targets = aimed.targets(inputs, [inputs.tokens[0].tokens()])
+        assert len(targets) == count
+        plan = columns(aimed, [method], [layer] if layer else [])
+
+        def maps(own: Any = aimed, goal: Any = targets, plan: Any = plan) -> np.ndarray:
+            # A memory of its own for every run, or all but the first would find the pass made already.
+            return next(iter(compute(own, replace(inputs, memory={}), goal, plan).maps.values()))
+
+        found = ratio(maps, forward, repeats, maps)
+        loop, apart = None, None
+        if target == "logit" and layer is not None:
+            loop, apart = _loop(aimed, inputs, aimed.resolve(layer), maps(), repeats, forward)
+            loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
+        tell(f"{count} words: {target} at {layer}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
+        yield {
+            "target": target,
+            "tap": tap,
+            "method": method,
+            "layer": layer,
+            "tokens": count,
+            "ratio_to_forward": round(found.value, 3),
+            "naive_ratio": loop and round(loop.value, 1),
+            "speedup": loop and round(loop.value / found.value, 1),
+            "peak_mb": round(found.peak_mb),
+            "difference": apart and float(f"{apart:.1e}"),
+        }
+
+
+def _loop(
+    adapter: FlavaAdapter, inputs: Any, path: str, ours: np.ndarray, repeats: int, forward: Callable[[], object]
+) -> tuple[Ratio, float]:
+    """What the tutorial loop costs for its tokens, and how far its maps are from ours."""
+    kept: dict[int, np.ndarray] = {}
+    rows = [(len(ours) - 1) * k // (LOOP_TOKENS - 1) for k in range(LOOP_TOKENS)]
+
+    def work() -> None:
+        kept.update({row: _tutorial(adapter, inputs, path, row) for row in rows})
+
+    found = ratio(work, forward, repeats, forward)
+    adapter.model.zero_grad(set_to_none=True)
+    return found, max(float(np.abs(ours[row] - cam).max() / np.abs(ours[row]).max()) for row, cam in kept.items())
+
+
+def make_adapter() -> FlavaAdapter:
+    """A FLAVA of the published size that knows nothing; without its codebook, which nothing here reads."""
+    torch.manual_seed(0)
+    model = FlavaForPreTraining(FlavaConfig(init_codebook=False)).eval()
+    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102}
+    words = special | {f"w{i}": i + 10_000 for i in range(1000)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    return FlavaAdapter(model, tokenizer=fast, image_processor=FlavaImageProcessorPil())
+
+
+def _noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def _forward(adapter: FlavaAdapter, inputs: Any) -> torch.Tensor:
+    tensors = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    return adapter.model.flava(**tensors).multimodal_embeddings
+
+
+def _tutorial(adapter: FlavaAdapter, inputs: Any, path: str, row: int) -> np.ndarray:
+    """The map of one token by one full forward and backward pass, gradients of every parameter included."""
+    kept: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+        kept[0].retain_grad()
+
+    handle = adapter.model.get_submodule(path).register_forward_hook(keep)
+    tensors = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    states = adapter.model.flava(**tensors).multimodal_embeddings
+    handle.remove()
+    adapter.model.zero_grad()
+    (rows, across), place = adapter.grid(inputs), inputs.tokens[0].visible[row]
+    ahead = states.shape[1] - inputs.tensors["input_ids"].shape[1]
+    logits = adapter.model.mmm_text_head(states[0, ahead + place])
+    logits[inputs.tensors["input_ids"][0, place]].backward()
+    first = adapter.sequence(path)[0]
+    features, gradient = (t[0, first : first + rows * across].detach() for t in (kept[0], kept[0].grad))
+    return (features @ gradient.mean(0)).reshape(rows, across).numpy()
