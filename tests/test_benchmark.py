@@ -13,8 +13,11 @@ from tests.test_cli import ROOT, script
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import benchmarks.clip as loops
+    import benchmarks.flava as fused
     import benchmarks.trocr as lines
 
+    monkeypatch.setattr(fused, "make_adapter", lambda: tiny.flava_adapter(dtype=tiny.torch.float32))
+    monkeypatch.setattr(fused, "sentence", lambda count: " ".join(["red"] * count))
     monkeypatch.setattr(lines, "make_adapter", lambda: tiny.trocr_adapter(dtype=tiny.torch.float32))
     monkeypatch.setattr(lines, "sentence", lambda count: " ".join(["red"] * (count - 1)))
     monkeypatch.setattr(loops, "make_adapter", lambda: tiny.clip_adapter(dtype=tiny.torch.float32, layers=4))
@@ -53,7 +56,20 @@ def test_json_has_the_documented_cases_of_lines(benchmark, capsys):
         assert found["generate"]["ratio_to_generate"] == 1
 
 
-@pytest.mark.parametrize("argv", [["--tokens", "2"], ["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]])
+def test_json_has_the_documented_cases_of_a_fusion_encoder(benchmark, capsys):
+    assert benchmark.main(["flava", "--format", "json", "--words", "4", "--repeats", "1", "-q"]) == 0
+    cases = json.loads(capsys.readouterr().out)["flava"]
+    keys = ["target", "tap", "method", "layer", "tokens", "ratio_to_forward", "naive_ratio", "speedup", "peak_mb"]
+    assert all(list(case) == [*keys, "difference"] for case in cases)
+    looped = [case for case in cases if case["speedup"] is not None]
+    assert [(case["target"], case["tap"]) for case in looped] == [("logit", "fusion"), ("logit", "vision")]
+    assert all(case["difference"] < 1e-3 for case in looped)  # float32
+    assert {case["target"] for case in cases} == {"logit", "matching", "similarity"}
+
+
+@pytest.mark.parametrize(
+    "argv", [["--words", "2"], ["--tokens", "2"], ["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]]
+)
 def test_numbers_below_one_are_refused(benchmark, capsys, argv):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["clip", *argv])

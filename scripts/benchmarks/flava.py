@@ -1,10 +1,10 @@
 """FLAVA at full size, random weights from a configuration: a caption of T words, every one of them a target.
 
 The unit is one bare forward pass of FlavaModel over the same picture and text, multimodal encoder included; it is
-measured before and after every run. `tap` is where Grad-CAM reads: the input of the last multimodal block, the output of
-the last image block, or (similarity) the input of its attention. The tutorial loop is a full forward and backward pass
-per token with all parameters on the graph, measured on three tokens and scaled; `difference` is how far its maps are
-from ours on these, relative to our largest value.
+measured before and after every run. `tap` is where Grad-CAM reads: the input of the last multimodal block, the output
+of the last image block, or (similarity) the input of its attention. The tutorial loop is a full forward and backward
+pass per token with all parameters on the graph, measured on three tokens and scaled; `difference` is how far its
+maps are from ours on these, relative to our largest value.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def measure(words: Sequence[int], repeats: int, *, quiet: bool = False) -> list[
 
 
 def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    inputs = adapter.prepare([_noise()], [[" ".join(f"w{i}" for i in range(100, 100 + count))]])
+    inputs = adapter.prepare([_noise()], [[sentence(count)]])
     forward = functools.partial(_forward, adapter, inputs)
     for target, tap, layer, method in CASES:
         aimed = adapter.aimed(target)
@@ -112,6 +112,11 @@ def make_adapter() -> FlavaAdapter:
         tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
     )
     return FlavaAdapter(model, tokenizer=fast, image_processor=FlavaImageProcessorPil())
+
+
+def sentence(count: int) -> str:
+    """A text of `count` words, one token each."""
+    return " ".join(f"w{i}" for i in range(100, 100 + count))
 
 
 def _noise() -> Image.Image:
