@@ -57,7 +57,16 @@ class Fusion:
         known: dict[tuple[int, ...], int] = {}
         unit = [known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)]
         data = {"ids": ids, "mask": mask, "compared": compared, "start": start}
-        return replace(targets, data=data, unit=torch.tensor(unit), rows=None if matching else start)
+        left_out = [h == "left out" for h in how]
+        # Sequences without a token stand behind those of the texts, in the order of their targets.
+        other = [len(known) + sum(left_out[:k]) if out else -1 for k, out in enumerate(left_out)]
+        return replace(
+            targets,
+            data=data,
+            unit=torch.tensor(unit),
+            rows=None if matching else start,
+            other=torch.tensor(other) if any(left_out) else None,
+        )
 
     def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""

@@ -66,7 +66,8 @@ def one_picture_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Ta
         per_picture=inputs.per_picture,
         per_text=inputs.per_text,
     )
-    return repeated, replace(targets, image=own, text=own, unit=None if targets.unit is None else own)
+    unit = None if targets.unit is None else own
+    return repeated, replace(targets, image=own, text=own, unit=unit, other=None)
 
 
 def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
@@ -91,4 +92,4 @@ def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targ
     every = targets.select([k for k in range(len(targets)) for _ in range(count)])
     version = torch.arange(count).repeat(len(targets))
     unit = None if every.unit is None else every.unit * count + version
-    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit)
+    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit, other=None)

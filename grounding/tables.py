@@ -21,9 +21,10 @@ def headline(explanation: Explanation) -> str:
     """Picture, model, target and where the text is from, in one line."""
     name = explanation.picture.path or "picture"
     size = f"{explanation.picture.width} x {explanation.picture.height}"
-    parts = origin_words(explanation) or f"parts of the caption: {explanation.token_target}"
+    how = f"parts of the caption: {explanation.token_target}" if explanation.token_target else ""
     model = f"{explanation.model['type']} {explanation.model['id']}"
-    return visible_text(f"{name} ({size}), {model}, target {explanation.target}, {parts}")
+    parts = [f"{name} ({size})", model, f"target {explanation.target}", origin_words(explanation) or how]
+    return visible_text(", ".join(part for part in parts if part))
 
 
 def explanation_table(explanation: Explanation) -> str:

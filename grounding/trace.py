@@ -62,15 +62,26 @@ class Trace:
         """d score / d features, per patch."""
         return self._folded(self._rows("patch_gradient", self.gradients))
 
-    def shift(self) -> Float[Tensor, "k D"]:
-        """d score / d (one vector added to all patches) = the patch gradient summed over patches."""
+    def shift(self, *, other: bool = False) -> Float[Tensor, "k D"]:
+        """d score / d (one vector added to all patches) = the patch gradient summed over patches; with `other`, of the
+        sequences that the targets' own are compared with."""
         self._declared("shift")
-        if self.tap is not None and self.tap in self.shifts:
+        assert self.tap is not None
+        if self.tap in self.shifts:
             return precise(self.shifts[self.tap])
-        return self._folded(self._rows("shift", self.gradients)).sum((1, 2))
+        owner = self._owner(self.tap, other=other)
+        return self._folded(precise(self.gradients[self.tap])).sum((1, 2))[owner]
 
-    def weighted(self, weights: Float[Tensor, "k D"], *, centred: bool = False) -> Float[Tensor, "k rows columns"]:
-        """sum_d weights_kd F_pd for every target, with the mean over patches taken off the features first if `centred`.
+    @property
+    def compares(self) -> bool:
+        """Whether targets are compared with other sequences at this tap: where every text has a sequence of its own."""
+        return self.tap is not None and self.adapter.axis(self.tap) == "text" and self.targets.other is not None
+
+    def weighted(
+        self, weights: Float[Tensor, "k D"], *, centred: bool = False, other: bool = False
+    ) -> Float[Tensor, "k rows columns"]:
+        """sum_d weights_kd F_pd for every target, with the mean over patches taken off the features first if `centred`;
+        with `other`, the features of the sequences that the targets' own are compared with (zero where there is none).
 
         Features are read per picture, never copied per target: many targets of one picture cost one matrix product.
         """
@@ -79,9 +90,9 @@ class Trace:
         features = precise(self._folded(self.outputs[self.tap]))
         if centred:
             features = features - features.mean((1, 2), keepdim=True)
-        maps = weights.new_empty(len(weights), *self.grid)
-        owner = self._owner(self.tap).to(weights.device)
-        for b in owner.unique().tolist():
+        maps = weights.new_zeros(len(weights), *self.grid)
+        owner = self._owner(self.tap, other=other).to(weights.device)
+        for b in owner[owner >= 0].unique().tolist():
             mine = owner == b
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
         return maps
@@ -143,7 +154,10 @@ class Trace:
         assert self.tap is not None
         return self.adapter.to_grid(hidden, self.grid, self.tap)
 
-    def _owner(self, path: str) -> Int[Tensor, "k"]:
+    def _owner(self, path: str, *, other: bool = False) -> Int[Tensor, "k"]:
+        if other:
+            assert self.targets.other is not None
+            return self.targets.other
         return self.targets.units if self.adapter.axis(path) == "text" else self.targets.image
 
     def _rows(self, signal: str, record: Mapping[str, Tensor]) -> Tensor:

@@ -62,7 +62,7 @@ def is_fast(adapter: Adapter, targets: Targets, column: Column) -> bool:
     """Whether a column needs no more than shifts at fast taps."""
     taps = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
     needs = column.method.needs
-    shift_alone = "shift" in needs and needs <= {"activations", "shift"}
+    shift_alone = "shift" in needs and needs <= {"activations", "shift"} and targets.other is None
     return shift_alone and len(column.paths) == 1 and column.paths[0] in taps
 
 

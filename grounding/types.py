@@ -51,7 +51,8 @@ class Targets:
     `image` and `text` (K,) say where each belongs, `spans[k]` which part of its text it is about, `kind` what is
     measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `unit` (K,) says which of
     the text side's sequences a target is read in (none: that of its text), `rows` (K, Q) at which places of it, as
-    weights that sum to 1, where each place is read by itself. `data` holds whatever the adapter needs to compute the
+    weights that sum to 1, where each place is read by itself. `other` (K,) is the sequence that a target's own is
+    compared with (a caption without a token; -1: none). `data` holds whatever the adapter needs to compute the
     scores, every tensor with K first.
     """
 
@@ -63,6 +64,7 @@ class Targets:
     token_target: str | None = None
     rows: Float[Tensor, "K Q"] | None = None
     unit: Int[Tensor, "K"] | None = None
+    other: Int[Tensor, "K"] | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -83,6 +85,7 @@ class Targets:
             data={name: tensor[index.to(tensor.device)] for name, tensor in self.data.items()},
             rows=None if self.rows is None else self.rows[index.to(self.rows.device)],
             unit=None if self.unit is None else self.unit[index],
+            other=None if self.other is None else self.other[index],
         )
 
 

@@ -10,7 +10,10 @@ ATTENTION = "attention.attention.dropout"  # its output is the attention, on the
 
 
 class Tutorial:
-    """One picture and one text, given as the model's own tensors."""
+    """One picture and one text, given as the model's own tensors.
+
+    `compared` is what the last run kept of the caption without its token: features and gradient of the layer.
+    """
 
     def __init__(self, model, pixels, ids):
         self.model, self.pixels, self.ids = model, pixels, torch.tensor([ids])
@@ -36,6 +39,7 @@ class Tutorial:
         for name, own in towers.items():
             count = len(getattr(flava, name).encoder.layer)
             pairs[name] = [self.joined([own[i], *own[count + i : count + i + 1]], name) for i in range(count)]
+        self.compared = [(t[0].detach().numpy(), gradient(t)) for t in kept[1:]]
         return score.item(), *self.joined(kept, layer), pairs
 
     def joined(self, runs, path):

@@ -7,6 +7,7 @@ import torch
 from grounding import Selection, explain
 from grounding.errors import LayerError, OptionError, TargetError
 from grounding.layers import list_layers
+from grounding.trace import Trace
 from tests import oracles, tiny
 from tests.conftest import noise
 from tests.oracles_fusion import Tutorial
@@ -37,7 +38,7 @@ def loop(adapter, kind, layer, picture=None):
     ids = adapter.tokenizer(TEXT)["input_ids"]
     tutorial = Tutorial(adapter.model, pixels, ids)
     places = [*([] if kind == "logit" else [None]), *range(1, len(ids) - 1)]
-    return [tutorial.run(kind, layer, place) for place in places]
+    return [(*tutorial.run(kind, layer, place), tutorial.compared) for place in places]
 
 
 def entries(kind):
@@ -57,7 +58,7 @@ def test_gradcam_in_the_image_tower_equals_a_plain_loop(kind, dtype, tolerance):
     found = explain(adapter, noise(50, 40), TEXT, target=kind, methods=["gradcam"], layers=layers, select=entries(kind))
     for layer in layers:
         runs = loop(adapter, kind, layer)
-        expected = [oracles.gradcam(patches(f), patches(g)) for _, f, g, _ in runs]
+        expected = [oracles.gradcam(patches(f), patches(g)) for _, f, g, *_ in runs]
         close(found.columns[f"gradcam@{layer}"].maps.reshape(len(runs), -1), expected, tolerance)
         assert [e.score for e in found.entries] == pytest.approx([r[0] for r in runs], rel=1e-3, abs=1e-6)
 
@@ -70,7 +71,7 @@ def test_gradcam_in_the_multimodal_encoder_equals_a_plain_loop(flava, kind, meth
     if method == "gradcam_ln":
         monkeypatch.setattr(torch.nn.LayerNorm, "forward", oracles.constant_deviation_norm)
     runs = loop(flava, kind, FUSION[layer])
-    expected = [oracles.gradcam(patches(f, 2), patches(g, 2)) for _, f, g, _ in runs]
+    expected = [sum(oracles.gradcam(patches(f, 2), patches(g, 2)) for f, g in [run[1:3], *run[4]]) for run in runs]
     close(found.columns[method].maps.reshape(len(runs), -1), expected)
 
 
@@ -86,7 +87,7 @@ def test_attention_methods_equal_their_oracles_through_both_encoders(flava, kind
     methods = ["rollout", "gradient_rollout", "attention", "attention_gradcam", "relevance"]
     found = explain(flava, noise(50, 40), TEXT, target=kind, methods=methods, select=entries(kind))
     expected = {name: [] for name in methods}
-    for index, (*_, pairs) in enumerate(loop(flava, kind, VISION["inner block"])):
+    for index, (*_, pairs, _) in enumerate(loop(flava, kind, VISION["inner block"])):
         seeing, fusing = pairs["image_model"], pairs["multimodal_model"]
         row = start(kind, index, fusing[0][0].shape[-1])
         image = slice(1, 2 + PATCHES)  # the image's own CLS and its patches
@@ -246,13 +247,15 @@ def test_layers_of_both_encoders_are_listed(flava):
         explain(flava, noise(50, 40), TEXT, methods=["gradcam"], layers=["fusion:-1.in"])
 
 
-def test_maps_that_cannot_tell_parts_apart_say_so(flava):
-    """In the multimodal encoder a caption has one sequence, whatever part of it is left out for comparison."""
-    found = explain(flava, noise(50, 40), TEXT, target="matching", methods=["gradcam"], layers=["fusion:-1.in"])
-    assert any("Grad-CAM cannot tell the parts of this text apart here" in w for w in found.warnings)
+def test_maps_that_cannot_tell_parts_apart_say_so(flava, monkeypatch):
     for kind in KINDS:
-        usual = explain(flava, noise(50, 40), TEXT, target=kind, methods=["gradcam"])
-        assert not any("cannot tell the parts" in w for w in usual.warnings)
+        for layer in ("0", "fusion:0", "fusion:-1.in"):
+            if kind != "similarity" or layer == "0":
+                found = explain(flava, noise(50, 40), TEXT, target=kind, methods=["gradcam"], layers=[layer])
+                assert not any("cannot tell the parts" in w for w in found.warnings)
+    monkeypatch.setattr(Trace, "weighted", lambda trace, weights, **_: torch.ones(len(weights), *trace.grid))
+    found = explain(flava, noise(50, 40), TEXT, methods=["gradcam"])
+    assert any("Grad-CAM cannot tell the parts of this text apart here" in w for w in found.warnings)
 
 
 def test_a_target_without_text_costs_one_backward(flava, monkeypatch):

@@ -43,7 +43,11 @@ def gradcam_ln(
 def weighted_features(trace: Trace, token_centred: bool, smooth: float) -> Float[Tensor, "k rows columns"]:
     """sum_d w_d F_pd with w_d the mean gradient of channel d over patches."""
     patches = trace.grid[0] * trace.grid[1]
-    return smoothed(trace.weighted(trace.shift() / patches, centred=token_centred), smooth)
+    maps = trace.weighted(trace.shift() / patches, centred=token_centred)
+    if trace.compares:
+        # What a caption has over the one it is compared with: either's features with its own gradient.
+        maps = maps + trace.weighted(trace.shift(other=True) / patches, centred=token_centred, other=True)
+    return smoothed(maps, smooth)
 
 
 def smoothed(maps: Float[Tensor, "k rows columns"], sigma: float) -> Float[Tensor, "k rows columns"]:
