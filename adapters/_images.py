@@ -71,6 +71,6 @@ def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]
         share = f"{geometry.seen_fraction:.0%}" if geometry.seen_fraction >= 0.01 else "less than 1%"
         doubts.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
     config = getattr(adapter.model, "config", None)
-    if getattr(config, "demo_world", False) and not is_demo(picture.path):
+    if getattr(config, "demo_world", False) and not is_demo(picture.path, adapter.demo_parts):
         doubts.append(f"{adapter.demo_advice} and says nothing about other pictures; use --model {adapter.example}")
     return doubts

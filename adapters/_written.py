@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
 
 from adapters._text import tokenise
 from grounding.errors import ModelError, TextError
-from grounding.text import Generate, Span, Tokens
+from grounding.text import BLANK, Generate, Span, Tokens
 
 # Where a checkpoint sets no limit; transformers would stop at 20 tokens, in the middle of many a line.
 MOST_TOKENS = 64
@@ -34,7 +36,8 @@ class Writer:
         """What the model writes of the encoded pictures, the end token included where it came to it."""
         config = self._generation(how)
         outputs = BaseModelOutput(last_hidden_state=encoded)
-        sequences = self.model.generate(encoder_outputs=outputs, generation_config=config)
+        with _quiet():  # a length beside the checkpoint's own would be remarked on, every time
+            sequences = self.model.generate(encoder_outputs=outputs, generation_config=config)
         ends = set(_as_list(config.eos_token_id))
         return [self._written(row, ends) for row in sequences[:, 1:].tolist()]
 
@@ -72,7 +75,7 @@ class Writer:
     def token_id(self, name: str, place: int) -> int:
         """The id of the one token that is called `name`, in the form it has where token `place` stands: with a blank
         before it or without. Raises TextError where it is several, with their names."""
-        tokenizer = self.tokenizer
+        tokenizer, name = self.tokenizer, " " if name == BLANK else name
         begins = str(tokenizer.convert_ids_to_tokens(place)).startswith(("\u0120", "\u2581"))
         unknown = tokenizer.unk_token_id
         for text in (f" {name}", name) if begins else (name, f" {name}"):
@@ -88,9 +91,8 @@ class Writer:
         raise TextError(f"{name!r} is {len(pieces)} tokens of this model ({', '.join(map(repr, pieces))}): ask for one")
 
     def label_of(self, token: int) -> str:
-        """What a token looks like: its text, or its name where it is no text by itself."""
-        text = self.tokenizer.decode([token])
-        return self.tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text.strip() or " "
+        """What a token looks like."""
+        return label_of(self.tokenizer, token)
 
     @property
     def start(self) -> int:
@@ -138,8 +140,8 @@ class Writer:
         if end is None:
             more = "it can write no more" if len(tokens) >= self.limit else "--max-length allows more"
             warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
-        if not tokens.text:
-            warnings.append("the model read no text in this picture: its end alone is explained")
+        if not tokens.text.strip():
+            warnings.append("the model read no text in this picture")
         return tokens, tuple(warnings)
 
     def _generation(self, how: Generate) -> Any:
@@ -160,6 +162,16 @@ class Writer:
         return config
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
     """Tokens of ids that were written one by one, which need not be those the tokenizer would make of the text.
 
@@ -167,16 +179,14 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
     share the sign that they make together.
     """
     ids = list(ids)
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)
+    frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - frame)
 
     def decoded(count: int) -> str:
         # Not `skip_special_tokens`: a sign that the model could not name is part of what it read.
         return str(tokenizer.decode([i for i in ids[:count] if i not in hidden]))
 
     whole = decoded(len(ids))
-    text = whole.strip()
-    ahead = len(whole) - len(whole.lstrip())
     reach = [0]
     for count in range(1, len(ids) + 1):
         prefix = decoded(count)
@@ -190,12 +200,16 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
             end = next((r for r in reach[i + 1 :] if r > start), start)
         blanks = len(whole[start:end]) - len(whole[start:end].lstrip())
         start += blanks if blanks < end - start else 0
-        offsets.append((_within(start - ahead, text), _within(end - ahead, text)))
-    return Tokens(text, tuple(ids), tuple(offsets), special)
+        offsets.append((start, end))
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    marks = tuple("" if i in ends or not flag else label_of(tokenizer, i) for i, flag in zip(ids, special, strict=True))
+    return Tokens(whole, tuple(ids), tuple(offsets), special, marks=marks)
 
 
-def _within(place: int, text: str) -> int:
-    return min(max(place, 0), len(text))
+def label_of(tokenizer: Any, token: int) -> str:
+    """What a token looks like: its text, or its name where it is no text by itself."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text.strip() or " "
 
 
 def _as_list(ids: Any) -> list[int]:

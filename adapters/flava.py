@@ -96,8 +96,8 @@ class FlavaAdapter(Adapter):
     @cached_property
     def sites(self) -> Sites:
         """Of `similarity` and `norm`: the image tower, read at its CLS; of the others also the multimodal encoder. The
-        default tap of `logit` is the input of its last block; of `matching` the output of the image tower, which a
-        caption and the one it is compared with share: behind it each has a sequence of its own."""
+        default tap of `logit` is the input of its last attention, of `matching`, whose head reads no token of the text
+        itself, that of its first."""
         vision = find_stack(self.model, f"{self._root}image_model")
         if self.kind not in FUSED:
             return Sites({"vision": vision}, tap=vision.inputs[-1], readout="cls", prefix=1)
@@ -105,7 +105,7 @@ class FlavaAdapter(Adapter):
         text = find_stack(self.model, f"{self._root}text_model")
         return Sites(
             stacks={"vision": vision, "fusion": fusion, "text": text},
-            tap=fusion.inputs[-1] if self.kind == "logit" else vision.blocks[-1],
+            tap=fusion.inputs[-1 if self.kind == "logit" else 0],
             readout="fusion",
             prefix=1,
             text_stacks=frozenset({"fusion"}),

@@ -50,6 +50,7 @@ class TrOcrAdapter(Adapter):
     token_targets = ()
     default_methods = ("gradcam", "gradcam_ln", "rollout", "gradient_x_cross_attention")
     generates = True
+    demo_parts = ("lines", "line.png")
     demo_advice = "this model knows only the rendered lines of its demo world"
     example = "microsoft/trocr-base-printed"
     model: VisionEncoderDecoderModel

@@ -48,6 +48,7 @@ class Adapter(Places, ABC):
     # Whether it can write a text itself: `read` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
     # What to say where a demo model gets a picture from outside, and the public checkpoint to use instead.
+    demo_parts: ClassVar[tuple[str, ...]] = ("scenes", "default.jpg")
     demo_advice: ClassVar[str] = "this model knows only its demo world"
     example: ClassVar[str] = ""
     # Target kinds that `shifts` knows at a fast tap.

@@ -41,14 +41,18 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         nargs="*",
         metavar="TOKEN",
-        help="only these tokens, by text or index; none after it: no tokens (default: all)",
+        help="only these tokens, by text or by index as @0; none after it: no tokens (default: all)",
     )
     group.add_argument("--words", action="store_true", help=f"words in place of tokens: {WORD_RULE}")
     group.add_argument(
-        "--phrase", action="append", default=[], metavar="TEXT", help="part of the caption, scored alone; repeatable"
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="part of the text, scored alone where the model compares; repeatable",
     )
     group = parser.add_argument_group("methods")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: gradcam rollout relevance")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: default, those of the model's kind")
     group.add_argument(
         "--option",
         action="append",
@@ -87,7 +91,7 @@ def image_options(parser: argparse.ArgumentParser) -> None:
     """Which pictures, and what they may be."""
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--image", nargs="+", action="extend", metavar="FILE", help="pictures (default: the embedded demo scene)"
+        "--image", nargs="+", action="extend", metavar="FILE", help="pictures (default: the embedded one)"
     )
     group.add_argument("--allow-url", action="store_true", help="fetch pictures given as http(s) addresses")
     group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default: 100 million)")
@@ -168,6 +172,8 @@ def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = 
     from grounding.errors import OptionError
     from grounding.export import check_output, slug
 
+    if args.output is not None and not args.output.strip():
+        raise OptionError("--output is empty: name a folder")
     if args.per_token and "png" not in args.write:
         raise OptionError("--per-token writes pictures, but --write leaves png out")
     model = slug(Path(args.model).name if args.model else demo or DEMO_NAME)
@@ -219,10 +225,10 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     return status
 
 
-def fail(error: BaseException, *, verbose: bool = False) -> int:
+def fail(error: BaseException, *, verbose: bool = False, about: str = "") -> int:
     """Print one line about an error (or its traceback) and return the exit code that goes with it."""
     if verbose:
         traceback.print_exception(error)
     words = " ".join(str(error).split()) or type(error).__name__
-    print(f"error: {visible_text(words)}", file=sys.stderr)
+    print(f"error: {visible_text(about + words)}", file=sys.stderr)
     return int(getattr(error, "exit_code", 1))

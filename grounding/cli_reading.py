@@ -16,14 +16,13 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--where",
         metavar="TOKEN",
-        default="",
         help="is there evidence for this token in place of each chosen one (--tokens; default: all)?",
     )
     group.add_argument(
         "--contrast",
         nargs=2,
         metavar=("A", "B"),
-        help="why A and not B, where --tokens says or else where the text has A: logit(A) - logit(B)",
+        help="why A and not B: logit(A) - logit(B), where --tokens says, or else where the text has A, or B",
     )
 
 
@@ -37,13 +36,17 @@ def reading_keywords(args: argparse.Namespace, keywords: dict[str, Any]) -> dict
 
     if args.text is not None and (args.max_length is not None or args.beams is not None):
         raise OptionError("--max-length and --beams are for a text that the model writes, --text forces one on it")
+    if any(token is not None and not token for token in (args.where, *(args.contrast or ()))):
+        raise OptionError("--where and --contrast want tokens, one was empty")
+    if args.special and args.words:
+        raise OptionError("--special is about single tokens: not with --words")
     if (args.where or args.contrast) and (args.words or args.phrase):
         raise OptionError("--where and --contrast ask about single tokens: not with --words or --phrase")
     select = replace(
         keywords["select"],
         caption=False,
         special=args.special,
-        where=args.where,
+        where=args.where or "",
         contrast=tuple(args.contrast) if args.contrast else None,
     )
     text = Generate(args.max_length, args.beams) if args.text is None else check_text(args.text)

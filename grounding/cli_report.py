@@ -50,23 +50,25 @@ class Report:
         return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
 
     @contextlib.contextmanager
-    def guarded(self, image: str) -> Iterator[None]:
+    def guarded(self, image: str, *, own_text: bool = False) -> Iterator[None]:
         """Work on one picture: where it cannot be explained, say so and go on with the others.
 
-        What was asked for and does not exist, no other picture will have: that error goes on.
+        What was asked for and does not exist, no other picture will have: that error goes on, unless every picture has
+        a text of its own (`own_text`) and it is that which does not hold it.
         """
-        from grounding.errors import GroundingError
+        from grounding.errors import GroundingError, TextError
 
         try:
             yield
         except GroundingError as error:
-            if error.exit_code != 1:
+            if error.exit_code != 1 and not (own_text and self.several and isinstance(error, TextError)):
                 raise
             self.failed(image, error)
 
     def failed(self, image: str, error: GroundingError) -> None:
         """One picture could not be explained: say so."""
-        self.status = max(self.status, fail(error, verbose=self.args.verbose))
+        named = f"{image}: " if self.several and image not in str(error) else ""
+        self.status = max(self.status, fail(error, verbose=self.args.verbose, about=named))
         self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
 
     def end(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 # How the embedded model is called in results, wherever its files lie.
@@ -46,6 +47,7 @@ def data_name(folder: Path) -> str:
     return names.get(folder.resolve(), str(folder))
 
 
-def is_demo(path: str | Path | None) -> bool:
-    """Whether a picture or model file belongs to the demo world."""
-    return path is not None and Path(path).resolve().is_relative_to(demo_folder().resolve())
+def is_demo(path: str | Path | None, parts: Sequence[str] = ("",)) -> bool:
+    """Whether a picture or model file belongs to the demo world, or to these parts of it."""
+    folder = demo_folder().resolve()
+    return path is not None and any(Path(path).resolve().is_relative_to(folder / part) for part in parts)

@@ -120,9 +120,7 @@ def _explain_batch(
     spans = [select.spans(tokens) for tokens in inputs.tokens]
     for tokens, chosen in zip(inputs.tokens, spans, strict=True):
         if not chosen:
-            raise GroundingError(
-                f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected"
-            )
+            raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
     targets = adapter.targets(inputs, spans, target, token_target)
     found = compute(adapter, inputs, targets, plan)
     chances = adapter.alternatives(inputs, targets)

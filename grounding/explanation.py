@@ -166,13 +166,17 @@ class Explanation:
         return next((e.score for e in self.entries if e.kind in ("caption", "image", "class")), None)
 
     def index(self, which: int | str, occurrence: int = 0) -> int:
-        """The place of an entry, by index or by label (case ignored). Raises TextError listing what there is."""
+        """The place of an entry, by index or by label: as it is written, or else with case ignored.
+
+        Raises TextError listing what there is.
+        """
         if not isinstance(which, str):
             which = operator.index(which)
             if -len(self.entries) <= which < len(self.entries):
                 return which % len(self.entries)
             raise TextError(f"entry {which} is not in 0 to {len(self.entries) - 1}")
-        hits = [i for i, entry in enumerate(self.entries) if entry.label.lower() == which.lower()]
+        hits = [i for i, entry in enumerate(self.entries) if entry.label == which]
+        hits = hits or [i for i, entry in enumerate(self.entries) if entry.label.lower() == which.lower()]
         if occurrence >= len(hits):
             listing = ", ".join(f"{i}:{entry.label!r}" for i, entry in enumerate(self.entries))
             raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")

@@ -30,11 +30,11 @@ def shown(label: str) -> str:
 def entry_title(explanation: Explanation, entry: Entry) -> str:
     """What an entry is called: its label, or words where the label alone would not say what is asked."""
     label = shown(entry.label) or ("(end)" if entry.kind in ("token", "where") else f"({entry.kind})")
-    if entry.kind != "where":
+    if entry.kind not in ("where", "contrast"):
         return label
     written = shown(explanation.caption[entry.start : entry.end])
     if written:
-        return f"{label} in place of “{written}”"
+        return f"{label} {'in place of' if entry.kind == 'where' else 'at'} “{written}”"
     return f"{label} at the end" if entry.start >= len(explanation.caption) else f"{label} at sign {entry.start}"
 
 

@@ -33,7 +33,7 @@ class Selection:
     """
 
     caption: bool = True
-    tokens: bool | Sequence[str] = True
+    tokens: bool | Sequence[str | int] = True
     words: bool = False
     phrases: Sequence[str] = ()
     special: bool = False
@@ -45,6 +45,9 @@ class Selection:
         for name in ("tokens", "phrases"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
+        if not isinstance(self.tokens, bool):
+            named = [f"@{name}" if isinstance(name, int) else name for name in self.tokens]
+            object.__setattr__(self, "tokens", named)
         if (self.where or self.contrast) and (self.words or self.phrases):
             raise OptionError("where and contrast ask about single tokens: not with words or phrases")
 
@@ -57,9 +60,13 @@ class Selection:
         if isinstance(self.tokens, bool):
             chosen += parts if self.tokens else ()
         else:
-            chosen += tokens.choose(self.tokens, parts)
+            chosen += tokens.choose(self._named, parts)
         chosen += [tokens.phrase(phrase) for phrase in self.phrases]
         return tuple(chosen)
+
+    @property
+    def _named(self) -> list[str]:
+        return [] if isinstance(self.tokens, bool) else [str(name) for name in self.tokens]
 
     def _single(self, tokens: Tokens) -> tuple[Span, ...]:
         """Tokens; of a text that has none but special ones, those."""
@@ -68,7 +75,7 @@ class Selection:
     def _asked(self, tokens: Tokens) -> Iterator[Span]:
         """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
         places = self._single(tokens)
-        named = places if isinstance(self.tokens, bool) else tokens.choose(self.tokens, places)
+        named = places if isinstance(self.tokens, bool) else tokens.choose(self._named, places)
         if self.where:
             yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)
         if self.contrast:

@@ -216,7 +216,8 @@ class _Strips:
     def _name(self, entry: int) -> str:
         item = self.explanation.entries[entry]
         title = entry_title(self.explanation, item)
-        return f"token {entry} {title}" if title.startswith("(") else f"token {entry} '{title}'"
+        place = f"at sign {self.explanation.entries[entry].start}"
+        return f"{title} {place}" if title.startswith("(") else f"'{title}' {place}"
 
     def _remarks(self, column: MapColumn) -> Iterator[Line]:
         """What is odd about a strip: tokens behind what was read before, tokens without evidence."""

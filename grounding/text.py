@@ -5,14 +5,21 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from grounding.errors import OptionError, TextError
 
+# More would fill the memory of most machines, and no reader wants them.
+MOST_BEAMS = 64
 # How a word is made from sub-word pieces; said in --help and in the documentation.
 WORD_RULE = (
     "a word is a run of letters and digits (inner apostrophes and hyphens included) or a run of other visible signs; "
     "a piece belongs to the word its first character lies in"
 )
+
+
+# How a blank is shown, and may be named.
+BLANK = "\u2423"
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,18 @@ class Generate:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "beams"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise OptionError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+            value, most = getattr(self, name), MOST_BEAMS if name == "beams" else inf
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                limits = f"from 1 to {most}" if most < inf else "1 or more"
+                raise OptionError(f"{name.replace('_', '-')} must be a whole number, {limits}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Tokens:
     """A tokenised text. `ids`, `offsets` and `special` run over the model's sequence, special tokens included.
 
-    `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off.
+    `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off; `marks`
+    are what special tokens are called, empty for the end of the text.
     """
 
     text: str
@@ -64,6 +74,7 @@ class Tokens:
     offsets: tuple[tuple[int, int], ...]
     special: tuple[bool, ...]
     dropped: str = ""
+    marks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +96,13 @@ class Tokens:
     def tokens(self, *, special: bool = False) -> tuple[Span, ...]:
         """One span per visible token, or per token. Byte-level parts of one sign share its characters."""
         return tuple(
-            Span("token", self.text[slice(*self.offsets[i])], *self.offsets[i], (i,), self.ids[i])
+            Span(
+                "token",
+                self.marks[i] if self.special[i] and self.marks else self.text[slice(*self.offsets[i])],
+                *self.offsets[i],
+                (i,),
+                self.ids[i],
+            )
             for i in (range(len(self)) if special else self.visible)
         )
 
@@ -133,15 +150,17 @@ class Tokens:
         return replace(self.span("phrase", start, start + len(wanted)), alone=True)
 
     def choose(self, wanted: Sequence[str], spans: Sequence[Span]) -> tuple[Span, ...]:
-        """The `spans` that are asked for, by text (every occurrence, case ignored) or by index.
+        """The `spans` that are asked for, by text (every occurrence; as it is written, or else with case ignored) or by
+        index: `@3`, or `3` where no token is called so.
 
         Raises TextError for one that is not there, with the list of what there is.
         """
         chosen: list[int] = []
         for name in wanted:
             hits = [spans.index(span) for span in self.labelled(name, spans)]
-            if not hits and name.isdecimal() and int(name) < len(spans):
-                hits = [int(name)]
+            index = name.removeprefix("@")
+            if not hits and index.isdecimal() and int(index) < len(spans):
+                hits = [int(index)]
             if not hits:
                 listing = ", ".join(f"{i}:{span.label!r}" for i, span in enumerate(spans))
                 raise TextError(f"{name!r} is not in the caption; it has {listing}")
@@ -151,6 +170,7 @@ class Tokens:
     @staticmethod
     def labelled(name: str, spans: Sequence[Span]) -> tuple[Span, ...]:
         """The `spans` with that text: as it is written, or else with case ignored."""
+        name = " " if name == BLANK else name
         exact = tuple(span for span in spans if span.label == name)
         return exact or tuple(span for span in spans if _fold(span.label) == _fold(name))
 

@@ -163,8 +163,11 @@ def _slow_chunks(
     groups = _groups(record, [*wanted_taps, *wanted_attention])
     if not record.adapter.text_conditioned(record.targets.kind, gradient=bool(leaves)):
         groups = groups[:1]  # nothing depends on the target: one per picture says it all
+    own: dict[int, Tensor] = {}
     for number, members in enumerate(groups):
         gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
+        if _shares_sequences(record, [*wanted_taps, *wanted_attention]):
+            gradients = [_with_own(own, i, g, record.targets.units) for i, g in enumerate(gradients)]
         named = dict(zip([*wanted_taps, *wanted_attention], gradients, strict=True))
         for path, gradient in named.items():
             _finite(gradient, f"gradient at {path}")
@@ -175,6 +178,19 @@ def _slow_chunks(
         )
         flat = _orthogonal(chunk) if number == 0 and rule is None else frozenset()
         yield Chunk(tuple(columns), chunk, members, scores.detach(), flat)
+
+
+def _shares_sequences(record: Trace, leaves: Sequence[str]) -> bool:
+    """Whether targets are differences of what single sequences score, at leaves that have the sequences first: all
+    targets of a sequence then have one gradient there, and those that it is compared with are theirs alone."""
+    return record.targets.other is not None and all(record.adapter.axis(path) == "text" for path in leaves)
+
+
+def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, units: Tensor) -> Tensor:
+    """A gradient in which the targets' own sequences have what the first backward gave them, not a sum over targets."""
+    rows = units.unique().to(gradient.device)
+    kept = own.setdefault(leaf, gradient[rows])
+    return gradient.index_copy(0, rows, kept)
 
 
 def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
@@ -190,6 +206,9 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
         claims = [{b} for b in image]
     elif not leaves:
         claims = [set() for _ in image]
+    elif _shares_sequences(record, leaves):
+        groups = one_each([{t} for t in text])
+        return [groups[0], [k for group in groups[1:] for k in group]] if len(groups) > 1 else groups
     elif targets.rows is None or not last.issuperset(leaves):
         claims = [{t} for t in text]
     else:

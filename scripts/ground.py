@@ -53,7 +53,7 @@ def ground(args: argparse.Namespace) -> int:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
-        with report.guarded(image):
+        with report.guarded(image, own_text=caption is None):
             picture = open_image(image, **cli.image_keywords(args))
             report.add(explain(adapter, picture, caption, **keywords), folder)
     return report.end()

@@ -4,7 +4,7 @@ python scripts/inspect_ocr.py
 python scripts/inspect_ocr.py --image line.png --model microsoft/trocr-base-printed
 python scripts/inspect_ocr.py --text 'Total $12.60'       why did it not read this?
 python scripts/inspect_ocr.py --contrast 5 6              why a 5 and not a 6?
-python scripts/inspect_ocr.py --tokens 0 --where z        is there a z anywhere, seen from the first place?
+python scripts/inspect_ocr.py --tokens @0 --where z       is there a z anywhere, seen from the first place?
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def inspect(args: argparse.Namespace) -> int:
         return 0
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
-        with report.guarded(image):
+        with report.guarded(image, own_text=args.text is None):
             picture = open_image(image, **cli.image_keywords(args))
             report.add(explain(adapter, picture, **keywords), folder)
     return report.end()

@@ -235,7 +235,7 @@ def test_a_long_text_is_cut_and_said(flava):
 
 def test_layers_of_both_encoders_are_listed(flava):
     layers = {layer.alias: layer for layer in list_layers(flava, noise(50, 40), TEXT, "matching")}
-    assert layers["2"].default
+    assert layers["fusion:0.in"].default
     assert layers["fusion:0"].live
     assert not layers["fusion:2"].live  # behind the last block the matching head reads the CLS alone
     towers = {layer.alias: layer for layer in list_layers(flava, noise(50, 40), TEXT)}
@@ -263,3 +263,12 @@ def test_a_target_without_text_costs_one_backward(flava, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
     explain(flava, noise(50, 40), TEXT, target="norm", methods=["gradcam", "relevance"])
     assert len(backwards) == 1
+
+
+def test_two_backwards_for_all_tokens_left_out(flava, monkeypatch):
+    """A caption's own sequence has one gradient, those without a token are one token's each."""
+    backwards, plain = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
+    found = explain(flava, noise(50, 40), TEXT, target="matching", methods=["gradcam"])
+    assert len(found.entries) == 7
+    assert len(backwards) == 2

@@ -93,7 +93,9 @@ def test_a_forced_text(command):
 
 
 def test_questions_about_other_tokens(command):
-    found = document(command("--where", "5", "--tokens", "0", "--format", "json", "--write", "--methods", "gradcam_ln"))
+    found = document(
+        command("--where", "5", "--tokens", "@0", "--format", "json", "--write", "--methods", "gradcam_ln")
+    )
     [entry] = found["entries"]
     assert (entry["kind"], entry["label"], entry["start"], entry["end"]) == ("where", "5?", 0, 1)
     found = document(command("--contrast", "5", "6", "--format", "json", "--write"))
@@ -107,7 +109,7 @@ def test_questions_about_other_tokens(command):
 
 
 def test_the_attention_maps_say_that_they_cannot_tell_tokens_apart(command):
-    code, _, err = command("--where", "5", "--tokens", "0", "--write", "--methods", "gradcam_ln", "cross_attention")
+    code, _, err = command("--where", "5", "--tokens", "@0", "--write", "--methods", "gradcam_ln", "cross_attention")
     assert code == 0
     assert "Cross-attention shows where the model looked at this place of the text, the same for any token" in err
     assert "LN-rule" not in err
@@ -145,8 +147,14 @@ def test_a_picture_that_fails_costs_its_own_line(command):
     [
         (["--text", "a", "--beams", "2"], "--text forces one on it"),
         (["--where", "a", "--words"], "not with --words or --phrase"),
-        (["--max-length", "0"], "max-length must be at least 1"),
+        (["--max-length", "0"], "max-length must be a whole number, 1 or more"),
         (["--text", "  "], "the caption is empty"),
+        (["--tokens", "@99"], "'@99' is not in the caption"),
+        (["--beams", "1000"], "beams must be a whole number, from 1 to 64"),
+        (["--where", ""], "want tokens, one was empty"),
+        (["--words", "--special"], "not with --words"),
+        (["--output", ""], "--output is empty"),
+        (["--tokens"], "nothing to explain"),
         (["--where", "ab"], "'ab' is 2 tokens of this model"),
         (["--where", "\u732b"], "is no token of this model"),
         (["--tokens", "z"], "'z' is not in the caption"),
@@ -163,6 +171,28 @@ def test_what_makes_no_sense_is_one_line_and_exit_code_2(command, argv, words):
     assert code == 2
     assert words in err.splitlines()[-1]
     assert not list(Path("outputs").glob("*/*"))
+
+
+def test_every_picture_has_a_text_of_its_own(command, tmp_path):
+    """What one of them does not hold costs that one alone, and the message names it."""
+    Image.new("RGB", (300, 40), "white").save(tmp_path / "blank.png")
+    argv = ["--image", "blank.png", demo_line(), "--tokens", "T", "--methods", "cross_attention", "--output", "out"]
+    code, out, err = command(*argv)
+    assert code == 2
+    assert "blank.png: 'T' is not in the caption" in err
+    assert [path.name for path in Path("out").iterdir()] == ["line-demo-trocr"]
+    assert "T " in out
+
+
+def test_blanks_may_be_named_as_they_are_shown(command):
+    found = document(command("--tokens", "\u2423", "--where", "\u2423", "--format", "json", "--write"))
+    assert [(entry["kind"], entry["start"]) for entry in found["entries"]] == [("where", TEXT.index(" "))]
+
+
+def test_a_scene_is_no_line(command):
+    code, _, err = command("--model", demo_model("trocr"), "--write", "--methods", "cross_attention", name="ground")
+    assert code == 0
+    assert "knows only the rendered lines" in err
 
 
 def test_layers_are_listed(command):

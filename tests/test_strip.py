@@ -152,9 +152,9 @@ def test_what_is_odd_is_said():
     assert "forced text" in text
     assert "some/reader" in text
     assert "512 x 64" in text
-    assert "reading order: token 1 'b' peaks left of what was read before" in text
-    assert "no evidence: token 3 'c' (zero everywhere" in text
-    assert "Below 50%: token 1 'b' 30% (or: o 1%, c 0.4%), token 4 (end) <0.1% (or:" in text
+    assert "reading order: 'b' at sign 1 peaks left of what was read before" in text
+    assert "no evidence: 'c' at sign 3 (zero everywhere" in text
+    assert "Below 50%: 'b' at sign 1 30% (or: o 1%, c 0.4%), (end) at sign 5 <0.1% (or:" in text
     assert text.count("second") == 6
     assert text.replace(" ", "").count("w" * 300) == 6, "warnings are not cut"
     labels = {name: t.get_text() for name, t in artists(drawn, "token:").items()}
@@ -169,7 +169,7 @@ def test_what_is_odd_is_said():
 
 def test_many_that_lie_back_are_counted():
     made = written(list("abcdefgh"), at(15, 0, 1, 2, 3, 4, 5, 6), grid=(2, 16))
-    assert "reading order: token 1 'b', token 2 'c', token 3 'd', and 4 more peak left" in said(strip(made))
+    assert "reading order: 'b' at sign 1, 'c' at sign 2, 'd' at sign 3, and 4 more peak left" in said(strip(made))
     mirrored = written(list("אבג"), at(0, 8, 15), grid=(2, 16))
     assert "peak right of what was read before" in said(strip(mirrored))
     assert "back ›" in said(strip(mirrored))

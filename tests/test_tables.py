@@ -34,7 +34,7 @@ def test_entries_that_were_not_written_have_no_probability():
     lines = explanation_table(made).splitlines()
     assert lines[4].startswith("z in place of “b”  where")
     assert lines[4].split()[5:9] == ["where", "+0.5000", "-", "-"]
-    assert lines[5].startswith("b - 8  ")
+    assert lines[5].startswith("b - 8 at “b”  ")
 
 
 def test_a_table_that_is_too_wide_leaves_the_boxes_to_the_json():

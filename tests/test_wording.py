@@ -136,7 +136,7 @@ def test_words_captions_and_what_was_not_written_have_scores_of_their_own():
         "Score of a token in place of another: the logit of the token that was not written, at that place. "
         "Score of a contrast: by how much the logit of the first exceeds that of the second."
     )
-    assert entry_titles(made)[2:] == ["ab", "ab", "z in place of “b”", "b - 8"]
+    assert entry_titles(made)[2:] == ["ab", "ab", "z in place of “b”", "b - 8 at “b”"]
 
 
 def test_titles_of_places_blanks_and_the_end():

@@ -86,7 +86,11 @@ def matching_maps(model: FlavaForPreTraining, pixels: torch.Tensor, ids: torch.T
     blocks = len(norms)
     gradients_taps, gradients_fused = gradients[: 1 + blocks], gradients[1 + blocks : 1 + 2 * blocks]
     patches = slice(FIRST_PATCH, FIRST_PATCH + image.hidden_states[-1].shape[1] - 1)
-    fused = relevance(output.attentions, gradients_fused)[:, 0]  # (R, 2 + N + T) what the CLS token got from all
+    chain = relevance(output.attentions, gradients_fused)
+    fused, read = (
+        chain[:, 0],
+        _word_rows(chain, words),
+    )  # (R, 2 + N + T) what the CLS token, and the words, got from all
     below = relevance(image.attentions, gradients[1 + 2 * blocks :])
     rolled = _word_rows(rollout(output.attentions), words)
     attended = _word_rows(output.attentions[-1].mean(1), words)
@@ -94,6 +98,8 @@ def matching_maps(model: FlavaForPreTraining, pixels: torch.Tensor, ids: torch.T
         "matching elementwise": (output.attentions[-1] * gradients_fused[-1]).relu().mean(1)[:, 0, patches],
         "matching fusion relevance": fused[:, patches],
         "matching relevance": _through(fused, below, patches),
+        "matching words relevance": _through(read, below, patches),
+        "matching words alone": read[:, patches],
         "matching gradcam input": gradcam(taps[0][:, 1:], gradients_taps[0][:, 1:]),
         "fusion attention": attended[:, patches],
         "fusion rollout": _through(rolled, rollout(image.attentions), patches),
