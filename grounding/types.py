@@ -52,8 +52,8 @@ class Targets:
     measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `unit` (K,) says which of
     the text side's sequences a target is read in (none: that of its text), `rows` (K, Q) at which places of it, as
     weights that sum to 1, where each place is read by itself. `other` (K,) is the sequence that a target's own is
-    compared with (a caption without a token; -1: none): its score is the difference of the two's. `data` holds whatever the adapter needs to compute the
-    scores, every tensor with K first.
+    compared with (a caption without a token; -1: none): its score is the difference of the two's. `data` holds whatever
+    the adapter needs to compute the scores, every tensor with K first.
     """
 
     kind: str
