@@ -32,7 +32,8 @@ class Fusion:
 
     def targets(self, inputs: Inputs, flat: Flat, targets: Targets) -> Targets:
         """Per target the text that it is read in, what is masked for comparison, and where attention chains start: at
-        the places of the span, or of a whole text that is matched, at the CLS of the multimodal encoder."""
+        the places of the span. The matching head itself reads the CLS alone, but that reads the words, and they the
+        picture: its own row is where little is to be seen (measured on the demo model)."""
         matching = targets.kind == "matching"
         how = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
         own = [
@@ -48,10 +49,9 @@ class Fusion:
             places = torch.tensor(span.positions or inputs.tokens[t].visible, device=device)
             if how[k] == "left out":
                 compared[k, places] = 0
-            if matching and how[k] != "left out":
-                start[k, 0] = 1
-            else:
-                start[k, ahead + places] = 1 / len(places)
+            if how[k] == "alone":  # a text of its own: its tokens stand behind the first special ones
+                places = inputs.tokens[t].visible[0] + torch.arange(len(places), device=device)
+            start[k, ahead + places] = 1 / len(places)
         precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
         start = start.to(precise)
         known: dict[tuple[int, ...], int] = {}

@@ -244,7 +244,7 @@ class FlavaAdapter(Adapter):
         return made
 
     def text_rows(self, trace: Trace) -> Float[Tensor, "K Q"]:
-        """The text's own places; of a whole text that is matched, the CLS of the multimodal encoder."""
+        """The text's own places."""
         return trace.targets.data["start"]
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
