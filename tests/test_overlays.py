@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from grounding.cli import Report
+from grounding.cli_report import Report
 from grounding.explanation import Alternative, Entry
 from grounding.export import OutputError, check_output, listed, load, save, to_json
 from grounding.files import MARK, STAGING

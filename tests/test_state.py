@@ -97,7 +97,8 @@ def break_backward(model, error):
 
 def last_leaf(model):
     """A module that runs behind every tap: the last block's last linear layer."""
-    paths = ("vision_model.encoder.layers", "decoder.model.decoder.layers", "blocks")
+    image = "image_model.encoder.layer"
+    paths = ("vision_model.encoder.layers", "decoder.model.decoder.layers", f"flava.{image}", image, "blocks")
     blocks = next(dict(model.named_modules())[path] for path in paths if path in dict(model.named_modules()))
     return [m for m in blocks[-1].modules() if isinstance(m, torch.nn.Linear)][-1]
 
@@ -150,11 +151,12 @@ def test_snapshot_notices_what_it_should(any_adapter):
     before = snapshot(model)
     assert unchanged(before, snapshot(model))
     parameter = next(model.parameters())
+    other = "sdpa" if model.config._attn_implementation == "eager" else "eager"
     changes = [
         (lambda: parameter.requires_grad_(False), lambda: parameter.requires_grad_(True)),
         (lambda: setattr(parameter, "grad", torch.ones_like(parameter)), lambda: setattr(parameter, "grad", None)),
         (lambda: model.train(), lambda: model.eval()),
-        (lambda: setattr(model.config, "_attn_implementation", "eager"), None),
+        (lambda: setattr(model.config, "_attn_implementation", other), None),
     ]
     for change, undo in changes:
         change()

@@ -57,7 +57,8 @@ def gradient_x_cross_attention(
     """E_h (A G)+ of one cross-attention block, G = d score / d A, at the target's place: attention Grad-CAM as of
     ALBEF (Li et al. 2021). Of a target that is a mean over places, the sum over them. Values >= 0.
 
-    In the last block each place depends on its own row alone: one backward serves all tokens of a text.
+    Cost: one backward per target down to the block; of the last block, where each place depends on its own row alone,
+    one for all tokens of a text.
     """
     blocks = slice(layer, layer + 1 or None)
     [weights], [gradient] = trace.attentions("cross", blocks), trace.attention_gradients("cross", blocks)
