@@ -34,6 +34,7 @@ CASES = (
     ("logit", "vision", "-1", "gradcam"),
     ("logit", "vision", None, "rollout"),
     ("matching", "fusion", "fusion:-1.in", "gradcam"),
+    ("matching", "fusion", "fusion:0.in", "gradcam"),
     ("matching", "vision", "-1", "gradcam"),
     ("similarity", "vision", "-1.in", "gradcam"),
 )
