@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -88,7 +89,12 @@ def test_the_meter_sees_memory_and_time(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from benchmarks.meter import cost
 
-    found = cost(lambda: sum(bytearray(64 * 2**20)), 1)
+    def work():
+        held = bytearray(b"1") * (64 * 2**20)
+        time.sleep(0.2)  # a sum in C lets no other thread look
+        return sum(held)
+
+    found = cost(work, 1)
     assert found.seconds > 0.05
     if sys.platform == "linux":
         assert 60 < found.peak_mb < 80
