@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.utils import logging as transformers_logging
 
 from adapters._table import ADAPTERS, MODEL_TYPES
+from adapters._text import check_tokenizer
 from grounding.adapter import Adapter, ModelInfo
 from grounding.demo import demo_folder, demo_model
 from grounding.errors import ModelError
@@ -83,6 +85,24 @@ class Checkpoint:
         # The embedded models have a name of their own, wherever they lie.
         name = f"demo-{folder.name}" if folder.parent == (demo_folder() / "models").resolve() else self.id
         return replace(model_info(model, image_processor), id=name, revision=revision)
+
+
+def own_parts(
+    adapter: Adapter, model: Any, classes: tuple[type, ...], processor: Any, tokenizer: Any, image_processor: Any
+) -> tuple[Any, Any]:
+    """Tokenizer and image processor for an adapter around a model of one of `classes`, from a processor or given apart.
+
+    The tokenizer is a copy: tokenising sets switches on it, and the user's stays as it is. Raises ModelError.
+    """
+    name = type(adapter).__name__
+    if not isinstance(model, classes):
+        wanted = " or ".join(each.__name__ for each in classes)
+        raise ModelError(f"{name} needs a {wanted}, got {type(model).__name__}")
+    if processor is None and (tokenizer is None or image_processor is None):
+        raise ModelError(f"{name} needs a processor, or a tokenizer and an image_processor")
+    tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
+    check_tokenizer(tokenizer)
+    return tokenizer, image_processor or processor.image_processor
 
 
 def model_info(model: PreTrainedModel, image_processor: Any) -> ModelInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,12 +17,12 @@ from adapters._clip_text import embed_left_out, end_positions
 from adapters._dual import directions, piece
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
-from adapters._loading import Checkpoint, model_info
+from adapters._loading import Checkpoint, model_info, own_parts
 from adapters._plain import around_is_plain, is_plain
-from adapters._text import check_tokenizer, pad, tokenise
+from adapters._text import pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
-from grounding.errors import ModelError, TextError
+from grounding.errors import TextError
 from grounding.recorder import Recorder
 from grounding.text import Generate, Span, check_text
 from grounding.types import Inputs, Sites, Targets
@@ -54,15 +53,8 @@ class ClipAdapter(Adapter):
         image_processor: Any = None,
         info: ModelInfo | None = None,
     ) -> None:
-        self.model = model
-        # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
-        if not isinstance(model, CLIPModel):
-            raise ModelError(f"ClipAdapter needs a CLIPModel, got {type(model).__name__}")
-        if processor is None and (tokenizer is None or image_processor is None):
-            raise ModelError("ClipAdapter needs a processor, or a tokenizer and an image_processor")
-        self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
-        self.image_processor = image_processor or processor.image_processor
-        check_tokenizer(self.tokenizer)
+        parts = own_parts(self, model, (CLIPModel,), processor, tokenizer, image_processor)
+        self.model, (self.tokenizer, self.image_processor) = model, parts
         self.info = info or model_info(model, self.image_processor)
 
     @classmethod

@@ -18,12 +18,12 @@ from adapters._dual import Flat, directions, piece, without
 from adapters._flava_fusion import BEFORE, Fusion, last_block
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
-from adapters._loading import Checkpoint, model_info
+from adapters._loading import Checkpoint, model_info, own_parts
 from adapters._plain import around_is_plain
-from adapters._text import check_tokenizer, pad, tokenise
+from adapters._text import pad, tokenise
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
-from grounding.errors import LayerError, ModelError, OptionError, TargetError
+from grounding.errors import LayerError, OptionError, TargetError
 from grounding.recorder import Recorder
 from grounding.text import Generate, Span, check_text
 from grounding.trace import Trace
@@ -38,7 +38,7 @@ class FlavaAdapter(Adapter):
     Targets: `similarity`, the cosine of picture and text; `matching`, the log odds that the pair belongs together
     (difference of the matching head's two logits); `logit`, the masked-language logit of each token at its own place of
     the multimodal encoder, the text unmasked; `norm`, the length of the projected image embedding over all tokens
-    (`norm.tokens=cls`: of the CLS alone), which no text can change. The last two but one need `FlavaForPreTraining`.
+    (`norm.tokens=cls`: of the CLS alone), which no text can change. `matching` and `logit` need `FlavaForPreTraining`.
     """
 
     kinds = ("similarity", "matching", "logit", "norm")
@@ -56,15 +56,8 @@ class FlavaAdapter(Adapter):
         image_processor: Any = None,
         info: ModelInfo | None = None,
     ) -> None:
-        if not isinstance(model, FlavaModel | FlavaForPreTraining):
-            raise ModelError(f"FlavaAdapter needs a FlavaModel or FlavaForPreTraining, got {type(model).__name__}")
-        if processor is None and (tokenizer is None or image_processor is None):
-            raise ModelError("FlavaAdapter needs a processor, or a tokenizer and an image_processor")
-        self.model = model
-        # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
-        self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
-        self.image_processor = image_processor or processor.image_processor
-        check_tokenizer(self.tokenizer)
+        parts = own_parts(self, model, (FlavaModel, FlavaForPreTraining), processor, tokenizer, image_processor)
+        self.model, (self.tokenizer, self.image_processor) = model, parts
         self.kind, self.norm_tokens = self.kinds[0], "all"
         self.info = info or model_info(model, self.image_processor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +15,9 @@ from transformers import VisionEncoderDecoderModel
 
 from adapters._decoder import decoder_stacks
 from adapters._images import prepare_images
-from adapters._loading import Checkpoint, model_info
+from adapters._loading import Checkpoint, model_info, own_parts
 from adapters._plain import around_is_plain
-from adapters._text import check_tokenizer, pad
+from adapters._text import pad
 from adapters._trocr_fast import FastDecoder
 from adapters._vit import find_stack
 from adapters._written import Writer
@@ -64,20 +63,13 @@ class TrOcrAdapter(Adapter):
         image_processor: Any = None,
         info: ModelInfo | None = None,
     ) -> None:
-        if not isinstance(model, VisionEncoderDecoderModel):
-            raise ModelError(f"TrOcrAdapter needs a VisionEncoderDecoderModel, got {type(model).__name__}")
-        if processor is None and (tokenizer is None or image_processor is None):
-            raise ModelError("TrOcrAdapter needs a processor, or a tokenizer and an image_processor")
-        self.model = model
+        parts = own_parts(self, model, (VisionEncoderDecoderModel,), processor, tokenizer, image_processor)
+        self.model, (self.tokenizer, self.image_processor) = model, parts
         if self._vision.model_type not in PREFIX:
             raise ModelError(
                 f"vision encoders of type {self._vision.model_type!r} are not supported "
                 f"(there are: {', '.join(PREFIX)})"
             )
-        # A copy: tokenising sets switches on the tokenizer, and the user's stays as it is.
-        self.tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
-        self.image_processor = image_processor or processor.image_processor
-        check_tokenizer(self.tokenizer)
         self.writer = Writer(model, self.tokenizer)
         self.info = info or model_info(model, self.image_processor)
 
