@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grounding.text import Span, Tokens
+from adapters._text import pad, tokenise
+from grounding.text import Generate, Span, Tokens, check_text
+from grounding.types import Inputs
 
 Flat = Sequence[tuple[int, Span]]
+
+
+def read_texts(
+    inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[str | Generate]], limit: int, pad_id: int
+) -> Inputs:
+    """The inputs with the texts of each picture: token ids and mask (T, L), padded to the longest text."""
+    found = [tokenise(tokenizer, check_text(text), limit) for own in texts for text in own]
+    ids, mask = pad([tokens.ids for tokens, _ in found], pad_id, inputs.tensors["pixel_values"].device)
+    return replace(
+        inputs,
+        tokens=tuple(tokens for tokens, _ in found),
+        text_image=tuple(b for b, own in enumerate(texts) for _ in own),
+        tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
+        text_warnings=tuple(warnings for _, warnings in found),
+        per_text=("input_ids", "attention_mask"),
+    )
 
 
 def directions(

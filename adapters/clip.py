@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +13,17 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from adapters._clip_text import embed_left_out, end_positions
-from adapters._dual import directions, piece
+from adapters._dual import directions, piece, read_texts
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info, own_parts
 from adapters._plain import around_is_plain, is_plain
-from adapters._text import pad, tokenise
+from adapters._text import pad
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import TextError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span, check_text
+from grounding.text import Generate, Span
 from grounding.types import Inputs, Sites, Targets
 
 TEXT_BATCH = 64
@@ -80,22 +79,15 @@ class ClipAdapter(Adapter):
 
     def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
-        found = [tokenise(self.tokenizer, check_text(text), self._limit) for own in texts for text in own]
-        ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
-        for (tokens, _), end in zip(found, end_positions(self.model, ids).tolist(), strict=True):
+        inputs = read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
+        ends = end_positions(self.model, inputs.tensors["input_ids"]).tolist()
+        for tokens, end in zip(inputs.tokens, ends, strict=True):
             if end != len(tokens) - 1:
                 raise TextError(
                     f"the model would read {tokens.text!r} up to token {end} of {len(tokens)} only: its end token is "
                     "there (an unknown sign, or a tokenizer of another model)"
                 )
-        return replace(
-            inputs,
-            tokens=tuple(tokens for tokens, _ in found),
-            text_image=tuple(b for b, own in enumerate(texts) for _ in own),
-            tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
-            per_text=("input_ids", "attention_mask"),
-            text_warnings=tuple(warnings for _, warnings in found),
-        )
+        return inputs
 
     def targets(
         self,

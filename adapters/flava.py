@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import FlavaForPreTraining, FlavaModel
 
-from adapters._dual import Flat, directions, piece, without
+from adapters._dual import Flat, directions, piece, read_texts, without
 from adapters._flava_fusion import BEFORE, Fusion, last_block
 from adapters._images import prepare_images
 from adapters._last_block import LastBlock
 from adapters._loading import Checkpoint, model_info, own_parts
 from adapters._plain import around_is_plain
-from adapters._text import pad, tokenise
+from adapters._text import pad
 from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import LayerError, OptionError, TargetError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span, check_text
+from grounding.text import Generate, Span
 from grounding.trace import Trace
 from grounding.types import Inputs, Sites, Targets
 
@@ -123,16 +123,7 @@ class FlavaAdapter(Adapter):
 
     def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
-        found = [tokenise(self.tokenizer, check_text(text), self._limit) for own in texts for text in own]
-        ids, mask = pad([tokens.ids for tokens, _ in found], self._pad_id, self.device)
-        return replace(
-            inputs,
-            tokens=tuple(tokens for tokens, _ in found),
-            text_image=tuple(b for b, own in enumerate(texts) for _ in own),
-            tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
-            text_warnings=tuple(warnings for _, warnings in found),
-            per_text=("input_ids", "attention_mask"),
-        )
+        return read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
 
     def check_kind(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
         """As in the base class; a head that the model does not have is named."""
