@@ -122,7 +122,7 @@ def _place_of_weights(output: Any) -> int | None:
 
 
 def _without(output: tuple[Any, ...], place: int) -> tuple[Any, ...]:
-    """The output as it is with the switch off: families put None there, or end before it."""
+    """The output without its weights: None in their place, as most families have it with the switch off."""
     return output[:place] if place == len(output) - 1 and place > 1 else (*output[:place], None, *output[place + 1 :])
 
 

@@ -472,12 +472,12 @@ def test_a_sign_the_model_cannot_name_is_part_of_what_it_read():
 
 
 def test_a_module_that_is_switched_on_gives_its_caller_what_it_asked_for(trocr):
-    """Weights are taken out of the output again: whoever called for none gets none."""
+    """Weights are taken out of the output again: whoever called for none gets None in their place."""
     flava = tiny.flava_adapter(kind="matching")
-    for adapter, stack, expected in ((trocr, "cross", [2, None]), (flava, "fusion", [1])):
+    for adapter, stack in ((trocr, "cross"), (flava, "fusion")):
         seen, inputs = [], adapter.prepare([noise(90, 30)], [[TEXT]])
         module = adapter.model.get_submodule(adapter.sites.stacks[stack].attention[0])
-        handle = module.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append([len(out), *out[1:]]))
+        handle = module.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(out[1:]))
         adapter.attentions(inputs, stack)
         handle.remove()
-        assert seen == [expected]
+        assert seen == [(None,)]
