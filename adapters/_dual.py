@@ -11,15 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adapters._text import pad, tokenise
-from grounding.text import Generate, Span, Tokens, check_text
+from grounding.text import Asked, Span, Tokens, check_text
 from grounding.types import Inputs
 
 Flat = Sequence[tuple[int, Span]]
 
 
-def read_texts(
-    inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[str | Generate]], limit: int, pad_id: int
-) -> Inputs:
+def read_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]], limit: int, pad_id: int) -> Inputs:
     """The inputs with the texts of each picture: token ids and mask (T, L), padded to the longest text."""
     found = [tokenise(tokenizer, check_text(text), limit) for own in texts for text in own]
     ids, mask = pad([tokens.ids for tokens, _ in found], pad_id, inputs.tensors["pixel_values"].device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from adapters._processors import geometry_of
@@ -30,24 +33,32 @@ class Prepared:
     warnings: tuple[tuple[str, ...], ...]
 
 
-def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patch: int | Sequence[int]) -> Prepared:
-    """Open, process, and locate pictures for an adapter by its image processor; `patch` is a patch's side in pixels,
-    or its (height, width).
+# (height, width) of a model input -> (rows, columns) of the grid that divides it evenly.
+GridOf = Callable[[int, int], tuple[int, int]]
+
+
+def prepare_images(
+    adapter: Adapter, processor: Any, images: Sequence[Any], patch: int | Sequence[int] | GridOf, mode: str = "RGB"
+) -> Prepared:
+    """Open, process, and locate pictures for an adapter by its image processor (or any callable: PIL picture of this
+    `mode` -> pixel values); `patch` is a patch's side in pixels, or its (height, width), or gives the grid of an input.
 
     Raises ImageError for a picture that cannot be used, ModelError where pictures of a batch get different sizes.
     """
     pictures = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
-    tensors = [_pixels(processor, picture) for picture in pictures]
+    tensors = [
+        pixels_of(processor, picture.image if mode == "RGB" else picture.image.convert(mode)) for picture in pictures
+    ]
     if len({tensor.shape for tensor in tensors}) > 1:
         shapes = ", ".join("x".join(map(str, tensor.shape[-2:])) for tensor in tensors)
-        raise ModelError(f"the image processor gives inputs of different sizes ({shapes}): use batch_size=1")
+        what = "the image processor" if hasattr(processor, "preprocess") else "preprocess"
+        raise ModelError(f"{what} gives inputs of different sizes ({shapes}): use batch_size=1")
     pixel_values = torch.stack(tensors).to(adapter.device, adapter.dtype)
     height, width = (int(n) for n in pixel_values.shape[-2:])
-    down, across = (patch, patch) if isinstance(patch, int) else patch
-    rows, columns = height // down, width // across
-    size = None if (width, height) == (columns * across, rows * down) else (float(across), float(down))
+    rows, columns, size = _grid(height, width, patch)
     geometry = tuple(
-        geometry_of(processor, p.width, p.height, (height, width)).with_grid(rows, columns, size) for p in pictures
+        geometry_of(processor, p.width, p.height, (height, width), mode=mode).with_grid(rows, columns, size)
+        for p in pictures
     )
     doubts = tuple(
         (*picture.warnings, *_doubts(adapter, picture, place))
@@ -56,13 +67,29 @@ def prepare_images(adapter: Adapter, processor: Any, images: Sequence[Any], patc
     return Prepared(pictures, geometry, pixel_values, doubts)
 
 
-def _pixels(processor: Any, picture: Picture) -> Tensor:
-    # Channels are told outright: a picture 1 or 3 pixels wide would be taken for channels-first.
+def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple[int, int, tuple[float, float] | None]:
+    """(rows, columns, patch size where the patches leave a rest)."""
+    if callable(patch):
+        return *patch(height, width), None
+    down, across = (patch, patch) if isinstance(patch, int) else patch
+    rows, columns = height // down, width // across
+    return rows, columns, None if (width, height) == (columns * across, rows * down) else (float(across), float(down))
+
+
+def pixels_of(processor: Any, image: Image.Image) -> Tensor:
+    """Pixel values (C, H, W) of one picture. Raises ModelError where a callable gives anything else."""
     if hasattr(processor, "preprocess"):
-        return processor(picture.image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
-    out = processor(picture.image)
-    tensor = out["pixel_values"] if isinstance(out, dict) else out
-    return tensor[0] if tensor.ndim == 4 else tensor
+        # Channels are told outright: a picture 1 or 3 pixels wide would be taken for channels-first.
+        takes = inspect.signature(processor.preprocess).parameters.values()
+        told = {"input_data_format": "channels_last"} if any(p.kind is p.VAR_KEYWORD for p in takes) else {}
+        return processor(image, return_tensors="pt", **told)["pixel_values"][0]
+    out = processor(image)
+    out = out["pixel_values"] if hasattr(out, "keys") and "pixel_values" in out else out
+    tensor = out if isinstance(out, Tensor) else torch.as_tensor(np.asarray(out))
+    tensor = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
+    if tensor.ndim != 3:
+        raise ModelError(f"preprocess gives {tuple(tensor.shape)}, expected (channels, height, width) of one picture")
+    return tensor
 
 
 def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]:

@@ -15,7 +15,7 @@ from huggingface_hub import constants, get_session
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from adapters._table import ADAPTERS, MODEL_TYPES
+from adapters._table import ADAPTERS, ENDINGS, MODEL_TYPES
 from adapters._text import check_tokenizer
 from grounding.adapter import Adapter, ModelInfo
 from grounding.demo import demo_folder, demo_model
@@ -52,7 +52,7 @@ class Checkpoint:
         with _one_line(self.id, "configuration"):
             return AutoConfig.from_pretrained(self.id, **self.options)
 
-    def model(self, model_class: type[PreTrainedModel], unused: tuple[str, ...] = ()) -> Any:
+    def model(self, model_class: Any, unused: tuple[str, ...] = ()) -> Any:
         """The model with its weights, on its device. Raises ModelError also where weights are missing, save for those
         that begin with one of `unused`: nothing that is computed reads them."""
         with _one_line(self.id, "weights"):
@@ -87,6 +87,13 @@ class Checkpoint:
         return replace(model_info(model, image_processor), id=name, revision=revision)
 
 
+def check_model(adapter: Adapter, model: Any, *classes: type) -> None:
+    """Raises ModelError where a model is of none of `classes`."""
+    if not isinstance(model, classes):
+        wanted = " or ".join(each.__name__ for each in classes)
+        raise ModelError(f"{type(adapter).__name__} needs a {wanted}, got {type(model).__name__}")
+
+
 def own_parts(
     adapter: Adapter, model: Any, classes: tuple[type, ...], processor: Any, tokenizer: Any, image_processor: Any
 ) -> tuple[Any, Any]:
@@ -95,9 +102,7 @@ def own_parts(
     The tokenizer is a copy: tokenising sets switches on it, and the user's stays as it is. Raises ModelError.
     """
     name = type(adapter).__name__
-    if not isinstance(model, classes):
-        wanted = " or ".join(each.__name__ for each in classes)
-        raise ModelError(f"{name} needs a {wanted}, got {type(model).__name__}")
+    check_model(adapter, model, *classes)
     if processor is None and (tokenizer is None or image_processor is None):
         raise ModelError(f"{name} needs a processor, or a tokenizer and an image_processor")
     tokenizer = copy.deepcopy(tokenizer or processor.tokenizer)
@@ -142,8 +147,9 @@ def load(
 
 def find_adapter(config: Any, name: str) -> Any:
     """The adapter class for a configuration: by architecture, then by model type. Raises ModelError naming all."""
-    asked = [*(config.architectures or []), MODEL_TYPES.get(config.model_type, "")]
-    for architecture in asked:
+    own = config.architectures or []
+    by_ending = [known for name in own for end, known in ENDINGS.items() if name.endswith(end)]
+    for architecture in [*own, *by_ending, MODEL_TYPES.get(config.model_type, "")]:
         if architecture in ADAPTERS:
             return ADAPTERS[architecture]
     what = ", ".join(config.architectures or []) or f"model type {config.model_type!r}"

@@ -8,6 +8,7 @@ same rounding. Everything else goes to `probe.measure_geometry`. Nothing here im
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from grounding.errors import ModelError
@@ -26,6 +27,8 @@ STEPS = (
     "center_crop",
     "pad",
 )
+# How far a measured edge may be off, in pixels of the coarser frame; see `measure_geometry`.
+EXACT = 0.1
 COMMON_MODULES = frozenset({"transformers.image_processing_backends", "transformers.image_processing_utils"})
 
 
@@ -39,6 +42,7 @@ def geometry_of(
     height: int,
     input_size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
+    mode: str = "RGB",
 ) -> Geometry:
     """How `processor` maps a picture of width x height pixels to the model input, without running it where possible.
 
@@ -49,6 +53,7 @@ def geometry_of(
     input_size: (height, width) of the tensor that the model really got. Where a batch was padded to its largest
         picture (at the right and the bottom, as transformers does), the geometry is extended to it.
     grid: (rows, columns) of the patches; else `Geometry.with_grid` sets it later.
+    mode: of the PIL pictures that a callable takes, "RGB" or "L".
 
     Raises ProcessorError where the settings make no sense, turn the picture, or contradict `input_size`; ProbeError
     where the processor is unknown and its answers fit no axis-aligned affine map; GeometryError where a crop is
@@ -59,7 +64,7 @@ def geometry_of(
     if steps is not None:
         geometry = steps(processor, Geometry(width, height, width, height))
     else:
-        geometry = measure_geometry(_plain_callable(processor), width, height)
+        geometry = _snapped(measure_geometry(_plain_callable(processor), width, height, mode))
     if input_size is not None:
         geometry = _on_canvas(geometry, input_size, bool(getattr(processor, "do_pad", False)))
     return geometry if grid is None else geometry.with_grid(*grid)
@@ -267,6 +272,16 @@ def _on_canvas(geometry: Geometry, input_size: tuple[int, int], pads: bool) -> G
         f"the model got {width} x {height} pixels, but its processor makes {geometry.input_width} x "
         f"{geometry.input_height} of a {geometry.width} x {geometry.height} picture"
     )
+
+
+def _snapped(measured: Geometry) -> Geometry:
+    """A measured axis that shows the whole picture, as nearly as can be measured, shows the whole of it."""
+    scale, offset = list(measured.scale), list(measured.offset)
+    for axis, (size, pixels) in enumerate(zip((measured.width, measured.height), _size(measured), strict=True)):
+        start, end = offset[axis], offset[axis] + size * scale[axis]
+        if max(abs(start), abs(end - pixels)) < EXACT * max(1.0, scale[axis]):
+            scale[axis], offset[axis] = pixels / size, 0.0
+    return replace(measured, scale=(scale[0], scale[1]), offset=(offset[0], offset[1]))
 
 
 def _plain_callable(processor: Any) -> Callable[[Any], Any]:

@@ -138,6 +138,7 @@ class Writer:
         end = next((i for i, token in enumerate(row) if token in ends), None)
         tokens, warnings = tokens_of(self.tokenizer, row if end is None else row[: end + 1]), []
         if end is None:
+            tokens = replace(tokens, stopped=True)
             more = "it can write no more" if len(tokens) >= self.limit else "--max-length allows more"
             warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
         if not tokens.text.strip():

@@ -23,7 +23,7 @@ from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import TextError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span
+from grounding.text import Asked, Span
 from grounding.types import Inputs, Sites, Targets
 
 TEXT_BATCH = 64
@@ -77,7 +77,7 @@ class ClipAdapter(Adapter):
         tensors = {"pixel_values": found.pixel_values}
         return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
         inputs = read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
         ends = end_positions(self.model, inputs.tensors["input_ids"]).tolist()

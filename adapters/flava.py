@@ -25,7 +25,7 @@ from adapters._vit import find_stack
 from grounding.adapter import Adapter, ModelInfo
 from grounding.errors import LayerError, OptionError, TargetError
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span
+from grounding.text import Asked, Span
 from grounding.trace import Trace
 from grounding.types import Inputs, Sites, Targets
 
@@ -121,7 +121,7 @@ class FlavaAdapter(Adapter):
         tensors = {"pixel_values": found.pixel_values}
         return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
         return read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
 

@@ -24,9 +24,9 @@ from adapters._written import Writer
 from grounding.adapter import Adapter, Chance, ModelInfo
 from grounding.errors import LayerError, ModelError, TextError
 from grounding.explanation import Alternative
+from grounding.memory import encoded_of
 from grounding.recorder import Recorder
-from grounding.text import Generate, Span, Tokens
-from grounding.tracing import ENCODED, remembered
+from grounding.text import Asked, Generate, Span, Tokens, check_text
 from grounding.types import Inputs, Sites, Targets
 
 # Prefix tokens of the encoders: CLS, and DeiT's distillation token.
@@ -109,11 +109,11 @@ class TrOcrAdapter(Adapter):
         )
         return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
         owner = [b for b, own in enumerate(texts) for _ in own]
         flat = [text for own in texts for text in own]
-        encoded = remembered(self, inputs, {}, {})[ENCODED]
+        encoded = encoded_of(self, inputs)
         found: dict[int, tuple[Tokens, tuple[str, ...]]] = {}
         with Recorder(self.model):
             asked: dict[Generate, list[int]] = defaultdict(list)
@@ -121,7 +121,7 @@ class TrOcrAdapter(Adapter):
                 if isinstance(text, Generate):
                     asked[text].append(t)
                 else:
-                    found[t] = self.writer.force(text, encoded[owner[t]])
+                    found[t] = self.writer.force(check_text(text), encoded[owner[t]])
             for how, members in asked.items():
                 found |= dict(zip(members, self.writer.write(encoded[[owner[t] for t in members]], how), strict=True))
         tokens = tuple(found[t][0] for t in range(len(flat)))

@@ -6,11 +6,12 @@ from typing import Any
 _PUBLIC = {
     "explain": "grounding.engine",
     "Explanation": "grounding.explanation",
+    "inspect": "grounding.inspection",
     "METHODS": "grounding.methods",
     "Selection": "grounding.plan",
     "GroundingError": "grounding.errors",
 }
-__all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "explain"]
+__all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "explain", "inspect"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import ModelError, OptionError, TargetError
+from grounding.errors import ModelError, OptionError, TargetError, TextError
 from grounding.explanation import Alternative
 from grounding.methods import DEFAULT_METHODS
 from grounding.places import ModelInfo, Places
 from grounding.recorder import Recorder
 from grounding.registry import did_you_mean
 from grounding.repeating import shifted_scores
-from grounding.text import Generate, Span
+from grounding.text import Asked, Generate, Span, check_text
 from grounding.types import Inputs, Targets
 
 __all__ = ["TOKEN_TARGETS", "Adapter", "Chance", "ModelInfo"]
@@ -47,6 +47,8 @@ class Adapter(Places, ABC):
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
     # Whether it can write a text itself: `read` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
+    # A text to try layers on, or what stands in its place.
+    placeholder: ClassVar[Asked] = "picture"
     # What to say where a demo model gets a picture from outside, and the public checkpoint to use instead.
     demo_parts: ClassVar[tuple[str, ...]] = ("scenes", "default.jpg")
     demo_advice: ClassVar[str] = "this model knows only its demo world"
@@ -62,7 +64,7 @@ class Adapter(Places, ABC):
         pictures, and then runs the picture tower once for all texts that it is called with."""
 
     @abstractmethod
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[str | Generate]]) -> Inputs:
+    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """The inputs with the texts of each picture added (`texts[b]`: any number, any length)."""
 
     @abstractmethod
@@ -94,6 +96,30 @@ class Adapter(Places, ABC):
 
     # ------------------------------------------------------------------ what every architecture inherits
 
+    def asked(self, text: Any) -> Asked:
+        """What is asked of a picture, checked: a text; of a model that writes, also None or `Generate`. Raises
+        TextError."""
+        if self.generates and (text is None or isinstance(text, Generate)):
+            return text or Generate()
+        if text is None:
+            raise TextError("nothing to ground: this model writes no text itself, give it one")
+        return check_text(text)
+
+    def asked_by(self, target: Any, texts: Any) -> tuple[str | None, Any]:
+        """The kind of target, and the texts or what stands in their place. Raises TargetError."""
+        if target is not None and not isinstance(target, str):
+            raise TargetError(f"{self.info.type} has targets {', '.join(self.kinds)} and no classes, got {target!r}")
+        return target, texts
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is nothing to explain where no text is given."""
+        return not self.generates
+
+    def looks_first(self, texts: Sequence[Sequence[Asked]]) -> bool:  # noqa: ARG002
+        """Whether `read` needs to know what the vision stack gave for these texts."""
+        return self.generates
+
     def aimed(self, kind: str | None, options: Mapping[str, Any] | None = None) -> Adapter:
         """The adapter for targets of this kind (None: its default), where its sites depend on it; `options` are those
         of targets, "kind.option" -> value. Raises TargetError, OptionError."""
@@ -102,7 +128,7 @@ class Adapter(Places, ABC):
             raise OptionError(f"option {key!r}: targets of {self.info.type} have no options")
         return self
 
-    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[str | Generate]]) -> Inputs:
+    def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Pictures and the texts of each."""
         return self.read(self.see(images), texts)
 
@@ -125,6 +151,8 @@ class Adapter(Places, ABC):
         Those of a stack that sees the text have the texts first.
         """
         found = self.stack(stack)
+        if not found.attention:
+            raise ModelError(f"no attention of {self.info.type} can be recorded: {self.sites.unrecorded}")
         with Recorder(self.model, attention=dict.fromkeys(found.attention, False)) as recorder:
             self._run(inputs, found.blocks[0])
             recorder.check()
@@ -167,7 +195,8 @@ class Adapter(Places, ABC):
         `outputs` are what the pass gave at the tap and the places that `fast_taps` names for it.
         """
         features = outputs[tap]
-        zero = torch.zeros(len(targets), features.shape[-1], dtype=features.dtype, device=features.device)
+        width = self.to_grid(features, self.grid(inputs), tap).shape[-1]
+        zero = torch.zeros(len(targets), width, dtype=features.dtype, device=features.device)
         with torch.enable_grad():
             zero.requires_grad_()
             total = self.score_from(tap, inputs, targets, zero, outputs, rule).sum()

@@ -13,6 +13,7 @@ from typing import Any
 from grounding.text import WORD_RULE, visible_text
 
 EXIT_INTERRUPTED = 130
+INSPECTED = 8  # channels
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,13 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     """What is explained, and by which methods."""
     group = parser.add_argument_group("what is explained")
     group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
+    group.add_argument(
+        "--target-class",
+        action="append",
+        default=[],
+        metavar="NAME|INDEX",
+        help="a class that a classifier knows, repeatable (default: the predicted one)",
+    )
     group.add_argument(
         "--token-target",
         choices=["leave-one-out", "alone"],
@@ -84,6 +92,7 @@ def figure_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opacity", type=float, help="of the heat over the picture, 0 to 1")
     group.add_argument("--background", choices=["picture", "edges"], help="what lies under the heat")
     group.add_argument("--grid", action="store_true", help="draw the patch grid")
+    group.add_argument("--cells", action="store_true", help="the coarse map as it is: one flat colour per patch")
     group.add_argument("--signed", action="store_true", help="raw signed maps in diverging colours, zero in the middle")
 
 
@@ -93,13 +102,25 @@ def image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image", nargs="+", action="extend", metavar="FILE", help="pictures (default: the embedded one)"
     )
+    group.add_argument(
+        "--crop", type=_crop, metavar="X0,Y0,X1,Y1", help="use only this part of every picture, in its pixels"
+    )
     group.add_argument("--allow-url", action="store_true", help="fetch pictures given as http(s) addresses")
     group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default: 100 million)")
 
 
 def image_keywords(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `open_image`."""
-    return {"allow_url": args.allow_url} | ({} if args.max_pixels is None else {"max_pixels": args.max_pixels})
+    given = {name: getattr(args, name) for name in ("max_pixels", "crop") if getattr(args, name) is not None}
+    return {"allow_url": args.allow_url} | given
+
+
+def _crop(text: str) -> tuple[int, ...]:
+    """Four whole numbers with commas between them."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().lstrip("-").isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected four whole numbers X0,Y0,X1,Y1, got {text!r}")
+    return tuple(int(part) for part in parts)
 
 
 def output_options(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +137,15 @@ def output_options(parser: argparse.ArgumentParser) -> None:
         help="files to write (default: all; none after it: none)",
     )
     group.add_argument("--per-token", action="store_true", help="one overlay per entry and method, too")
+    group.add_argument(
+        "--inspect",
+        nargs="?",
+        type=int,
+        const=INSPECTED,
+        metavar="K",
+        help="inspect.png, too: per entry and --layer the K strongest channels (default: %(const)s) with their "
+        "gradients, the channel weights, the map before and after the ReLU",
+    )
     group.add_argument("--format", choices=["text", "json"], default="text", help="what is printed")
     group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     group.add_argument("-q", "--quiet", action="store_true", help="no warnings on stderr")
@@ -127,7 +157,7 @@ def figure_keywords(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.fixed is not None:
         given = {"scale": "fixed"} | given | {"fixed": tuple(args.fixed)}
-    return given | {name: True for name in ("grid", "signed") if getattr(args, name)}
+    return given | {name: True for name in ("grid", "signed", "cells") if getattr(args, name)}
 
 
 def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,10 +186,19 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
         "layers": args.layer,
         "average_layers": args.average_layers,
         "select": Selection(tokens=tokens, words=args.words, phrases=args.phrase),
-        "target": args.target,
+        "target": _target(args),
         "token_target": args.token_target,
         "seed": args.seed,
     }
+
+
+def _target(args: argparse.Namespace) -> Any:
+    """The kind of target, or the classes that are asked for. Raises OptionError for both."""
+    from grounding.errors import OptionError
+
+    if args.target_class and args.target not in (None, "class"):
+        raise OptionError(f"--target-class goes with the target class, not with --target {args.target}")
+    return args.target_class or args.target
 
 
 def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = "") -> list[Path]:
@@ -176,6 +215,8 @@ def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = 
         raise OptionError("--output is empty: name a folder")
     if args.per_token and "png" not in args.write:
         raise OptionError("--per-token writes pictures, but --write leaves png out")
+    if args.inspect is not None:
+        _check_inspect(args)
     model = slug(Path(args.model).name if args.model else demo or DEMO_NAME)
     names: list[str] = []
     for image in images:
@@ -189,6 +230,24 @@ def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = 
         for folder in folders:
             check_output(folder)
     return folders
+
+
+def _check_inspect(args: argparse.Namespace) -> None:
+    from grounding.errors import OptionError
+    from grounding.inspection_figure import check_channels
+
+    check_channels(args.inspect)
+    if "png" not in args.write:
+        raise OptionError("--inspect writes a picture, but --write leaves png out")
+
+
+def inspected(args: argparse.Namespace, adapter: Any, picture: Any, texts: Any = None, **keywords: Any) -> list[Any]:
+    """What `--inspect` asks for, with the keywords of `explain`; nothing where it was not given."""
+    if args.inspect is None:
+        return []
+    from grounding.inspection import inspect_all
+
+    return inspect_all(adapter, picture, texts, **keywords)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from grounding.text import visible_text
 if TYPE_CHECKING:
     from grounding.errors import GroundingError
     from grounding.explanation import Explanation
+    from grounding.inspection import Inspection
 
 
 class Report:
@@ -28,15 +29,18 @@ class Report:
         self.written: list[Path] = []
         self.overlays = 0
         self.documents: list[dict[str, Any]] = []
+        self.compared: list[Explanation] = []
 
-    def add(self, explanation: Explanation, folder: Path) -> None:
+    def add(self, explanation: Explanation, folder: Path, inspections: Sequence[Inspection] = ()) -> None:
         """Write the files of one explanation and print its table (or keep its JSON for the end)."""
         from grounding.export import listed, to_json
         from grounding.tables import explanation_table, headline
 
         if not self.args.quiet:
             warn(explanation, named=self.several)
-        files = self._save(explanation, folder) if self.args.write else {}
+        if self.several and "png" in self.args.write and any(e.kind == "class" for e in explanation.entries):
+            self.compared.append(explanation)
+        files = self._save(explanation, folder, inspections) if self.args.write else {}
         single = [path for kind, path in files.items() if ":" not in kind]
         self.written += single
         self.overlays += len(files) - len(single)
@@ -45,8 +49,10 @@ class Report:
             return
         print(headline(explanation), explanation_table(explanation), "", sep="\n")
 
-    def _save(self, explanation: Explanation, folder: Path) -> dict[str, Path]:
+    def _save(self, explanation: Explanation, folder: Path, inspections: Sequence[Inspection]) -> dict[str, Path]:
         options = figure_keywords(self.args)
+        if inspections:
+            options |= {"inspections": inspections, "channels": self.args.inspect}
         return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
 
     @contextlib.contextmanager
@@ -57,11 +63,13 @@ class Report:
         a text of its own (`own_text`) and it is that which does not hold it.
         """
         from grounding.errors import GroundingError, TextError
+        from grounding.images import CropError
 
         try:
             yield
         except GroundingError as error:
-            if error.exit_code != 1 and not (own_text and self.several and isinstance(error, TextError)):
+            own = isinstance(error, CropError) or (own_text and isinstance(error, TextError))
+            if error.exit_code != 1 and not (own and self.several):
                 raise
             self.failed(image, error)
 
@@ -71,8 +79,16 @@ class Report:
         self.status = max(self.status, fail(error, verbose=self.args.verbose, about=named))
         self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
 
+    def _together(self) -> None:
+        """Classes on several pictures stand in one figure, too."""
+        from grounding.together import save
+
+        self.written.append(save(self.compared, together_folder(self.args), **figure_keywords(self.args)))
+
     def end(self) -> int:
         """Print what remains; return the exit code."""
+        if len(self.compared) > 1:
+            self._together()
         if self.args.format == "json":
             if self.several:
                 print(json.dumps(self.documents, indent=2, allow_nan=False))
@@ -82,6 +98,15 @@ class Report:
             overlays = [f"and {self.overlays} overlays"] if self.overlays else []
             print("wrote", *self.written, *overlays)
         return self.status
+
+
+def together_folder(args: argparse.Namespace) -> Path:
+    """Where the figure of several pictures goes."""
+    from grounding.export import slug
+
+    return (
+        Path(args.output) / "together" if args.output else Path("outputs") / f"together-{slug(Path(args.model).name)}"
+    )
 
 
 def warn(explanation: Explanation, *, named: bool = False) -> None:

@@ -28,7 +28,6 @@ BETWEEN_BLOCKS = 0.15
 APART = 0.14  # inches between entries of several lines
 SLIMMEST = 1.5  # height : width of the blocks together
 SEE_JSON = "… (see the JSON)"
-SHARED_NOTE = "does not see the text: one map for all entries"
 # Panels hold more pixels than the figure shows at its own resolution, so that print at 300 dpi stays sharp.
 OVERSAMPLING = 2
 
@@ -79,10 +78,6 @@ class Comparison:
         geometry = self.explanation.geometry
         size = fit(geometry.width, geometry.height, longest)
         return Painter(self.explanation.picture.image, geometry, size, self.style, grid=False)
-
-    @cached_property
-    def _lines(self) -> list[Segment]:
-        return grid_lines(self.explanation.geometry) if self.style.grid else []
 
     @cached_property
     def _titles(self) -> list[str]:
@@ -234,7 +229,7 @@ class Comparison:
 
     def _column_lines(self, column: MapColumn, limits: Limits) -> list[Line]:
         options = wording.changed_options(column)
-        note = [Line(SHARED_NOTE, 7.0, ALERT)] if column.shared else []
+        note = [Line(wording.shared_note(self.explanation), 7.0, ALERT)] if column.shared else []
         shown = self.scale == "caption" and limits[0] < limits[1]
         return [
             Line(column.title, 9.0, INK, "bold", 2),
@@ -264,7 +259,7 @@ class Comparison:
         return [Line(f"no evidence: {reason}", 7.0, ALERT), raw]
 
     def _lines_over(self, found: EntryMap, limits: Limits) -> list[Segment]:
-        return self._lines if has_evidence(found, limits) else []
+        return grid_lines(found.geometry) if self.style.grid and has_evidence(found, limits) else []
 
     def _stretch_note(self) -> Block:
         note = distorted(self.explanation.geometry.width, self.explanation.geometry.height)

@@ -39,6 +39,10 @@ class ImageError(GroundingError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        # From one process to another: an exception is made anew from what it was made of.
+        return ImageError, (str(self), self.status)
+
 
 def show(name: object, limit: int = 200) -> str:
     """`name` quoted for a message: control characters, quotes and undecodable bytes escaped, cut in the middle."""

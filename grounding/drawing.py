@@ -58,6 +58,7 @@ class Style:
     box: bool = True
     background: str = "picture"
     signed: bool = False
+    cells: bool = False
 
     def __post_init__(self) -> None:
         colour_table(self.cmap)

@@ -17,8 +17,16 @@ from grounding.errors import GroundingError, LayerError, OptionError
 from grounding.explanation import Explanation
 from grounding.plan import Column, Selection, columns
 from grounding.recorder import random_state
-from grounding.results import cancelled, doubts, entry_of, flatten, map_column, provenance_of, unasked
-from grounding.text import Generate
+from grounding.results import (
+    cancelled,
+    doubts,
+    entry_of,
+    flatten,
+    map_column,
+    provenance_of,
+    selections_of,
+    unasked,
+)
 from grounding.tracing import look, trace
 from grounding.types import Inputs, Targets
 
@@ -32,10 +40,10 @@ def explain(
     texts: Any = None,
     *,
     methods: Sequence[str] | None = None,
-    select: Selection | None = None,
-    target: str | None = None,
+    select: Selection | Sequence[Any] | None = None,
+    target: Any = None,
     token_target: str | None = None,
-    layers: Sequence[str] = (),
+    layers: str | int | Sequence[str | int] = (),
     average_layers: bool = False,
     options: Mapping[str, Any] | None = None,
     batch_size: int = BATCH_SIZE,
@@ -49,11 +57,14 @@ def explain(
     images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
         (`adapter.see([...])`), whose pass is then reused for every later text.
     texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture. A model
-        that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own.
+        that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own. Of a
+        model that knows classes: names of classes, each of which then gets an Explanation; better say them by `target`.
     methods: names in `grounding.METHODS`; default `adapter.default_methods`, as does the name "default".
-    select: which entries of a caption are explained; default the caption and each token.
-    target: what is explained, one of `adapter.kinds`; `token_target`: how a part of a caption is scored, one of
-        `adapter.token_targets`. Default the first of each.
+    select: which entries of a caption are explained; default the caption and each token. One `Selection` for all texts,
+        or lists of them, one list per picture with one per text.
+    target: what is explained, one of `adapter.kinds`; of a model that knows classes, also one of them by name or index,
+        or a list of them, which share an Explanation (default: the predicted one). `token_target`: how a part of a
+        caption is scored, one of `adapter.token_targets`. Default the first of each.
     layers: the taps of methods that have one, as `Adapter.resolve` takes them; several give one column each, or with
         `average_layers` one joint column.
     options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option", where there are.
@@ -71,20 +82,28 @@ def explain(
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
+    target, texts = adapter.asked_by(target, texts)
     adapter, options = aim(adapter, target, options)
-    pictures, captions, rebuild = flatten(images, texts, generates=adapter.generates)
+    pictures, captions, rebuild = flatten(images, texts, adapter.asked)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
     plan = columns(adapter, methods, layers, options, average_layers)
-    select = select or Selection()
-    if (select.where or select.contrast) and not adapter.generates:
+    selections = selections_of(select, captions)
+    if any(s.where or s.contrast for own in selections for s in own) and not adapter.generates:
         raise OptionError(f"where and contrast ask what a model could have written; {adapter.info.type} writes no text")
     results: list[list[Explanation]] = []
-    with torch.inference_mode(False), random_state(adapter.model, seed):
-        for seen, own in _batches(adapter, images, pictures, captions, batch_size):
-            if adapter.generates:
+    # The model's own precision, whatever the caller stands in: gradients of autocast are of mixed types.
+    with (
+        torch.inference_mode(False),
+        torch.autocast(adapter.device.type, enabled=False),
+        random_state(adapter.model, seed),
+    ):
+        for seen, part in _batches(adapter, images, pictures, batch_size):
+            if adapter.looks_first(captions[part]):
                 look(adapter, seen, plan)
-            results += _explain_batch(adapter, adapter.read(seen, own), plan, select, target, token_target, seed)
+            chosen = [selection for own in selections[part] for selection in own]
+            inputs = adapter.read(seen, captions[part])
+            results += _explain_batch(adapter, inputs, plan, chosen, target, token_target, seed)
     return rebuild(results)
 
 
@@ -95,29 +114,27 @@ def aim(adapter: Adapter, target: str | None, options: Mapping[str, Any] | None)
     return adapter.aimed(target, settings), rest
 
 
-def _batches(
-    adapter: Adapter, images: Any, pictures: list[Any], captions: list[list[str | Generate]], batch_size: int
-) -> Iterator[tuple[Inputs, list[list[str | Generate]]]]:
-    """Seen pictures and their texts, `batch_size` at a time; pictures that came seen stay together."""
+def _batches(adapter: Adapter, images: Any, pictures: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+    """Seen pictures and which they are, `batch_size` at a time; pictures that came seen stay together."""
     if isinstance(images, Inputs):
-        yield images, captions
+        yield images, slice(None)
         return
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        yield adapter.see(pictures[part]), captions[part]
+        yield adapter.see(pictures[part]), part
 
 
 def _explain_batch(
     adapter: Adapter,
     inputs: Inputs,
     plan: Sequence[Column],
-    select: Selection,
+    select: Sequence[Selection],
     target: str | None,
     token_target: str | None,
     seed: int,
 ) -> list[list[Explanation]]:
     """One list of explanations per picture of the batch."""
-    spans = [select.spans(tokens) for tokens in inputs.tokens]
+    spans = [one.spans(tokens) for one, tokens in zip(select, inputs.tokens, strict=True)]
     for tokens, chosen in zip(inputs.tokens, spans, strict=True):
         if not chosen:
             raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
@@ -133,7 +150,9 @@ def _explain_batch(
         image = inputs.text_image[text]
         entries = tuple(entry_of(targets.spans[k], float(found.scores[k]), chances[k]) for k in members)
         made = {
-            column.key: map_column(adapter, column, targets, inputs, image, found.maps[column.key], members)
+            column.key: map_column(
+                adapter, column, targets, inputs, image, found.maps[column.key], members, found.orthogonal
+            )
             for column in plan
         }
         own = (*inputs.warnings[image], *inputs.text_warnings[text])
@@ -151,6 +170,7 @@ def _explain_batch(
                 warnings=warnings,
                 provenance=provenance,
                 origin=inputs.origins[text] if inputs.origins else "given",
+                truncated=bool(inputs.tokens[text].dropped) or inputs.tokens[text].stopped,
             )
         )
     return results
@@ -171,25 +191,21 @@ class Computed:
 def compute(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Computed:
     """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
     static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
-    grid = adapter.grid(inputs)
-    made = {
-        column.key: np.zeros(((len(inputs.pictures) if column in static else len(targets)), *grid), np.float32)
-        for column in plan
-    }
+    made: dict[str, np.ndarray] = {}
     sizes: dict[str, float] = defaultdict(float)
-    filled: set[str] = set()
     scores, orthogonal = torch.zeros(0), frozenset[str]()
     # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
     with contextlib.closing(trace(adapter, inputs, targets, plan)) as chunks:
         for chunk in chunks:
             scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
             for column in chunk.columns:
-                if column not in static:
-                    made[column.key][chunk.members] = column.maps(chunk.trace)
-                elif column.key not in filled:
-                    # No text can change it: the first chunk, which has a target of every picture, says it all.
-                    made[column.key][chunk.trace.targets.image.tolist()] = column.maps(chunk.trace)
-                filled.add(column.key)
+                # No text can change a static one: the first chunk, which has a target of every picture, says it all.
+                if column in static and column.key in made:
+                    continue
+                maps = column.maps(chunk.trace)
+                count = len(inputs.pictures) if column in static else len(targets)
+                places = chunk.trace.targets.image.tolist() if column in static else chunk.members
+                made.setdefault(column.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
     _refuse_dead_taps(adapter, sizes)
@@ -200,7 +216,8 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
     """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
     for path, size in sizes.items():
         if size == 0:
-            live = "" if path == adapter.sites.tap else f"use {adapter.sites.tap!r}, or "
+            known = getattr(adapter, "live_tap", adapter.sites.tap)
+            live = "" if path == known else f"use {known!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
                 f"maps would be blank; {live}see --list-layers for the live ones"

@@ -10,42 +10,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from grounding.adapter import Adapter
-from grounding.demo import data_name, is_demo
+from grounding.demo import data_name
 from grounding.engine import aim, explain
 from grounding.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.explanation import Explanation
 from grounding.faithfulness import WHOLE, faithfulness
 from grounding.flickr30k import open_dataset
+from grounding.listings import ALL
 from grounding.perturbation import Baseline, Case
 from grounding.plan import columns
-from grounding.records import Dataset, Record
-from grounding.resampling import CONFIDENCE, RESAMPLES, mean
+from grounding.records import DataError, Dataset, Record
+from grounding.resampling import mean
 from grounding.results import doubts, provenance_of
+from grounding.rules import FEW, PointingRules
+from grounding.samples import PHRASE_ALONE
 from grounding.scorecard import FORMAT
 from grounding.scoring import (
     BASELINES,
-    OVERLAP,
-    THRESHOLD,
-    Captions,
     MapScores,
     Mention,
-    Peak,
     mentions_of,
     score_picture,
 )
 from grounding.summary import best_threshold, summary
 from grounding.swaps import Swaps, beaten
 
-PROTOCOL = "mention-anybox"
+PROTOCOL = PHRASE_ALONE
 BASELINE: Baseline = "blur"
-FEW = "min_entities"
-DEMO_ENTITIES = 3
 TUNING_SPLIT = "val"
 TUNING = tuple(round(float(t), 2) for t in [0.02, 0.04, 0.06, 0.08, *np.arange(0.1, 0.91, 0.05)])
 # Wrong for every picture alike, where already the first one has it: no case for counting.
@@ -53,35 +51,25 @@ FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(PointingRules):
     """What is scored, and how.
 
-    `captions`: mentions of the first caption of a picture, or of all. `min_entities`: pictures need so many chains with
-    boxes (None: 3 in the demo world, where fewer make it easy, else 1). `limit`: only the first so many pictures that
-    qualify. `threshold`: where a map's range is cut for its box (None: half), or with `tune_threshold` the value per
-    method with the best IoU score on the whole validation split. `faithfulness` adds deletion, insertion and what maps
-    depend on, with patches replaced by `baseline` (None: blur).
+    `limit`: only the first so many pictures that qualify. `tune_threshold`: per method the threshold with the best IoU
+    score on the whole validation split. `faithfulness` adds deletion, insertion and what maps depend on, with patches
+    replaced by `baseline` (None: blur).
     """
 
-    captions: Captions = "first"
-    peak: Peak = "patch"
-    min_entities: int | None = None
     limit: int | None = None
-    threshold: float | None = None
     tune_threshold: bool = False
     faithfulness: bool = False
     baseline: Baseline | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise OptionError(f"limit must be at least 1 picture, got {self.limit}")
-        if self.min_entities is not None and self.min_entities < 1:
-            raise OptionError(f"min_entities must be at least 1, got {self.min_entities}")
         if self.threshold is not None and self.tune_threshold:
             raise OptionError("a threshold was given, and tuning it was asked for: choose one")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise OptionError(f"threshold must be a part of the map's range, above 0 and up to 1, got {self.threshold}")
         if self.baseline is not None and not self.faithfulness:
             raise OptionError("a baseline belongs to faithfulness, which was not asked for")
 
@@ -121,8 +109,7 @@ def evaluate(
     argument is wrong, and where not one phrase could be scored; a picture that fails is counted and named.
     """
     rules = rules or Rules()
-    if rules.min_entities is None:
-        rules = replace(rules, min_entities=DEMO_ENTITIES if is_demo(dataset.folder) else 1)
+    rules = replace(rules, min_entities=rules.entities(dataset.folder))
     how = {**how, "select": WHOLE}
     swaps = Swaps.read(dataset.folder)
     # Before anything runs: a wrong name costs nothing.
@@ -130,10 +117,10 @@ def evaluate(
     plan = columns(aimed, how.get("methods"), how.get("layers", ()), options, how.get("average_layers", False))
     adapter.check_kind(how.get("target"), how.get("token_target"))
     keys = [column.key for column in plan]
-    thresholds = dict.fromkeys(keys, THRESHOLD if rules.threshold is None else rules.threshold)
+    thresholds = dict.fromkeys(keys, rules.cut)
     if rules.tune_threshold:
-        if dataset.split == TUNING_SPLIT:
-            raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: score another one")
+        if dataset.split in (TUNING_SPLIT, ALL):
+            raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: score one that has none of it")
         whole = replace(rules, limit=None)
         tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, how, progress)
         thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
@@ -172,23 +159,15 @@ def evaluate(
 
 def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the numbers depend on, in words and values."""
-    pixel = rules.peak == "pixel"
     return {
         "layout": dataset.layout,
         "text": "the phrase alone, lower case",
-        "captions": rules.captions,
-        "min_entities": rules.min_entities,
+        "hit": "strictly inside any box of the chain",
+        **rules.described(),
         "limit": rules.limit,
         "target": how.get("target") or adapter.kinds[0],
-        "peak": rules.peak,
-        "interpolation": "bilinear" if pixel else None,
-        "hit": "strictly inside any box of the chain",
-        "iou": OVERLAP,
-        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.threshold or THRESHOLD,
+        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.cut,
         "tuned": rules.tune_threshold,
-        "centre": "the centre of the picture",
-        "random": f"exact, any seen {rules.peak} alike",
-        "interval": {"method": "percentile bootstrap over pictures", "resamples": RESAMPLES, "level": CONFIDENCE},
         "options": {key: str(value) for key, value in (how.get("options") or {}).items()},
         "layers": list(how.get("layers", ())),
     }
@@ -218,6 +197,7 @@ def _tally(
             break
         try:
             record = dataset.read(name)
+            picture = _file(record)
         except GroundingError as error:
             seen += 1
             tally.failed(error, 0)
@@ -228,7 +208,7 @@ def _tally(
         seen += 1
         try:
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
-            found = explain(adapter, [str(record.picture)], [list(texts)], **how)[0]
+            found = explain(adapter, [str(picture)], [list(texts)], **how)[0]
         except GroundingError as error:
             if isinstance(error, FATAL) and not tally.scored:
                 raise
@@ -240,12 +220,19 @@ def _tally(
         tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
         tally.compare(adapter, record, swaps, dataset, how.get("target"))
         if keep_cases:
-            tally.cases.append(Case.of(record.picture, explanations, (caption.text for caption in record.captions)))
+            tally.cases.append(Case.of(picture, explanations, (caption.text for caption in record.captions)))
     if not tally.scored:
         why = "; ".join([f"{n} pictures {reason}" for reason, n in tally.skipped_pictures.items()] or ["no boxes"])
         first = f"; first of all: {tally.problems[0]}" if tally.problems else ""
         raise GroundingError(f"not one phrase of split {dataset.split!r} could be scored ({why}){first}")
     return tally
+
+
+def _file(record: Record) -> Path:
+    """The picture of a record. Raises DataError for one that is no file: it has no boxes either."""
+    if isinstance(record.picture, bytes):
+        raise DataError(f"{record.id}: a picture inside a table cannot be scored; boxes belong to picture files")
+    return record.picture
 
 
 def _mentions(record: Record, dataset: Dataset, rules: Rules, tally: Tally) -> list[Mention]:

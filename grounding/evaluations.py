@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grounding import evaluate, evaluate_lines, flickr30k, line_card, lines, scorecard
+from grounding import entities, evaluate, evaluate_lines, flickr30k, line_card, lines, scorecard
 from grounding.adapter import Adapter
 from grounding.decoding import show
 from grounding.demo import demo_lines, demo_scenes
@@ -67,8 +67,8 @@ LINES = Evaluation(
 PHRASES = Evaluation(
     "phrases",
     "pictures with boxes for phrases",
-    flickr30k.Entities.needs,
-    lambda folder: any(layout.recognises(folder) for layout in flickr30k.LAYOUTS),
+    entities.Entities.needs,
+    entities.Entities.recognises,
     lambda folder, split: flickr30k.open_dataset(folder, split or "test"),
     evaluate.Rules,
     evaluate.evaluate,
@@ -87,6 +87,9 @@ def evaluation_of(folder: str | Path) -> Evaluation:
     if not folder.is_dir():
         raise DataError(f"{show(folder)}: there is no such folder; a data set is a folder with {needs}")
     found = next((kind for kind in EVALUATIONS if kind.recognises(folder)), None)
+    if found is None and (layout := flickr30k.layout_of(folder)):
+        has = "captions but no boxes" if layout.captions else "pictures but no captions and no boxes"
+        raise DataError(f"{show(folder)} has {has}, so that nothing can be scored; expected {needs}")
     if found is None:
         raise DataError(f"{show(folder)} has no layout that can be read; expected {needs}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ import numpy as np
 from jaxtyping import Float
 
 from grounding import maps as mapping
-from grounding.errors import GroundingError, TextError
+from grounding.errors import GroundingError
 from grounding.geometry import Geometry
 from grounding.images import Picture
-from grounding.maps import Status
-from grounding.method import THRESHOLD
+from grounding.labels import place_of
+from grounding.maps import THRESHOLD, Status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +39,8 @@ class Entry:
     """What is explained: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
 
     `score` is the explained scalar; `token_id` is that of a token, or of a word of one token. A token that a model
-    wrote (or was made to write) has the `probability` it had at its place and the next best `alternatives`. Kinds
+    wrote (or was made to write) has the `probability` it had at its place and the next best `alternatives`; so has a
+    class, whose index is `token_id`: those of the five most probable that are others. Kinds
     `where` and `contrast` ask about tokens that were not written: evidence for the token `token_id` at the place of
     characters [start, end), or for it rather than for another.
     """
@@ -145,7 +145,7 @@ class Explanation:
     `columns` maps a method's key to its maps. `target` is the kind of scalar explained, `token_target` how a part of
     the caption was scored (None: by itself), `provenance` everything needed to make it again. `origin` says where the
     caption is from: `given` (a text the model compares), `generated` (what the model wrote) or `forced` (what it was
-    made to write).
+    made to write), `truncated` that it was cut: by a limit of the model's on what it reads, or on what it writes.
     """
 
     picture: Picture
@@ -159,28 +159,20 @@ class Explanation:
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given"
+    truncated: bool = False
 
     @property
     def score(self) -> float | None:
-        """The score of the caption's own entry, where it has one."""
-        return next((e.score for e in self.entries if e.kind in ("caption", "image", "class")), None)
+        """The score of the caption's own entry, or of the class where there is one alone; else None."""
+        found = [e.score for e in self.entries if e.kind in ("caption", "image", "class")]
+        return found[0] if found and (len(found) == 1 or self.entries[0].kind != "class") else None
 
     def index(self, which: int | str, occurrence: int = 0) -> int:
         """The place of an entry, by index or by label: as it is written, or else with case ignored.
 
         Raises TextError listing what there is.
         """
-        if not isinstance(which, str):
-            which = operator.index(which)
-            if -len(self.entries) <= which < len(self.entries):
-                return which % len(self.entries)
-            raise TextError(f"entry {which} is not in 0 to {len(self.entries) - 1}")
-        hits = [i for i, entry in enumerate(self.entries) if entry.label == which]
-        hits = hits or [i for i, entry in enumerate(self.entries) if entry.label.lower() == which.lower()]
-        if occurrence >= len(hits):
-            listing = ", ".join(f"{i}:{entry.label!r}" for i, entry in enumerate(self.entries))
-            raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")
-        return hits[occurrence]
+        return place_of(which, [entry.label for entry in self.entries], occurrence)
 
     def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> EntryMap:
         """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
@@ -189,7 +181,8 @@ class Explanation:
             raise GroundingError(f"no method {key!r} in this explanation (it has: {', '.join(self.columns)})")
         entry, chosen = self.index(which, occurrence), self.columns[key]
         place = chosen.index(entry)
-        return EntryMap(self.entries[entry], chosen, chosen.maps[place], chosen.status[place], self.geometry)
+        raw = chosen.maps[place]
+        return EntryMap(self.entries[entry], chosen, raw, chosen.status[place], self.geometry.of_map(*raw.shape))
 
     def __getitem__(self, which: int | str) -> EntryMap:
         return self.map(which)
@@ -253,8 +246,8 @@ class Explanation:
     ) -> dict[str, Path]:
         """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written, by kind.
 
-        `write` chooses among png, npz, json; `per_token` adds an overlay per entry and method; `options` go to the
-        figure. See `grounding.export.save`. Raises OSError.
+        `write` chooses among png, npz, json; `per_token` adds an overlay per entry and method, `inspections` a figure
+        of what is inside; `options` go to the figure. See `grounding.export.save`. Raises OSError.
         """
         from grounding.export import save
 

@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -23,14 +23,17 @@ from grounding.manifest import to_json
 from grounding.reading import token_indices
 from grounding.registry import did_you_mean
 
+if TYPE_CHECKING:
+    from grounding.inspection import Inspection
+
 __all__ = ["WRITE", "OutputError", "check_output", "listed", "load", "save", "slug", "to_json"]
 
-FIGURE, STRIP, MAPS = "figure.png", "strip.png", "maps.npz"
+FIGURE, STRIP, INSPECTION, MAPS = "figure.png", "strip.png", "inspect.png", "maps.npz"
 PICTURE, JSON = "picture.png", "explanation.json"
-NAMES = (FIGURE, STRIP, MAPS, PICTURE, JSON)
+NAMES = (FIGURE, STRIP, INSPECTION, MAPS, PICTURE, JSON)
 WRITE = ("png", "npz", "json")
 # The names of kinds of files, as `save` returns them and as the JSON has them.
-IN_JSON = {"png": "figure", "strip": "strip", "npz": "maps", "picture": "picture", "json": "json"}
+IN_JSON = {"png": "figure", "strip": "strip", "inspect": "inspect", "npz": "maps", "picture": "picture", "json": "json"}
 OVERLAY = "overlay"
 
 
@@ -49,13 +52,17 @@ def save(
     write: Sequence[str] = WRITE,
     *,
     per_token: bool = False,
+    inspections: Sequence[Inspection] = (),
+    channels: int = 8,
     **figure_options: Any,
 ) -> dict[str, Path]:
     """Write an explanation into `directory`, whole or not at all, and return the files by kind.
 
     `write` chooses among png, npz, json; `figure_options` go to `grounding.render.figure`. With `png`, a text that the
     model wrote (or was made to) has strip.png besides, and `per_token` adds one overlay per entry and method that sees
-    the text: `03_jacket.png`. The kinds are those of `write`, `strip` and, for entry 3 by gradcam, `overlay:3:gradcam`.
+    the text: `03_jacket.png`; `inspections` (see `grounding.inspection`) are drawn in inspect.png, with the strongest
+    `channels` of each. The kinds are those of `write`, `strip`, `inspect` and, for entry 3 by gradcam,
+    `overlay:3:gradcam`.
     Earlier results there are replaced; files of theirs that are not written again are removed, so that a folder never
     holds parts of two results. With `json`, a picture that has no file of its own is saved beside it. Raises
     OutputError, OptionError.
@@ -70,6 +77,8 @@ def save(
         contents[FIGURE] = pngs.figure_png(explanation, figure_options)
         if explanation.origin != "given" and token_indices(explanation):
             contents[STRIP] = pngs.strip_png(explanation)
+        if inspections:
+            contents[INSPECTION] = pngs.inspection_png(inspections, channels, figure_options)
         if overlays:
             contents.update(pngs.overlay_pngs(explanation, figure_options))
     if "npz" in chosen:
@@ -82,7 +91,7 @@ def save(
         files.write_together(folder, contents, (*NAMES, *pngs.earlier_overlays(folder)))
     except OSError as error:
         raise OutputError(f"cannot write into {show(folder)}: {error.strerror or error}; nothing was changed") from None
-    kinds = {"png": FIGURE, "strip": STRIP, "npz": MAPS, "json": JSON} | named
+    kinds = {"png": FIGURE, "strip": STRIP, "inspect": INSPECTION, "npz": MAPS, "json": JSON} | named
     return {kind: folder / name for kind, name in kinds.items() if name in contents}
 
 
@@ -183,7 +192,7 @@ def _member(key: str) -> str:
 
 
 def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes], overlays: Mapping[str, str]) -> bytes:
-    kinds = {"png": FIGURE, "strip": STRIP, "npz": MAPS, "picture": PICTURE}
+    kinds = {"png": FIGURE, "strip": STRIP, "inspect": INSPECTION, "npz": MAPS, "picture": PICTURE}
     content = to_json(explanation, listed({k: name for k, name in kinds.items() if name in contents} | dict(overlays)))
     content["image"]["relative_path"] = _relative(explanation.picture.path, folder)
     # A folder that was cut off between two files shows by this.
@@ -255,22 +264,25 @@ class _Absent(Image.Image):
 
 def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
     about = content["image"]
-    path, digest = about["path"], about["sha256"]
+    path, digest, crop = about["path"], about["sha256"], about.get("crop")
     if "picture" in content["files"]:
         found = _opened(folder / PICTURE, content["sha256"][PICTURE])
     else:
-        found = _opened(Path(path), digest)
+        found = _opened(Path(path), digest, crop)
         if isinstance(found, str) and about.get("relative_path"):
-            moved = _opened(folder / about["relative_path"], digest)
+            moved = _opened(folder / about["relative_path"], digest, crop)
             found = found if isinstance(moved, str) else moved
     image = _Absent(f"the picture of this result cannot be drawn: {found}") if isinstance(found, str) else found.image
-    return Picture(image, about["width"], about["height"], path, digest, tuple(about["warnings"]))
+    warnings, part = tuple(about["warnings"]), None if crop is None else tuple(crop)
+    return Picture(image, about["width"], about["height"], path, digest, warnings, part)
 
 
-def _opened(path: Path, digest: str) -> Picture | str:
+def _opened(path: Path, digest: str, crop: Sequence[int] | None = None) -> Picture | str:
     """The picture, if it is the one with this sha256; else why not."""
     try:
         picture = open_image(path)
+        if picture.sha256 == digest and crop is not None:
+            picture = picture.cropped(crop)
     except ImageError as error:
         return str(error)
     return picture if picture.sha256 == digest else f"{show(path)} has changed since (sha256 differs)"

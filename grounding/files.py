@@ -21,6 +21,8 @@ MARK = "grounding"
 FORMAT = "grounding.explanation"
 MARK_IN_ZIP = "schema_version.npy"
 STAGING = ".grounding-"
+# In the name of a file that is being written.
+PART = ".tmp-"
 NAME_BYTES = 64
 
 
@@ -58,7 +60,7 @@ def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
             raise OutputError(f"{show(folder)} is a file, not a folder; choose another --output")
         if folder.is_dir():
             _check_ours(folder, names)
-        _try_writing(folder)
+        try_writing(folder)
     except OutputError:
         raise
     except (OSError, ValueError) as error:
@@ -77,8 +79,11 @@ def _check_ours(folder: Path, names: tuple[str, ...]) -> None:
         raise OutputError(f"{show(folder)} holds other files and no results of grounding; choose another folder")
 
 
-def _try_writing(folder: Path) -> None:
-    """Make and remove a folder where the results would go: permissions alone do not tell (read-only disks, quotas)."""
+def try_writing(folder: Path) -> None:
+    """Make and remove a folder where the results would go: permissions alone do not tell (read-only disks, quotas).
+
+    Raises OSError.
+    """
     place = folder
     while not place.is_dir():
         if os.path.lexists(place):
@@ -104,6 +109,25 @@ def is_ours(path: Path) -> bool:
         with Image.open(path) as image:
             return str(image.info.get("Software", "")).startswith(MARK)
     return False
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write one file, in place of an earlier one: whole, also if the machine stops here, or not at all. Raises OSError.
+
+    The folder must be there. What a killed process left behind is called `<name>.tmp-<digits>`.
+    """
+    part = path.with_name(f"{path.name}{PART}{secrets.token_hex(8)}")
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(path.parent)
 
 
 def write_together(folder: Path, files: Mapping[str, bytes], known: tuple[str, ...]) -> None:

@@ -116,6 +116,10 @@ class Geometry:
         """The same map with a patch grid; `patch` is (width, height) in input pixels, None for an even division."""
         return replace(self, rows=rows, columns=columns, patch=patch)
 
+    def of_map(self, rows: int, columns: int) -> Geometry:
+        """The geometry of a map of so many cells: another grid than its own divides the input evenly."""
+        return self if (rows, columns) == (self.rows, self.columns) else self.with_grid(rows, columns)
+
     @property
     def cell_size(self) -> tuple[float, float]:
         """(width, height) of one cell of the patch grid, input pixels."""
@@ -191,24 +195,27 @@ class Geometry:
         """(..., 4) boxes (x0, y0, x1, y1), input pixels -> original pixels. Nothing is clipped."""
         return (last_axis(boxes, 4) - (self.offset * 2)) / (self.scale * 2)
 
-    def to_original(self, maps: Any, size: tuple[int, int] | None = None) -> Float32[np.ndarray, "*batch height width"]:
+    def to_original(
+        self, maps: Any, size: tuple[int, int] | None = None, *, cells: bool = False
+    ) -> Float32[np.ndarray, "*batch height width"]:
         """Patch maps (..., rows, columns) -> (..., height, width) float32 on the whole picture, NaN where unseen.
 
         One bilinear sampling at the pixel centres, values held constant beyond the outermost seen cell centres. Where
         the input is the whole picture this is `torch.nn.functional.interpolate(align_corners=False)`. A cell of
         nothing but padding is never read. A cell that is not finite makes every pixel that reads it not finite.
-        `size` (height, width) samples the same field of view at another resolution, for drawing.
+        `size` (height, width) samples the same field of view at another resolution, for drawing. With `cells` nothing
+        is interpolated: every pixel has the value of the cell it lies in.
         """
-        cells = as_float32(maps)
-        if cells.ndim < 2 or cells.shape[-2:] != (self.rows, self.columns):
-            raise GeometryError(f"maps of shape {cells.shape} do not end in the grid {self.rows} x {self.columns}")
+        values = as_float32(maps)
+        if values.ndim < 2 or values.shape[-2:] != (self.rows, self.columns):
+            raise GeometryError(f"maps of shape {values.shape} do not end in the grid {self.rows} x {self.columns}")
         height, width = (positive_int("size", n) for n in (size or (self.height, self.width)))
         rows, columns = self.seen_slices((height, width))
-        across = lerp(cells, -1, *self._neighbours(0, columns, self.width / width))
-        block = lerp(across, -2, *self._neighbours(1, rows, self.height / height))
+        across = lerp(values, -1, *self._neighbours(0, columns, self.width / width, cells))
+        block = lerp(across, -2, *self._neighbours(1, rows, self.height / height, cells))
         if block.shape[-2:] == (height, width):
             return block
-        result = np.full((*cells.shape[:-2], height, width), np.nan, dtype=np.float32)
+        result = np.full((*values.shape[:-2], height, width), np.nan, dtype=np.float32)
         result[..., rows, columns] = block
         return result
 
@@ -242,12 +249,17 @@ class Geometry:
         low, high = self._seen_axis(axis)
         return np.maximum(original[:-1], low), np.minimum(original[1:], high)
 
-    def _neighbours(self, axis: int, pixels: slice, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each pixel the two cells it lies between and the weight of the second; `step` original pixels each."""
+    def _neighbours(
+        self, axis: int, pixels: slice, step: float, nearest: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each pixel the two cells it lies between and the weight of the second; `step` original pixels each.
+
+        With `nearest` all of the weight is on the cell it lies in.
+        """
         cells = np.flatnonzero(np.less(*self._cell_edges(axis)))
         centres = (np.arange(pixels.start, pixels.stop) + 0.5) * step
         position = (centres * self.scale[axis] + self.offset[axis]) / self.cell_size[axis] - 0.5
-        position = np.clip(position, cells[0], cells[-1])
+        position = np.clip(np.floor(position + 0.5) if nearest else position, cells[0], cells[-1])
         first = np.floor(position).astype(np.intp)
         weight = position - first
         # A cell with no weight is not read: 0 * NaN would be NaN.

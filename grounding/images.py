@@ -11,7 +11,8 @@ import stat
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,20 @@ URL_SECONDS = 30.0
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
+class CropError(ImageError):
+    """A part of a picture that it does not have."""
+
+    exit_code = 2
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An upright RGB picture and where it came from.
 
     `image` is a PIL picture of mode RGB, width x height pixels, EXIF orientation applied. `path` is the path or address
     as it was given, None for pictures from memory. `sha256` is of the file's bytes, or of size and decoded pixels
-    where there is no file. `warnings` says what a user should know: frames left out, a range that was guessed.
+    where there is no file. `warnings` says what a user should know: frames left out, a range that was guessed. `crop`:
+    the part (x0, y0, x1, y1) of the upright picture in the file that this is, in its pixels, half-open; None: all.
     """
 
     image: Image.Image
@@ -43,10 +51,33 @@ class Picture:
     path: str | None
     sha256: str
     warnings: tuple[str, ...] = ()
+    crop: tuple[int, int, int, int] | None = None
+
+    def cropped(self, crop: Sequence[int]) -> Picture:
+        """A part of this picture, (x0, y0, x1, y1) in its pixels, half-open: from here on it is the picture. Raises
+        CropError for a part that is empty or reaches beyond it."""
+        x0, y0, x1, y1 = crop
+        if not (0 <= x0 < x1 <= self.width and 0 <= y0 < y1 <= self.height):
+            name = f"{show(self.path)}: " if self.path else ""
+            raise CropError(
+                f"{name}crop {x0},{y0},{x1},{y1} is no part of a picture of {self.width} x {self.height} pixels: give "
+                f"x0,y0,x1,y1 with 0 <= x0 < x1 <= {self.width} and 0 <= y0 < y1 <= {self.height}",
+                "failed_input",
+            )
+        note = f"cropped to {x0},{y0},{x1},{y1} of {self.width} x {self.height} pixels; positions are those of the crop"
+        image = self.image.crop((x0, y0, x1, y1))
+        return replace(
+            self, image=image, width=x1 - x0, height=y1 - y0, warnings=(*self.warnings, note), crop=(x0, y0, x1, y1)
+        )
 
 
 def open_image(
-    source: Any, *, max_pixels: int = MAX_PIXELS, root: str | Path | None = None, allow_url: bool = False
+    source: Any,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    root: str | Path | None = None,
+    allow_url: bool = False,
+    crop: Sequence[int] | None = None,
 ) -> Picture:
     """Open a picture.
 
@@ -57,11 +88,17 @@ def open_image(
     max_pixels: larger pictures are refused from their header, before decoding.
     root: a folder that paths must stay in, links followed; relative paths start there. For lists from elsewhere.
     allow_url: fetch addresses, up to 32 MB and 30 seconds each.
+    crop: the part to use, (x0, y0, x1, y1) in pixels of the upright picture, half-open (see `Picture.cropped`).
 
     Raises ImageError, one line, with `status`: `failed_read` (missing, unreadable, no regular file, network),
     `failed_decode` (empty, truncated, unknown format), `failed_input` (outside `root`, address not allowed, over
     `max_pixels`, no picture at all). Safe in threads; no process-wide flag is changed.
     """
+    picture = _open(source, max_pixels, root, allow_url)
+    return picture if crop is None else picture.cropped(crop)
+
+
+def _open(source: Any, max_pixels: int, root: str | Path | None, allow_url: bool) -> Picture:
     if isinstance(source, Image.Image):
         return _from_pil(source, max_pixels)
     if isinstance(source, np.ndarray):

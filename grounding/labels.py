@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from math import isnan
 from typing import TYPE_CHECKING
+
+from grounding.errors import TextError
 
 if TYPE_CHECKING:
     from grounding.explanation import Entry, Explanation
 
 BLANK = "␣"
-ORIGINS = {"generated": "read by the model", "forced": "forced text"}
+ORIGINS = {"generated": "read by the model", "forced": "forced text", "predicted": "predicted by the model"}
 
 
 def origin_words(explanation: Explanation) -> str:
@@ -29,13 +33,36 @@ def shown(label: str) -> str:
 
 def entry_title(explanation: Explanation, entry: Entry) -> str:
     """What an entry is called: its label, or words where the label alone would not say what is asked."""
+    return title_in(explanation.caption, entry)
+
+
+def title_in(caption: str, entry: Entry) -> str:
+    """The same of an entry of this caption."""
     label = shown(entry.label) or ("(end)" if entry.kind in ("token", "where") else f"({entry.kind})")
     if entry.kind not in ("where", "contrast"):
         return label
-    written = shown(explanation.caption[entry.start : entry.end])
+    written = shown(caption[entry.start : entry.end])
     if written:
         return f"{label} {'in place of' if entry.kind == 'where' else 'at'} “{written}”"
-    return f"{label} at the end" if entry.start >= len(explanation.caption) else f"{label} at sign {entry.start}"
+    return f"{label} at the end" if entry.start >= len(caption) else f"{label} at sign {entry.start}"
+
+
+def place_of(which: int | str, labels: Sequence[str], occurrence: int = 0) -> int:
+    """The place of an entry among `labels`, by index or by label: as it is written, or else with case ignored.
+
+    Raises TextError listing what there is.
+    """
+    if not isinstance(which, str):
+        which = operator.index(which)
+        if -len(labels) <= which < len(labels):
+            return which % len(labels)
+        raise TextError(f"entry {which} is not in 0 to {len(labels) - 1}")
+    hits = [i for i, label in enumerate(labels) if label == which]
+    hits = hits or [i for i, label in enumerate(labels) if label.lower() == which.lower()]
+    if occurrence >= len(hits):
+        listing = ", ".join(f"{i}:{label!r}" for i, label in enumerate(labels))
+        raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")
+    return hits[occurrence]
 
 
 def likelihood(probability: float) -> str:

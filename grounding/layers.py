@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,12 @@ class Layer:
     alias: str = ""
 
 
-def list_layers(adapter: Adapter, image: Any, text: str, target: str | None = None) -> tuple[Layer, ...]:
-    """All layers whose output folds to the patch grid, in the order they run, tried on one picture, one text and one
-    kind of target."""
+def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = None) -> tuple[Layer, ...]:
+    """All layers whose output folds to a patch grid, in the order they run, tried on one picture, one text (none: any)
+    and one kind of target."""
+    target, text = adapter.asked_by(target, text)
     adapter = adapter.aimed(target)
-    inputs = adapter.prepare([image], [[text]])
+    inputs = adapter.prepare([image], [[adapter.placeholder if text is None else adapter.asked(text)]])
     targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]], target)
     shapes = _foldable(adapter, inputs, targets)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
@@ -56,14 +58,14 @@ def list_layers(adapter: Adapter, image: Any, text: str, target: str | None = No
 def _foldable(adapter: Adapter, inputs: Inputs, targets: Targets) -> dict[str, tuple[int, ...]]:
     """Path -> output shape of every module that ran once and whose output is a patch grid."""
     found: dict[str, tuple[int, ...]] = {}
-    twice: set[str] = set()
+    ran: Counter[str] = Counter()
     grid = adapter.grid(inputs)
 
     def look(path: str, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
+        ran[path] += 1  # whatever it gives: one of several outputs may be no patch grid
+        tensor = output[0] if isinstance(output, tuple) and output else output
         with contextlib.suppress(LayerError):
             if isinstance(tensor, Tensor) and adapter.to_grid(tensor, grid, path) is not None:
-                twice.update({path} & found.keys())
                 found[path] = tuple(tensor.shape)
 
     with Recorder(adapter.model), contextlib.ExitStack() as hooks:
@@ -71,7 +73,7 @@ def _foldable(adapter: Adapter, inputs: Inputs, targets: Targets) -> dict[str, t
             handle = module.register_forward_hook(lambda _m, _a, out, p=path: look(p, out))
             hooks.callback(handle.remove)
         adapter.forward(inputs, targets)
-    return {path: shape for path, shape in found.items() if path not in twice}
+    return {path: shape for path, shape in found.items() if ran[path] == 1}
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grounding.annotations import OVERHANG
 from grounding.decoding import show
-from grounding.flickr30k import OVERHANG
 from grounding.geometry import Box
 from grounding.records import DataError
 from grounding.text import check_text

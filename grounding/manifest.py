@@ -38,25 +38,18 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
             "seen": [float(edge) for edge in geometry.seen],
             "sha256": picture.sha256,
             "warnings": list(picture.warnings),
+            "crop": plain(picture.crop),
         },
         "model": {"id": None, "type": None} | plain(explanation.model),
         "caption": explanation.caption,
         "origin": explanation.origin,
+        "truncated": explanation.truncated,
         "target": explanation.target,
         "token_target": explanation.token_target,
         "score": plain(explanation.score),
         "entries": [
-            {
-                "label": entry.label,
-                "kind": entry.kind,
-                "start": entry.start,
-                "end": entry.end,
-                "token_id": entry.token_id,
-                "score": plain(entry.score),
-                "probability": plain(entry.probability),
-                "alternatives": [plain(vars(one)) for one in entry.alternatives],
-                "maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns},
-            }
+            entry_json(entry)
+            | {"maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns}}
             for i, entry in enumerate(explanation.entries)
         ],
         "methods": {
@@ -67,6 +60,7 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
                 "options": plain(column.options),
                 "signed": column.signed,
                 "text_conditioned": column.text_conditioned,
+                **_own_grid(column, geometry),
             }
             for key, column in explanation.columns.items()
         },
@@ -74,6 +68,26 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
         "warnings": list(explanation.warnings),
         "provenance": plain(explanation.provenance),
         "files": plain(files or {}),
+    }
+
+
+def _own_grid(column: MapColumn, geometry: Geometry) -> dict[str, Any]:
+    """Rows and columns of maps whose layer has another grid than the geometry."""
+    rows, columns = column.maps.shape[1:]
+    return {} if (rows, columns) == (geometry.rows, geometry.columns) else {"grid": [rows, columns]}
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """An entry without its maps, in types that `json` knows."""
+    return {
+        "label": entry.label,
+        "kind": entry.kind,
+        "start": entry.start,
+        "end": entry.end,
+        "token_id": entry.token_id,
+        "score": plain(entry.score),
+        "probability": plain(entry.probability),
+        "alternatives": [plain(vars(one)) for one in entry.alternatives],
     }
 
 
@@ -133,6 +147,7 @@ def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], pic
         warnings=tuple(content["warnings"]),
         provenance=content["provenance"],
         origin=content.get("origin", "given"),
+        truncated=content.get("truncated", False),
     )
 
 
@@ -163,7 +178,7 @@ def _column(
     key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
 ) -> MapColumn:
     stored = of_entries if about["text_conditioned"] else of_entries[:1]
-    wanted = (len(stored), geometry.rows, geometry.columns)
+    wanted = (len(stored), *about.get("grid", (geometry.rows, geometry.columns)))
     if maps.shape != wanted or maps.dtype.kind != "f":
         raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
     return MapColumn(

@@ -19,6 +19,10 @@ from grounding.geometry import Geometry
 SCALES = ("entry", "caption", "fixed")
 Scale = Literal["entry", "caption", "fixed"]
 
+# The option of methods by which a signed map is shown from there upwards, as a fraction of its maximum: 0 is the ReLU
+# of the CAM papers.
+THRESHOLD = "threshold"
+
 # A map whose spread is below this fraction of its size is rounding, not evidence (float32 has 1.2e-7 per operation).
 FLAT = 1e-6
 

@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from grounding.errors import OptionError
+from grounding.maps import THRESHOLD
 from grounding.registry import did_you_mean
 from grounding.trace import GRADIENT_SIGNALS, SIGNALS, TAP_SIGNALS, Trace
 from grounding.types import Sites
-
-# A signed map is shown from here upwards, as a fraction of its maximum: 0 is the ReLU of the CAM papers.
-THRESHOLD = "threshold"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class Method:
     the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
     `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
     backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. `reads` says
-    which blocks of which stacks it reads the attention of: gradients go no further back than they must.
+    which blocks of which stacks it reads the attention of: gradients go no further back than they must. `inner`: its
+    map is <features, gradient> itself, patch by patch, which is nothing where the two are at right angles.
     """
 
     title: str
@@ -71,6 +70,7 @@ class Method:
     function: Callable[..., Tensor]
     rule: str | None = None
     reads: Reads = nothing
+    inner: bool = False
 
     def __call__(self, trace: Trace, **options: Any) -> Tensor:
         """The raw maps (k, rows, columns) of a trace."""
@@ -158,8 +158,9 @@ def method(
     signed: bool = False,
     rule: str | None = None,
     reads: Reads = nothing,
+    inner: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Method]:
-    """Mark a function as a method. `needs`: the signals it reads; `rule`, `reads`: as in `Method`."""
+    """Mark a function as a method. `needs`: the signals it reads; `rule`, `reads`, `inner`: as in `Method`."""
     if unknown := needs - SIGNALS:
         raise ValueError(f"unknown signals {sorted(unknown)} (there are: {', '.join(sorted(SIGNALS))})")
-    return lambda function: Method(title, frozenset(needs), signed, function, rule, reads)
+    return lambda function: Method(title, frozenset(needs), signed, function, rule, reads, inner)

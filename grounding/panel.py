@@ -114,9 +114,9 @@ class Painter:
         return self._marked(self._tint(entry_map, self._unit(entry_map, limits)), plain, entry_map)
 
     def _unit(self, entry_map: EntryMap, limits: Limits) -> Float[np.ndarray, "height width"]:
-        signed = with_sign(entry_map, self.style)
-        values = self.geometry.to_original(entry_map.raw, size=self.size) if signed else entry_map.heat(self.size)
-        return mapping.rescale(values, *limits)
+        values = entry_map.raw if with_sign(entry_map, self.style) else entry_map.view
+        heat = entry_map.geometry.to_original(values, size=self.size, cells=self.style.cells)
+        return mapping.rescale(heat, *limits)
 
     def _tint(self, entry_map: EntryMap, unit: Float[np.ndarray, "height width"]) -> Rgb:
         return colours(unit, self.style.diverging if with_sign(entry_map, self.style) else self.style.cmap)
@@ -133,7 +133,7 @@ class Painter:
     def _marked(self, panel: Rgb, pale: Rgb, entry_map: EntryMap) -> Rgb:
         panel = hatch(panel, pale, self._unseen)
         if self.grid:
-            panel = draw_grid(panel, self.geometry)
+            panel = draw_grid(panel, entry_map.geometry)
         height, width = self.size
         across, down = width / self.geometry.width, height / self.geometry.height
         peak = entry_map.peak if self.style.peak else None

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from grounding.errors import LayerError, ModelError
+from grounding.layouts import Layout, find_layout
 from grounding.methods.chains import through
 from grounding.recorder import find_module
 from grounding.types import Sites, Stack
@@ -47,15 +47,15 @@ class Places(ABC):
     @property
     def device(self) -> torch.device:
         """Where the model is. Raises ModelError where some of it lies nowhere (offloaded to disk, meta device)."""
-        found = {parameter.device for parameter in self.model.parameters()}
+        found = list(dict.fromkeys(parameter.device for parameter in self.model.parameters()))
         if any(device.type == "meta" for device in found):
             raise ModelError("some weights are on the meta device (offloaded?): load the whole model onto one device")
-        return next(self.model.parameters()).device
+        return found[0] if found else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision the model computes in."""
-        return next(self.model.parameters()).dtype
+        return next((parameter.dtype for parameter in self.model.parameters()), torch.float32)
 
     def sequence(self, path: str) -> tuple[int, bool]:
         """In the output of a module: how many tokens stand before the patches, and whether others stand behind."""
@@ -68,19 +68,29 @@ class Places(ABC):
         """Drop what is no patch of the output of the module at `path` (default: of the vision stack), check the count,
         fold. Also takes the (B, D, rows, columns) of a convolution.
 
-        Raises LayerError with the numbers where the tokens are not prefix + rows x columns.
+        `grid` is that of the default tap; in a pyramid (see `Sites`) a layer's own may be another. Raises LayerError
+        with the numbers where the tokens are not prefix + rows x columns.
         """
-        rows, columns = grid
+        return self.layout(hidden, grid, path).fold(hidden)
+
+    def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
+        """How the patches lie in the output of the module at `path`. Raises LayerError as `to_grid`."""
         prefix, tail = self.sequence(path)
-        last = prefix + rows * columns
-        if hidden.ndim == 4 and tuple(hidden.shape[-2:]) == grid:
-            return rearrange(hidden, "b d r c -> b r c d")
-        if hidden.ndim == 3 and (hidden.shape[1] > last if tail else hidden.shape[1] == last):
-            return rearrange(hidden[:, prefix:last], "b (r c) d -> b r c d", r=rows)
-        raise LayerError(
-            f"a layer output of shape {tuple(hidden.shape)} is no patch grid: expected {prefix} prefix tokens + "
-            f"{rows} x {columns} patches = {last} tokens{' and a text' if tail else ''}"
-        )
+        pyramid = self.sites.pyramid
+        found = find_layout(tuple(hidden.shape), grid, prefix, tail=tail, pyramid=pyramid)
+        if found is not None:
+            return found
+        rows, columns = grid
+        if pyramid and not prefix:
+            expected = (
+                f"maps over the whole picture, as the {rows} x {columns} of {self.sites.tap!r}, and more than 1 x 1"
+            )
+        else:
+            expected = (
+                f"{prefix} prefix tokens + {rows} x {columns} patches = {prefix + rows * columns} tokens"
+                f"{' and a text' if tail else ''}"
+            )
+        raise LayerError(f"a layer output of shape {tuple(hidden.shape)} is no patch grid: expected {expected}")
 
     def text_rows(self, trace: Trace) -> Float[Tensor, "K Q"]:
         """From which places of the text side's sequence chains of attention start; default: where targets are read."""

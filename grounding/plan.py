@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from grounding.adapter import Adapter
-from grounding.errors import OptionError, TextError, UnknownNameError
+from grounding.errors import LayerError, OptionError, TextError, UnknownNameError
 from grounding.maps import join_layers
 from grounding.method import Method
 from grounding.methods import METHODS
@@ -29,13 +29,14 @@ class Selection:
     With `words`, words stand in for tokens, also where they are named; with `special`, special tokens of a text that
     the model wrote are entries, too (its end, above all). `where` asks at each chosen token for evidence of another
     one in its place, `contrast` for evidence of the first rather than the second: at the tokens chosen by name, else
-    where the text has the first (or the second). Both stand in for the tokens.
+    where the text has the first (or the second). Both stand in for the tokens. A phrase is named by its words (its
+    first occurrence) or by its characters (start, end); of the latter, those that the model does not read are left out.
     """
 
     caption: bool = True
     tokens: bool | Sequence[str | int] = True
     words: bool = False
-    phrases: Sequence[str] = ()
+    phrases: Sequence[str | tuple[int, int]] = ()
     special: bool = False
     where: str = ""
     contrast: tuple[str, str] | None = None
@@ -53,6 +54,8 @@ class Selection:
 
     def spans(self, tokens: Tokens) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
+        if tokens.classes:
+            return self._classes(tokens)
         if self.where or self.contrast:
             return tuple(self._asked(tokens))
         chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
@@ -61,8 +64,16 @@ class Selection:
             chosen += parts if self.tokens else ()
         else:
             chosen += tokens.choose(self._named, parts)
-        chosen += [tokens.phrase(phrase) for phrase in self.phrases]
+        for phrase in self.phrases:
+            found = tokens.phrase(phrase) if isinstance(phrase, str) else tokens.phrase_at(*phrase)
+            chosen += [] if found is None else [found]
         return tuple(chosen)
+
+    def _classes(self, tokens: Tokens) -> tuple[Span, ...]:
+        """Classes have no parts."""
+        if self.words or self.phrases or not isinstance(self.tokens, bool):
+            raise OptionError("a class has no tokens, words or phrases to choose: it is explained as a whole")
+        return tokens.class_spans() if self.caption else ()
 
     @property
     def _named(self) -> list[str]:
@@ -105,13 +116,16 @@ class Column:
         if not self.paths:
             return self.method(trace.at(None, self.method.needs), **options).cpu().numpy()
         layers = [self.method(trace.at(path, self.method.needs), **options).cpu().numpy() for path in self.paths]
+        if len({maps.shape for maps in layers}) > 1:
+            sizes = ", ".join(f"{path} {m.shape[1]} x {m.shape[2]}" for path, m in zip(self.paths, layers, strict=True))
+            raise LayerError(f"layers of different grids cannot be averaged ({sizes}): ask for one column each")
         return layers[0] if len(layers) == 1 else join_layers(layers)
 
 
 def columns(
     adapter: Adapter,
     methods: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] = (),
+    layers: str | int | Sequence[str | int] = (),
     options: Mapping[str, Any] | None = None,
     average_layers: bool = False,
 ) -> tuple[Column, ...]:
@@ -121,12 +135,13 @@ def columns(
     Raises UnknownNameError, OptionError, LayerError.
     """
     asked = [methods] if isinstance(methods, str) else methods or [DEFAULT]
-    names = list(dict.fromkeys(n for name in asked for n in (adapter.default_methods if name == DEFAULT else [name])))
-    layers = [layers] if isinstance(layers, str) else layers
+    usual = [name for name in adapter.default_methods if not _missing(adapter, METHODS[name], METHODS[name].defaults)]
+    names = list(dict.fromkeys(n for name in asked for n in (usual if name == DEFAULT else [name])))
+    named = [str(layer) for layer in ([layers] if isinstance(layers, str | int) else layers)]
     given = _options_by_method(options or {}, names)
-    if layers and not any(METHODS[name].reads_tap for name in names):
+    if named and not any(METHODS[name].reads_tap for name in names):
         raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
-    taps = _taps(adapter, layers)
+    taps = _taps(adapter, named)
     if average_layers and len(taps) < 2:
         raise OptionError(f"averaging needs at least two different layers, got {len(taps)}")
     made: list[Column] = []
@@ -177,15 +192,16 @@ def available(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _missing(adapter: Adapter, method: Method, options: Mapping[str, Any]) -> list[str]:
-    return [stack for stack in method.reads(options, adapter.sites) if stack not in adapter.sites.stacks]
+    return [stack for stack in method.reads(options, adapter.sites) if not adapter.sites.attention(stack)]
 
 
 def _check_stacks(adapter: Adapter, made: Sequence[Column]) -> None:
     """Raises OptionError for a method that reads attention the architecture does not have."""
     for column in made:
         if missing := _missing(adapter, column.method, column.options):
+            why = f": {adapter.sites.unrecorded}" if missing[0] in adapter.sites.stacks else ""
             raise OptionError(
-                f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have "
+                f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have{why} "
                 f"(methods it has: {', '.join(available(adapter))})"
             )
 

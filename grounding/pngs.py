@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from grounding.inspection import Inspection
+
 OVERLAY = re.compile(r"\d{2,}_.+\.png", re.DOTALL)
 # Each overlay says its own name: one that somebody copied or renamed is theirs, and is never removed.
 NAMED = "Title"
@@ -31,17 +33,25 @@ def figure_png(explanation: Explanation, options: Mapping[str, Any]) -> bytes:
     # matplotlib is slow to import, and not needed for maps alone.
     from grounding.render import figure
 
-    return _printed(figure(explanation, **options))
+    return printed(figure(explanation, **options))
 
 
 def strip_png(explanation: Explanation) -> bytes:
     """The strip of the tokens by every method."""
     from grounding.strip import strip
 
-    return _printed(strip(explanation))
+    return printed(strip(explanation))
 
 
-def _printed(made: Figure) -> bytes:
+def inspection_png(inspections: Sequence[Inspection], channels: int, options: Mapping[str, Any]) -> bytes:
+    """The features behind the maps; `options` are those of the figure, of which the colour map counts."""
+    from grounding.inspection_figure import figure
+
+    return printed(figure(inspections, channels, **{key: options[key] for key in ("cmap",) if key in options}))
+
+
+def printed(made: Figure) -> bytes:
+    """A figure as PNG, the same whatever the user's own settings of matplotlib."""
     buffer = io.BytesIO()
     # Not savefig: it would read the user's own matplotlib settings.
     cast("FigureCanvasAgg", made.canvas).print_png(buffer, metadata={"Software": MARK})

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from grounding.boxes import seen_points
 from grounding.explanation import Entry, Explanation
 from grounding.geometry import Box, Geometry
 from grounding.lines import GROUPS, Line
 from grounding.plan import Selection
 from grounding.resampling import mean, ratio
-from grounding.scoring import RANDOM, seen_points
+from grounding.scoring import RANDOM
 from grounding.text import Span, Tokens
 
 POSITION = "position"

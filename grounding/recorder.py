@@ -121,13 +121,39 @@ def _constant_deviation(norm: nn.Module, args: tuple[Tensor], output: Tensor) ->
     assert isinstance(norm, nn.LayerNorm)
     if not torch.is_grad_enabled():
         return output
-    x, axes = args[0], tuple(range(-len(norm.normalized_shape), 0))
+    linear = _normed(norm, args[0], _normed_axes(norm, args[0], output))
+    return output.detach() + (linear - linear.detach())
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The output without its bias, the deviation off the graph."""
     # Squares of half-precision features overflow.
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     deviation = (wide.var(axes, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
     linear = (x - x.mean(axes, keepdim=True)) / deviation
-    linear = linear if norm.weight is None else linear * norm.weight
-    return output.detach() + (linear - linear.detach())
+    return linear if norm.weight is None else linear * _along(norm.weight, axes)
+
+
+def _normed_axes(norm: nn.LayerNorm, x: Tensor, output: Tensor) -> tuple[int, ...]:
+    """The axes that are normalised: the last ones, or in a variant for maps (B, D, rows, columns) that of the channels.
+
+    Raises ModelError for a variant that does something else.
+    """
+    last = tuple(range(-len(norm.normalized_shape), 0))
+    if type(norm).forward is nn.LayerNorm.forward:
+        return last
+    for axes in (last, (-3,)) if x.ndim == 4 else (last,):
+        if tuple(x.shape[i] for i in axes) == tuple(norm.normalized_shape):
+            found = _normed(norm, x.detach(), axes)
+            found = found if norm.bias is None else found + _along(norm.bias, axes)
+            if torch.allclose(found.float(), output.detach().float(), rtol=0.02, atol=0.02):
+                return axes
+    raise ModelError(f"the LN-rule cannot follow a {type(norm).__name__}: it is no LayerNorm over channels")
+
+
+def _along(parameter: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A parameter of a norm over these axes, shaped for its input."""
+    return parameter[:, None, None] if axes == (-3,) else parameter
 
 
 def _cut(tensor: Tensor) -> Tensor:
@@ -162,7 +188,14 @@ def _hook(module: nn.Module, take: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter on the graph; each module and parameter gets its own state back."""
+    """Eval mode and no parameter on the graph; each module and parameter gets its own state back.
+
+    Raises ModelError for parameters that no gradient can pass.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} was made under torch.inference_mode(), where gradients cannot pass it"
+        )
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

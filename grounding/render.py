@@ -41,7 +41,7 @@ def overlay(
     ----------
     picture: the upright picture that the map belongs to.
     limits: raw values at the two ends of the colour map; default the map's own lowest and highest.
-    style: cmap, opacity, grid, peak, box, background, signed, as in `figure`.
+    style: cmap, opacity, grid, peak, box, background, signed, cells, as in `figure`.
 
     A map without evidence gives the picture in grey, marked so. Raises OptionError.
     """
@@ -68,6 +68,7 @@ def figure(
     box: bool = True,
     background: str = "picture",
     signed: bool = False,
+    cells: bool = False,
 ) -> Figure:
     """All maps of an explanation side by side.
 
@@ -81,11 +82,12 @@ def figure(
     grid, peak, box: outlines of the patches; centre of the strongest patch; largest region above half of the range.
     background: "picture", or "edges" for its edges alone.
     signed: draw maps that have a sign with it, zero in the middle of a diverging colour map (`cmap` if it is one).
+    cells: draw the coarse map as it is, one flat colour per patch, in place of one interpolated between them.
 
     What the model never saw is hatched, a map without evidence says so and has no colour. Raises OptionError, and
     GroundingError where the picture of a loaded explanation is gone.
     """
-    style = Style(cmap, opacity, grid, peak, box, background, signed)
+    style = Style(cmap, opacity, grid, peak, box, background, signed, cells)
     _check(layout, scale, fixed)
     limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
     return Comparison(explanation, style, cast(Scale, scale), limits, layout).draw()

@@ -26,17 +26,8 @@ def shifted_scores(
 
     def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        adapter.to_grid(hidden, grid, tap)  # the check
-        if hidden.ndim == 4:
-            hidden = hidden + shift[:, :, None, None]
-        else:
-            place = torch.arange(hidden.shape[1], device=hidden.device) - adapter.sequence(tap)[0]
-            patches = (place >= 0) & (place < grid[0] * grid[1])
-            # The targets' own sequences come first; others that a score is compared with stay as they are.
-            moved = torch.zeros_like(hidden).index_add(
-                0, torch.arange(len(shift), device=hidden.device), patches[None, :, None] * shift[:, None, :]
-            )
-            hidden = hidden + moved
+        # The targets' own sequences come first; others that a score is compared with stay as they are.
+        hidden = adapter.layout(hidden, grid, tap).shifted(hidden, shift)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with Recorder(adapter.model, rule=rule):

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from grounding.adapter import Adapter, Chance
-from grounding.errors import GroundingError, NumericError, TextError
+from grounding.errors import GroundingError, NumericError, OptionError
 from grounding.explanation import SCHEMA_VERSION, Entry, Explanation, MapColumn
-from grounding.maps import diagnose
-from grounding.plan import Column
-from grounding.text import Generate, Span, check_text
+from grounding.maps import Status, diagnose
+from grounding.plan import Column, Selection
+from grounding.text import Asked, Span
 from grounding.types import Inputs, Targets
+
+# Why such a map is no evidence; the warning of `cancelled` says it once for all entries.
+ROUNDING = "rounding: <activation, gradient> is 0 at every patch"
 
 
 def map_column(
-    adapter: Adapter, column: Column, targets: Targets, inputs: Inputs, image: int, maps: np.ndarray, members: list[int]
+    adapter: Adapter,
+    column: Column,
+    targets: Targets,
+    inputs: Inputs,
+    image: int,
+    maps: np.ndarray,
+    members: list[int],
+    orthogonal: Collection[str] = (),
 ) -> MapColumn:
-    """What one text's entries (`members` of K) got from one column. Raises NumericError where a method gave NaN."""
+    """What one text's entries (`members` of K) got from one column; `orthogonal` as in `Computed`.
+
+    Raises NumericError where a method gave NaN.
+    """
     conditioned = adapter.text_conditioned(targets.kind, column.method.reads_gradient)
     chosen = maps[members] if conditioned else maps[[image]]
     if not np.isfinite(chosen).all():
         raise NumericError(f"{column.method.title} gives NaN or Inf: the model's numbers cannot be explained")
-    seen = inputs.geometry[image].seen_cells
+    seen = inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
     status = tuple(diagnose(raw, seen, signed=column.method.signed) for raw in chosen)
+    if column.method.inner and column.method.rule is None and column.paths and set(column.paths) <= set(orthogonal):
+        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
     return MapColumn(
         column.key,
         column.name,
@@ -52,11 +67,14 @@ def cancelled(plan: Sequence[Column], orthogonal: Collection[str]) -> Iterator[s
     for column in plan:
         paths = [path for path in column.paths if path in orthogonal]
         if paths and column.method.rule is None:
-            yield (
-                f"{column.method.title} at {', '.join(paths)} is weak evidence: the layer is read through a LayerNorm "
-                "alone, so <activation, gradient> = 0 at every patch (zero to rounding) and the evidence along the "
-                f"features is lost; use gradcam_ln, the LN-rule, there"
+            what = (
+                "ranks rounding: the layer is read through a LayerNorm alone, so its map, <activation, gradient>, is 0 "
+                "at every patch (zero to rounding) and shows nothing; use gradcam_ln"
+                if column.method.inner
+                else "is weak evidence: the layer is read through a LayerNorm alone, so <activation, gradient> = 0 at "
+                "every patch (zero to rounding) and the evidence along the features is lost; use gradcam_ln"
             )
+            yield f"{column.method.title} at {', '.join(paths)} {what}, the LN-rule, there"
 
 
 def unasked(plan: Sequence[Column], entries: Sequence[Entry]) -> Iterator[str]:
@@ -72,16 +90,15 @@ def unasked(plan: Sequence[Column], entries: Sequence[Entry]) -> Iterator[str]:
 
 def doubts(made: Mapping[str, MapColumn], entries: Sequence[Entry]) -> Iterator[str]:
     """What a reader of these maps must know."""
+    classes = any(entry.kind == "class" for entry in entries)
+    parts, asked = ("these classes", "class") if classes else ("the parts of this text", "text")
     for column in made.values():
         if not column.shared and len(column.maps) > 1 and not np.ptp(column.maps, axis=0).any():
-            yield (
-                f"{column.title} cannot tell the parts of this text apart here: all entries have the same map; another "
-                "--layer may"
-            )
+            yield (f"{column.title} cannot tell {parts} apart here: all entries have the same map; another --layer may")
         if not column.text_conditioned:
-            yield f"{column.title} does not see the text here: one map for all entries"
+            yield f"{column.title} does not see the {asked} here: one map for all entries"
         for place, status in enumerate(column.status):
-            if not status:
+            if not status and status.reason != ROUNDING:
                 label = "all entries" if column.shared else repr(entries[place].label)
                 yield f"{column.title} of {label} is no evidence: {status.reason}"
 
@@ -101,10 +118,21 @@ def provenance_of(adapter: Adapter, seed: int) -> dict[str, Any]:
     }
 
 
-def flatten(images: Any, texts: Any, *, generates: bool = False) -> tuple[list[Any], list[list[str | Generate]], Any]:
+def selections_of(
+    select: Selection | Sequence[Sequence[Selection]] | None, texts: Sequence[Sequence[Any]]
+) -> list[list[Selection]]:
+    """One selection per text of each picture, from one for all (None: the default) or from as many."""
+    if select is None or isinstance(select, Selection):
+        return [[select or Selection()] * len(own) for own in texts]
+    if [len(own) for own in select] != [len(own) for own in texts]:
+        raise OptionError("select must be one Selection, or one list per picture with a Selection per text")
+    return [list(own) for own in select]
+
+
+def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[list[Any], list[list[Asked]], Any]:
     """Pictures, the texts of each, and how to give results back in the shape the user's arguments had.
 
-    With `generates`, None and `Generate` are texts, too, and no texts at all are one of them per picture.
+    `asked` checks a text, or what the architecture takes in its place; no texts at all are None for every picture.
 
     Pictures that were seen already (`Adapter.see`) stand for their list, or for one picture where there is one.
     """
@@ -112,9 +140,9 @@ def flatten(images: Any, texts: Any, *, generates: bool = False) -> tuple[list[A
         images = list(images.pictures) if len(images.pictures) > 1 else images.pictures[0]
     many = isinstance(images, (list, tuple))
     pictures = list(images) if many else [images]
-    if texts is None and not generates:
-        raise TextError("nothing to ground: this model writes no text itself, give it one")
-    shared = texts is None or isinstance(texts, str | Generate)
+    if texts is None:
+        asked(None)
+    shared = texts is None or isinstance(texts, Asked)
     per_picture = list(texts) if many and not shared else [texts] * len(pictures)
     if not pictures:
         raise GroundingError("no picture was given")
@@ -124,12 +152,7 @@ def flatten(images: Any, texts: Any, *, generates: bool = False) -> tuple[list[A
         )
     single = [not isinstance(item, (list, tuple)) for item in per_picture]
 
-    def checked(text: Any) -> str | Generate:
-        if generates and (text is None or isinstance(text, Generate)):
-            return text or Generate()
-        return check_text(text)
-
-    captions = [[checked(t) for t in ([item] if one else item)] for item, one in zip(per_picture, single, strict=True)]
+    captions = [[asked(t) for t in ([item] if one else item)] for item, one in zip(per_picture, single, strict=True)]
     if not all(captions):
         raise GroundingError("a picture has an empty list of texts")
 

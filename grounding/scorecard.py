@@ -72,7 +72,9 @@ def _is_ours(path: Path) -> bool:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    # One document, or one per protocol.
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    return any(isinstance(part, dict) and part.get("format") == FORMAT for part in parts)
 
 
 def _rules(document: Mapping[str, Any]) -> str:
@@ -92,15 +94,21 @@ def _rules(document: Mapping[str, Any]) -> str:
         f"Protocol {document['protocol']}: {rules['text']}; peak: {peak}; hit: {rules['hit']}.",
         f"Model {document['model']}, target {rules['target']}.",
         f"Data {document['data']}, split {document['split']}{limit}; captions: {rules['captions']}; {entities}.",
-        f"{document['pictures']} pictures, {document['phrases']} phrases scored; phrases skipped: {skipped}.",
+        f"{document['pictures']} pictures, {_cases(document)} scored; phrases skipped: {skipped}.",
         f"[ ]: {level} interval, bootstrap over pictures. Box threshold: {threshold}. Random: {rules['random']}.",
     ]
     return "\n".join(visible_text(line) for line in lines)
 
 
+def _cases(document: Mapping[str, Any]) -> str:
+    """How many phrases, and of which cases where several phrases may be one."""
+    phrases, unit = f"{document['phrases']} phrases", document["rules"].get("unit", "phrases")
+    return phrases if unit == "phrases" else f"{document['cases']} {unit} ({phrases})"
+
+
 def _main(methods: Mapping[str, Any]) -> str:
-    head = ["map", "pointing %", "hottest entity %", "IoU 0.5 %", "mean IoU %", "area %", "swap %"]
-    head += ["map correlation", "blank"]
+    head = ["map", "pointing %", "hottest entity %", "IoU 0.5 %", "mean IoU %", "energy %", "area %"]
+    head += ["swap %", "map correlation", "blank"]
     rows = [
         [
             name,
@@ -108,6 +116,7 @@ def _main(methods: Mapping[str, Any]) -> str:
             percent(scores["entity"]),
             percent(scores["iou50"]),
             percent(scores["mean_iou"]),
+            with_interval(scores["energy"], scores["energy_ci"]),
             percent(scores["area"]),
             with_interval(scores["swap"], scores["swap_ci"]),
             _plain(scores["caption_swap_correlation"]),

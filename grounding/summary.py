@@ -17,6 +17,7 @@ def summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -
     baseline = threshold is None
     phrases = [picture.phrases for picture in pictures]
     found = [[_overlap(p, threshold) for p in picture] for picture in phrases]
+    energy = mean([[p.energy for p in picture] for picture in phrases], seed)
     iou50 = [[None if o is None else float(o >= OVERLAP) for o in picture] for picture in found]
     types = Counter(kind for picture in phrases for phrase in picture for kind in phrase.mention.types)
     entity = mean([[p.entity for p in picture] for picture in phrases], seed)
@@ -29,6 +30,8 @@ def summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -
         "iou50": area_found.value,
         "iou50_ci": area_found.interval,
         "mean_iou": mean(found, seed).value,
+        "energy": energy.value,
+        "energy_ci": energy.interval,
         "threshold": threshold,
         "area": mean([[p.area for p in picture] for picture in phrases], seed).value,
         "swap": swap.value,

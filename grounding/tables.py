@@ -6,15 +6,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grounding.labels import entry_title, next_best, origin_words
+from grounding.labels import entry_title, likelihood, next_best, origin_words
 from grounding.text import visible_text
 
 if TYPE_CHECKING:
-    from grounding.explanation import EntryMap, Explanation
+    from grounding.explanation import Alternative, Entry, EntryMap, Explanation
     from grounding.layers import Layer
 
 LABEL_WIDTH = 32
 WIDEST = 160
+TOP_CLASSES = 5
 
 
 def headline(explanation: Explanation) -> str:
@@ -30,18 +31,31 @@ def headline(explanation: Explanation) -> str:
 def explanation_table(explanation: Explanation) -> str:
     """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels.
 
-    Tokens that a model wrote have their probability and the next best two. The boxes are left out where the table
+    Tokens that a model wrote have their probability and the next best two; below classes stand the five most probable
+    ones. The boxes are left out where the table
     would be wider than WIDEST signs.
     """
     whole = table(_rows(explanation, boxes=True))
-    if max(map(_width, whole.splitlines())) <= WIDEST:
-        return whole
-    return f"{table(_rows(explanation, boxes=False))}\nboxes: see the JSON"
+    if max(map(_width, whole.splitlines())) > WIDEST:
+        whole = f"{table(_rows(explanation, boxes=False))}\nboxes: see the JSON"
+    top = _top_classes(explanation)
+    return f"{whole}\n\n{top}" if top else whole
+
+
+def _top_classes(explanation: Explanation) -> str:
+    """The most probable classes of the picture; empty where no class was explained."""
+    shown: list[Entry | Alternative] = []
+    for entry in explanation.entries:
+        shown += [entry, *entry.alternatives] if entry.kind == "class" else []
+    found = {one.token_id: one for one in shown}
+    best = sorted(found.values(), key=lambda one: -(one.probability or 0))[:TOP_CLASSES]
+    rows = [[visible_text(one.label), str(one.token_id), likelihood(one.probability or 0)] for one in best]
+    return table([["most probable", "index", "p"], *rows]) if rows else ""
 
 
 def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
     chances = any(e.probability is not None for e in explanation.entries)
-    others = any(e.alternatives for e in explanation.entries)
+    others = any(e.alternatives and e.kind != "class" for e in explanation.entries)
     rows = [["entry", "kind", "score", *(["p"] if chances else []), *(["next best"] if others else [])]]
     for column in explanation.columns.values():
         rows[0] += [f"{column.key} peak", *(["box"] if boxes else [])]

@@ -62,11 +62,24 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """In place of a text: the classes that are asked for, each by name or index; none: the one that is predicted."""
+
+    asked: tuple[str | int, ...] = ()
+
+
+# What is asked of a picture.
+Asked = str | Generate | Classes
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A tokenised text. `ids`, `offsets` and `special` run over the model's sequence, special tokens included.
 
     `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off; `marks`
-    are what special tokens are called, empty for the end of the text.
+    are what special tokens are called, empty for the end of the text. `stopped`: the model that wrote the text was
+    stopped before its end. `classes`: names of the classes that stand in place of a text, which is then empty; `ids`
+    are their indices.
     """
 
     text: str
@@ -75,6 +88,14 @@ class Tokens:
     special: tuple[bool, ...]
     dropped: str = ""
     marks: tuple[str, ...] = ()
+    stopped: bool = False
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_classes(cls, names: Sequence[str], indices: Sequence[int]) -> Tokens:
+        """Classes in place of a text."""
+        count = len(names)
+        return cls("", tuple(indices), ((0, 0),) * count, (True,) * count, classes=tuple(names))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,8 +110,14 @@ class Tokens:
         touching = tuple(i for i in self.visible if min(end, self.offsets[i][1]) > max(start, self.offsets[i][0]))
         return Span(kind, self.text[start:end], start, end, touching)
 
+    def class_spans(self) -> tuple[Span, ...]:
+        """One span per class that stands in place of the text."""
+        return tuple(Span("class", name, 0, 0, (i,), self.ids[i], alone=True) for i, name in enumerate(self.classes))
+
     def caption(self) -> Span:
-        """The whole text."""
+        """The whole text; of classes the first."""
+        if self.classes:
+            return self.class_spans()[0]
         return replace(self.span("caption", 0, len(self.text)), alone=True)
 
     def tokens(self, *, special: bool = False) -> tuple[Span, ...]:
@@ -148,6 +175,11 @@ class Tokens:
         if start + len(wanted) > self.read:
             raise TextError(f"phrase {phrase!r} lies in the part of the caption that the model does not read")
         return replace(self.span("phrase", start, start + len(wanted)), alone=True)
+
+    def phrase_at(self, start: int, end: int) -> Span | None:
+        """The phrase of characters [start, end), to be scored alone; None where the model does not read all of it."""
+        found = replace(self.span("phrase", start, end), alone=True)
+        return found if found.positions and end <= self.read else None
 
     def choose(self, wanted: Sequence[str], spans: Sequence[Span]) -> tuple[Span, ...]:
         """The `spans` that are asked for, by text (every occurrence; as it is written, or else with case ignored) or by

@@ -42,8 +42,9 @@ class Trace:
     tap: str | None = None
 
     def at(self, tap: str | None, needs: frozenset[str]) -> Trace:
-        """The same record seen by one method at one tap."""
-        return replace(self, tap=tap, needs=needs)
+        """The same record seen by one method at one tap, whose grid may be its own."""
+        found = None if tap is None else self.adapter.layout(self.outputs[tap], self.grid, tap)
+        return replace(self, tap=tap, needs=needs, grid=(found.rows, found.columns) if found else self.grid)
 
     def of(self, members: Sequence[int], **signals: Any) -> Trace:
         """The record of some of the targets, with the signals that belong to them."""
@@ -54,13 +55,14 @@ class Trace:
         patches = {tap: self.adapter.to_grid(gradient, self.grid, tap) for tap, gradient in self.gradients.items()}
         return {tap: float(gradient.abs().max()) for tap, gradient in (patches | dict(self.shifts)).items()}
 
-    def activations(self) -> Float[Tensor, "k rows columns D"]:
-        """Patch features at the tap."""
-        return self._folded(self._rows("activations", self.outputs))
+    def activations(self, *, other: bool = False) -> Float[Tensor, "k rows columns D"]:
+        """Patch features at the tap; with `other`, those of the sequences that the targets' own are compared with (zero
+        where there is none)."""
+        return self._folded(self._rows("activations", self.outputs, other))
 
-    def patch_gradient(self) -> Float[Tensor, "k rows columns D"]:
-        """d score / d features, per patch."""
-        return self._folded(self._rows("patch_gradient", self.gradients))
+    def patch_gradient(self, *, other: bool = False) -> Float[Tensor, "k rows columns D"]:
+        """d score / d features, per patch; `other` as in `activations`."""
+        return self._folded(self._rows("patch_gradient", self.gradients, other))
 
     def shift(self, *, other: bool = False) -> Float[Tensor, "k D"]:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches; with `other`, of the
@@ -160,16 +162,15 @@ class Trace:
             return self.targets.other
         return self.targets.units if self.adapter.axis(path) == "text" else self.targets.image
 
-    def _rows(self, signal: str, record: Mapping[str, Tensor]) -> Tensor:
+    def _rows(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
+        """One row per target of what the tap has per picture or text; not copied where they are the same."""
         self._declared(signal)
         assert self.tap is not None
-        return self._per_target(record[self.tap])
-
-    def _per_target(self, tensor: Tensor) -> Tensor:
-        """One row per target of what the tap has per picture or text; not copied where they are the same."""
-        assert self.tap is not None
-        owner = self._owner(self.tap).tolist()
-        return precise(tensor if owner == list(range(len(tensor))) else tensor[owner])
+        tensor, owner = record[self.tap], self._owner(self.tap, other=other)
+        if owner.tolist() == list(range(len(tensor))):
+            return precise(tensor)
+        owner = owner.to(tensor.device)
+        return precise(tensor[owner.clamp(min=0)] * (owner >= 0).reshape(-1, *[1] * (tensor.ndim - 1)))
 
     def _declared(self, signal: str) -> None:
         if signal not in self.needs:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grounding.adapter import Adapter
-from grounding.errors import NumericError
+from grounding.memory import ENCODED, finite, keep, remembered
 from grounding.plan import Column, wanted_signals
 from grounding.recorder import Recorder
 from grounding.trace import Trace, precise
@@ -27,8 +27,6 @@ FAST_BUDGET = 60_000_000
 RIGHT_ANGLE = 1e-3
 # Stacks of whose last block each row is read from its own attention row alone.
 READ_BY_ROWS = ("cross", "decoder", "fusion")
-# What the vision stack gave, among what is remembered of a pass.
-ENCODED = "encoded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +81,14 @@ def _one_pass(
         seen = remembered(adapter, inputs, *own)
         here = _without(here[0], own[0]), _without(here[1], own[1])
     with Recorder(adapter.model, *here, rule) as recorder:
-        scores = adapter.score(inputs, seen[ENCODED] if seen else adapter.encode(inputs), targets)
+        encoded = seen[ENCODED] if seen else adapter.encode(inputs)
+        scores = adapter.score(inputs, encoded, targets)
         recorder.check()
+        if not seen:
+            keep(inputs, {ENCODED: encoded.detach()})
         for path, weights in recorder.weights.items():
-            _finite(weights, f"attention weights of {path}")
-        _finite(scores, "scores")
+            finite(weights, f"attention weights of {path}")
+        finite(scores, "scores")
         record = Trace(
             adapter=adapter,
             targets=targets,
@@ -129,25 +130,6 @@ def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
     remembered(adapter, inputs, *({path: False for path, gradient in paths.items() if not gradient} for paths in own))
 
 
-def remembered(
-    adapter: Adapter, inputs: Inputs, taps: Mapping[str, bool], attention: Mapping[str, bool]
-) -> Mapping[str, Tensor]:
-    """What one pass of the vision stack without gradients left behind: run now, unless an earlier one left it all."""
-    memory = inputs.memory
-    same = all(memory.get(name) is inputs.tensors[name] for name in inputs.per_picture)  # and not other pictures
-    if not same or not {ENCODED, *taps, *attention} <= memory.keys():
-        with Recorder(adapter.model, taps, attention) as recorder:
-            encoded = adapter.encode(inputs)
-            recorder.check()
-        for path, weights in recorder.weights.items():
-            _finite(weights, f"attention weights of {path}")
-        if not same:
-            memory.clear()
-        memory.update(recorder.outputs | recorder.weights | {ENCODED: encoded})
-        memory.update({name: inputs.tensors[name] for name in inputs.per_picture})
-    return memory
-
-
 def _slow_chunks(
     record: Trace,
     columns: Sequence[Column],
@@ -170,7 +152,7 @@ def _slow_chunks(
             gradients = [_with_own(own, i, g, record.targets.units) for i, g in enumerate(gradients)]
         named = dict(zip([*wanted_taps, *wanted_attention], gradients, strict=True))
         for path, gradient in named.items():
-            _finite(gradient, f"gradient at {path}")
+            finite(gradient, f"gradient at {path}")
         chunk = record.of(
             members,
             gradients={path: named[path] for path in wanted_taps},
@@ -254,7 +236,7 @@ def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, sco
     for first in range(0, len(record.targets), size):
         members = list(range(first, min(first + size, len(record.targets))))
         gradient = record.adapter.shifts(tap, inputs, record.targets.select(members), record.outputs, rule)
-        _finite(gradient, f"gradient at {tap}")
+        finite(gradient, f"gradient at {tap}")
         chunk = record.of(members, shifts={tap: gradient})
         yield Chunk(columns, chunk, members, scores.detach(), frozenset([tap]) if flat else frozenset())
 
@@ -281,13 +263,3 @@ def _gradients(score: Tensor, leaves: Sequence[Tensor], *, last: bool) -> list[T
         return [torch.zeros_like(leaf) for leaf in leaves]
     found = torch.autograd.grad(score, leaves, retain_graph=not last, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
-
-
-def _finite(tensor: Tensor, what: str) -> None:
-    # A sum is finite only if every term is: one pass without a mask. It may overflow by itself, so look again.
-    if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NumericError(
-                f"{bad} of {tensor.numel()} {what} are NaN or Inf: the model's numbers cannot be explained"
-            )

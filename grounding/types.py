@@ -110,7 +110,9 @@ class Sites:
     stack's output), `decoder` (among text positions), `fusion` (picture and text in one sequence), `text`. `tap` is the
     default layer for Grad-CAM: a live one. `readout` says how the vision stack is read: `cls`, `mean`,
     `attention_pool`, `cross` (by the `cross` stack) or `fusion` (its tokens go on in that stack). `prefix` counts the
-    tokens before the patches (CLS, registers). `text_stacks` are the stacks whose attention rows see the text,
+    tokens before the patches (CLS, registers). With `pyramid`, layers may have grids of their own (convolutions, merged
+    patches); the inputs' geometry has that of `tap`. `unrecorded`: why a stack has blocks but no `attention` that could
+    be recorded. `text_stacks` are the stacks whose attention rows see the text,
     `text_side` the parts of the model (module paths) that run on texts: their outputs have a text's sequence first,
     those of all others a picture.
     """
@@ -121,3 +123,9 @@ class Sites:
     prefix: int
     text_stacks: frozenset[str] = frozenset()
     text_side: tuple[str, ...] = ()
+    pyramid: bool = False
+    unrecorded: str = ""
+
+    def attention(self, stack: str) -> tuple[str, ...]:
+        """The attention modules of a stack, none where there is no such stack."""
+        return self.stacks[stack].attention if stack in self.stacks else ()

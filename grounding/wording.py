@@ -35,9 +35,9 @@ def percent(fraction: float) -> str:
     return f"{floor(100 * fraction)}%" if fraction >= 0.01 else "less than 1%"
 
 
-def picture_name(explanation: Explanation) -> str:
-    """The last part of path or address, shortened in its middle: enough to find the file again."""
-    path = (explanation.picture.path or "").rstrip("\\/")
+def name_of(path: str | None) -> str:
+    """The last part of a picture's path or address, shortened in its middle: enough to find the file again."""
+    path = (path or "").rstrip("\\/")
     name = re.split(r"[\\/]", path)[-1] or "picture from memory"
     half = LONGEST_NAME // 2
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
@@ -48,7 +48,7 @@ def facts(explanation: Explanation) -> str:
     geometry, origin = explanation.geometry, origin_words(explanation)
     how = f" ({explanation.token_target})" if explanation.token_target else ""
     parts = [
-        f"{picture_name(explanation)}, {geometry.width} x {geometry.height} pixels",
+        f"{name_of(explanation.picture.path)}, {geometry.width} x {geometry.height} pixels",
         f"model {explanation.model.get('id') or 'unnamed'}",
         *([origin] if origin else []),
         f"target {explanation.target}{how}",
@@ -106,6 +106,7 @@ def legend(explanation: Explanation, style: Style) -> str:
     parts = [
         *(["○ strongest patch"] if style.peak else []),
         *([f"□ largest region above half the range{outside}"] if style.box else []),
+        *(["one colour per patch, nothing interpolated"] if style.cells else []),
         *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
     ]
     others = [one.label for e in explanation.entries for one in e.alternatives]
@@ -117,6 +118,8 @@ def legend(explanation: Explanation, style: Style) -> str:
 
 def score_note(explanation: Explanation) -> str:
     """What the score of a part of the caption means; empty where there is none."""
+    if any(entry.kind == "class" for entry in explanation.entries):
+        return "Score of a class: its logit."
     if explanation.origin != "given":
         return _written_score(explanation)
     parts = [k for k in ("token", "word", "phrase") if any(e.kind == k for e in explanation.entries)]
@@ -153,6 +156,12 @@ def _written_score(explanation: Explanation) -> str:
     return " ".join(
         f"Score of a {' or '.join(names.get(k, k) for k in kinds)}: {meaning}." for meaning, kinds in said.items()
     )
+
+
+def shared_note(explanation: Explanation) -> str:
+    """What stands over a map that is one for all entries."""
+    asked = "class" if any(entry.kind == "class" for entry in explanation.entries) else "text"
+    return f"does not see the {asked}: one map for all entries"
 
 
 def entry_titles(explanation: Explanation) -> list[str]:

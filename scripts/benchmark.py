@@ -4,6 +4,8 @@ python scripts/benchmark.py clip
 python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
 python scripts/benchmark.py trocr --tokens 20 50
 python scripts/benchmark.py flava --words 12
+python scripts/benchmark.py batch --dataset 100 1000 --repeats 1
+python scripts/benchmark.py classifier --images 16
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 from grounding import cli
 from grounding.tables import table
 
-FAMILIES = ("clip", "trocr", "flava")
+FAMILIES = ("clip", "trocr", "flava", "classifier", "batch")
 
 
 def positive(text: str) -> int:
@@ -39,10 +41,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("family", nargs="+", choices=FAMILIES, help="which architecture, at full size, random weights")
     made.add_argument("--pictures", nargs="+", type=positive, default=[1, 32], help="clip: batch sizes (default: 1 32)")
-    made.add_argument(
-        "--tokens", nargs="+", type=several, default=[20, 50], help="trocr: text lengths (default: 20 50)"
-    )
+    made.add_argument("--tokens", nargs="+", type=several, default=[20, 50], help="trocr: lengths (default: 20 50)")
     made.add_argument("--words", nargs="+", type=several, default=[12], help="flava: text lengths (default: 12)")
+    made.add_argument("--dataset", nargs="+", type=positive, default=[100], help="batch: pictures (default: 100)")
+    made.add_argument("--images", nargs="+", type=positive, default=[16], help="classifier: batch sizes (default: 16)")
     made.add_argument("--repeats", type=positive, default=3, help="runs of each case; the median counts (default: 3)")
     made.add_argument("--format", choices=["text", "json"], default="text")
     made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")

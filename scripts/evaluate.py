@@ -3,6 +3,7 @@
 python scripts/evaluate.py
 python scripts/evaluate.py --data data/demo/lines --aimed
 python scripts/evaluate.py --model openai/clip-vit-base-patch16 --data flickr30k_entities --captions all --peak pixel
+python scripts/evaluate.py --run runs/entities --protocol mention-anybox chain-unionbox
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli
+from grounding import cli, cli_scores
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("data")
     group.add_argument("--data", metavar="DIR", help="like Flickr30k Entities, or lines with labels.jsonl")
     group.add_argument("--split", help="as in <split>.txt or <split>/labels.jsonl (default: test)")
-    group.add_argument("--captions", choices=["first", "all"], help="whose phrases are scored (default: first)")
+    group.add_argument("--run", metavar="DIR", help="a run of ground_flickr30k.py: score its maps, without the model")
+    group.add_argument("--protocol", nargs="+", choices=cli_scores.PROTOCOLS, help="of a run (default: all it can)")
+    group.add_argument("--captions", choices=["first", "all"], help="whose phrases (default: first; with --run: all)")
     group.add_argument("--min-entities", type=int, metavar="N", help="boxed entities a picture needs (demo: 3; else 1)")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures that qualify, or lines")
     group = made.add_argument_group("maps")
@@ -41,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     group.add_argument("-q", "--quiet", action="store_true", help="no warnings and no progress on stderr")
     # Every phrase is explained as a caption of its own: the options for parts of captions stay as they are.
-    made.set_defaults(token_target=None, tokens=[], words=False, phrase=[], average_layers=False)
-    made.set_defaults(attention_layer=None, head=None)
+    parts = {"token_target": None, "tokens": [], "words": False, "phrase": []}
+    made.set_defaults(**parts, average_layers=False, attention_layer=None, head=None, target_class=None)
     return made
 
 
@@ -51,7 +54,6 @@ def score(args: argparse.Namespace) -> int:
     from adapters import load
     from grounding import evaluations, scorecard
     from grounding.demo import demo_model
-    from grounding.text import visible_text
 
     loading = {"device": args.device, "dtype": args.dtype, "revision": args.revision}
     adapter = load(args.model, **loading) if args.model and not args.data else None  # it decides which demo data
@@ -63,17 +65,13 @@ def score(args: argparse.Namespace) -> int:
     default = str(demo_model("trocr")) if kind.name == "lines" else None
     adapter = adapter or load(args.model or default, **loading)
     document = kind.score(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
-    for line in [] if args.quiet else scorecard.warnings_of(document):
-        print(f"warning: {visible_text(line)}", file=sys.stderr)
-    print(scorecard.as_json(document) if args.format == "json" else kind.markdown(document))
-    if path is not None:
-        scorecard.write_file(path, document)
-    return 0
+    return cli_scores.tell(args, document, [document], kind.markdown, path)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option makes no sense, 130 interrupted."""
-    return cli.run(score, cli.parse(parser(), argv))
+    args = cli.parse(parser(), argv)
+    return cli.run(cli_scores.score_run if args.run or args.protocol else score, args)
 
 
 if __name__ == "__main__":

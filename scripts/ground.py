@@ -1,7 +1,8 @@
-"""Show which part of a picture makes an image-text model connect it with a caption.
+"""Show which part of a picture makes a model connect it with a caption, or with a class.
 
 python scripts/ground.py --caption "man in red jacket"
 python scripts/ground.py --image photo.jpg --model openai/clip-vit-base-patch16 --caption "a dog on a sofa"
+python scripts/ground.py --image shark.jpg --model microsoft/resnet-34 --target-class hammerhead
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.text import check_text
 
     if args.caption is None and not args.list_layers and not args.model:
-        raise TextError("nothing to ground: give --caption TEXT")
+        classes = ", or --model of a classifier" if args.target_class else ""
+        raise TextError(f"nothing to ground: give --caption TEXT{classes}")
     caption = None if args.caption is None else check_text(args.caption)
     if args.revision and not args.model:
         raise OptionError("--revision belongs to --model, which was not given")
@@ -47,15 +49,16 @@ def ground(args: argparse.Namespace) -> int:
     check_options(**cli.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], caption or "picture", args.target)))
+        print(layer_table(list_layers(adapter, images[0], caption, keywords["target"])))
         return 0
-    if caption is None and not adapter.generates:
+    if caption is None and adapter.needs_text:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
             picture = open_image(image, **cli.image_keywords(args))
-            report.add(explain(adapter, picture, caption, **keywords), folder)
+            found = explain(adapter, picture, caption, **keywords)
+            report.add(found, folder, cli.inspected(args, adapter, picture, caption, **keywords))
     return report.end()
 
 

@@ -54,7 +54,7 @@ def inspect(args: argparse.Namespace) -> int:
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=args.text is None):
             picture = open_image(image, **cli.image_keywords(args))
-            report.add(explain(adapter, picture, **keywords), folder)
+            report.add(explain(adapter, picture, **keywords), folder, cli.inspected(args, adapter, picture, **keywords))
     return report.end()
 
 

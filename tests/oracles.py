@@ -73,6 +73,59 @@ def gradcam(features, gradient):
     return np.array([sum(weights[d] * features[p, d] for d in range(width)) for p in range(patches)])
 
 
+def hirescam(features, gradient):
+    """Draelos & Carin 2020: every feature times its own gradient, summed over channels: (P, D) twice -> (P,)."""
+    return np.array([sum(g * f for g, f in zip(*pair, strict=True)) for pair in zip(gradient, features, strict=True)])
+
+
+def layercam(features, gradient):
+    """Jiang et al. 2021, eq. 4-6, before the ReLU: as `hirescam` with the positive gradients alone."""
+    return hirescam(features, np.maximum(gradient, 0))
+
+
+def gradcam_pp(features, gradient, eps=0.0):
+    """Chattopadhay et al. 2018, eq. 19, with alpha = 0 where the gradient is 0, before the ReLU: (P, D) twice -> (P,).
+
+    `eps` stands in the denominator of the published implementation (1e-6 there).
+    """
+    patches, width = features.shape
+    weights = []
+    for d in range(width):
+        total = sum(features[q, d] for q in range(patches))
+        weight = 0.0
+        for p in range(patches):
+            g = gradient[p, d]
+            alpha = g**2 / (2 * g**2 + total * g**3 + eps) if g else 0.0
+            weight += alpha * max(g, 0.0)
+        weights.append(weight)
+    return np.array([sum(weights[d] * features[p, d] for d in range(width)) for p in range(patches)])
+
+
+def gradcam_pp_by_derivatives(features, score):
+    """Grad-CAM++ from its derivation (eq. 7 and 10), the derivatives of Y = exp(score) by autograd: (D, P) -> (P,).
+
+    `score` is a function of the features. Divided by exp(score), the one factor that all weights share.
+    """
+    features = features.clone().requires_grad_()
+    y = score(features).exp()
+    first = torch.autograd.grad(y, features, create_graph=True)[0]
+    weights = []
+    for d in range(features.shape[0]):
+        total = features[d].sum().detach()
+        weight = 0.0
+        for p in range(features.shape[1]):
+            second = torch.autograd.grad(first[d, p], features, create_graph=True)[0][d, p]
+            third = torch.autograd.grad(second, features, retain_graph=True)[0][d, p]
+            below = 2 * second + total * third
+            alpha = second / below if below else torch.zeros(())
+            weight += (alpha * first[d, p].clamp(min=0) / y).item()
+        weights.append(weight)
+    return np.array(weights) @ features.detach().numpy()
+
+
+CAMS = {"gradcam": gradcam, "hirescam": hirescam, "layercam": layercam, "gradcam_pp": gradcam_pp}
+
+
 def rollout(attentions, fusion=np.mean, discard=0.0):
     """Abnar & Zuidema 2020: the product of row-normalised (A + I), last block leftmost: (N, N)."""
     joint = np.eye(attentions[0].shape[-1])

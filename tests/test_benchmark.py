@@ -13,10 +13,12 @@ from tests.test_cli import ROOT, script
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmarks.classifier as classes
     import benchmarks.clip as loops
     import benchmarks.flava as fused
     import benchmarks.trocr as lines
 
+    monkeypatch.setattr(classes, "make_adapter", lambda: tiny.classifier_adapter(dtype=tiny.torch.float32))
     monkeypatch.setattr(fused, "make_adapter", lambda: tiny.flava_adapter(dtype=tiny.torch.float32))
     monkeypatch.setattr(fused, "sentence", lambda count: " ".join(["red"] * count))
     monkeypatch.setattr(lines, "make_adapter", lambda: tiny.trocr_adapter(dtype=tiny.torch.float32))
@@ -68,8 +70,38 @@ def test_json_has_the_documented_cases_of_a_fusion_encoder(benchmark, capsys):
     assert {case["target"] for case in cases} == {"logit", "matching", "similarity"}
 
 
+def test_json_has_the_documented_cases_of_classifiers(benchmark, capsys):
+    argv = ["classifier", "--format", "json", "--images", "2", "3", "--repeats", "1", "-q"]
+    assert benchmark.main(argv) == 0
+    cases = json.loads(capsys.readouterr().out)["classifier"]
+    keys = ["case", "method", "pictures", "classes_per_picture", "ratio_to_forward", "peak_mb"]
+    assert all(list(case) == keys for case in cases)
+    assert [case["pictures"] for case in cases if case["case"] == "end to end"] == [2, 3]
+    assert {"maps, last stage", "maps, predicted class", "tutorial loop"} < {case["case"] for case in cases}
+    assert all(case["ratio_to_forward"] > 0 for case in cases)
+
+
+def test_json_has_the_documented_cases_of_batch_runs(benchmark, capsys):
+    assert benchmark.main(["batch", "--format", "json", "--dataset", "2", "9", "--repeats", "1", "-q"]) == 0
+    cases = json.loads(capsys.readouterr().out)["batch"]
+    keys = ["model", "pictures", "ratio_to_tower", "ratio_with_text", "pictures_per_s", "peak_mb", "growth_after_100"]
+    assert all(list(case) == [*keys, "stored_mb_per_1000"] for case in cases)
+    assert [case["pictures"] for case in cases] == [2, 9]
+    assert all(0 < case["ratio_to_tower"] < case["ratio_with_text"] for case in cases)
+    assert all(case["stored_mb_per_1000"] > 0 for case in cases)
+
+
 @pytest.mark.parametrize(
-    "argv", [["--words", "2"], ["--tokens", "2"], ["--repeats", "0"], ["--pictures", "0"], ["--pictures", "1.5"]]
+    "argv",
+    [
+        ["--dataset", "0"],
+        ["--images", "0"],
+        ["--words", "2"],
+        ["--tokens", "2"],
+        ["--repeats", "0"],
+        ["--pictures", "0"],
+        ["--pictures", "1.5"],
+    ],
 )
 def test_numbers_below_one_are_refused(benchmark, capsys, argv):
     with pytest.raises(SystemExit) as caught:

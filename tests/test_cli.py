@@ -29,19 +29,24 @@ def script(path=SCRIPT):
     return module
 
 
+def answer(module, argv, capsys):
+    """Exit code, stdout and stderr of a script's main; never a traceback."""
+    try:
+        code = module.main([str(a) for a in argv])
+    except SystemExit as error:  # argparse
+        code = error.code
+    out = capsys.readouterr()
+    assert "Traceback" not in out.err
+    return code, out.out, out.err
+
+
 @pytest.fixture
 def ground(tmp_path, monkeypatch, capsys):
     """Run the command in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv):
-        try:
-            code = script().main([str(a) for a in argv])
-        except SystemExit as error:  # argparse
-            code = error.code
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return code, out.out, out.err
+        return answer(script(), argv, capsys)
 
     return run
 

@@ -16,7 +16,7 @@ from grounding import METHODS, Selection, explain
 from grounding.errors import GroundingError, LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.layers import list_layers
 from grounding.method import Method
-from grounding.plan import columns
+from grounding.plan import available, columns
 from grounding.recorder import Recorder
 from grounding.render import overlay
 from grounding.tracing import one_each, trace
@@ -39,7 +39,7 @@ def test_every_adapter_in_the_folder_is_in_the_table():
     for path in Path(adapters.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and any(
-                isinstance(b, ast.Name) and b.id == "Adapter" for b in node.bases
+                isinstance(b, ast.Name) and b.id in ("Adapter", "ClassAdapter") for b in node.bases
             ):
                 assert f"adapters.{path.stem}:{node.name}" in targets
 
@@ -60,6 +60,10 @@ def test_activations_and_attentions_are_uniform(any_adapter):
     inputs, _ = prepared(any_adapter)
     rows, columns_ = any_adapter.grid(inputs)
     assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns_)
+    if not any_adapter.sites.attention("vision"):
+        with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
+            any_adapter.attentions(inputs)
+        return
     attentions = any_adapter.attentions(inputs)
     assert len(attentions) == len(any_adapter.sites.stacks["vision"].blocks)
     tokens = any_adapter.sites.prefix + rows * columns_
@@ -76,7 +80,7 @@ def test_attention_is_recorded_however_the_model_was_loaded(implementation, pict
     adapter.model.set_attn_implementation("eager")
     pixels = adapter.prepare([picture], [[CAPTION]]).tensors["pixel_values"]
     for mine, theirs in zip(found, expected(pixels, output_attentions=True).attentions, strict=True):
-        close(mine.detach(), theirs.detach())
+        assert close(mine.detach(), theirs.detach())
 
 
 def test_recorded_attention_keeps_causal_and_padding_masks(clip, picture):
@@ -88,13 +92,13 @@ def test_recorded_attention_keeps_causal_and_padding_masks(clip, picture):
         expected = clip.model.get_text_features(**texts).pooler_output
     with Recorder(clip.model, attention=dict.fromkeys(clip.sites.stacks["vision"].attention, False)):
         found = clip.model.get_text_features(**texts).pooler_output
-    close(found, expected)
+    assert close(found, expected)
 
 
 def test_shift_gradient_equals_score_from(any_adapter):
     """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
     inputs, targets = prepared(any_adapter)
-    for layer in (None, "0", "-1.in"):
+    for layer in (None, "0", "-1.in" if any_adapter.sites.stacks["vision"].inputs else "-1"):
         tap = any_adapter.resolve(layer)
         plan = columns(any_adapter, ["gradcam"], [tap])
         shift = torch.zeros(len(targets), any_adapter.activations(inputs, tap).shape[-1], dtype=torch.float64)
@@ -104,7 +108,7 @@ def test_shift_gradient_equals_score_from(any_adapter):
         found = torch.cat(
             [chunk.trace.at(tap, frozenset({"shift"})).shift() for chunk in trace(any_adapter, inputs, targets, plan)]
         )
-        close(found, expected)
+        assert close(found, expected)
 
 
 @pytest.mark.parametrize("rule", [None, "layernorm"])
@@ -117,13 +121,14 @@ def test_fast_taps_equal_the_slow_way(any_adapter, rule):
         with Recorder(any_adapter.model, dict.fromkeys([tap, *paths], False)) as recorder:
             plain = any_adapter.forward(inputs, targets)
         for outputs in (None, recorder.outputs):
-            shift = torch.zeros(len(targets), recorder.outputs[tap].shape[-1], dtype=torch.float64, requires_grad=True)
+            width = any_adapter.to_grid(recorder.outputs[tap], any_adapter.grid(inputs), tap).shape[-1]
+            shift = torch.zeros(len(targets), width, dtype=torch.float64, requires_grad=True)
             with torch.enable_grad():
                 scores = any_adapter.score_from(tap, inputs, targets, shift, outputs, rule)
-            close(scores.detach(), plain)
+            assert close(scores.detach(), plain)
             if outputs is None:
                 [slow] = torch.autograd.grad(scores.sum(), shift)
-        close(any_adapter.shifts(tap, inputs, targets, recorder.outputs, rule), slow)
+        assert close(any_adapter.shifts(tap, inputs, targets, recorder.outputs, rule), slow)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -136,7 +141,7 @@ def test_fast_taps_of_towers_with_few_blocks(layers, method, picture, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(type(adapter), "fast_taps", {})
             slow = explain(adapter, picture, CAPTION, methods=[method], layers=[tap])
-        close(fast.columns[method].maps, slow.columns[method].maps)
+        assert close(fast.columns[method].maps, slow.columns[method].maps)
 
 
 class Scaled(torch.nn.Module):
@@ -167,7 +172,7 @@ def test_a_changed_block_is_run_and_not_recomputed(clip, picture, tower, change)
         found, tutorial_runs(clip, picture, CAPTION, clip.sites.tap), strict=True
     ):
         assert entry.entry.score == pytest.approx(score, abs=1e-6)
-        close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
+        assert close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
     assert np.abs(found[0].raw - before[0].raw).max() > 0.01 * np.abs(before[0].raw).max()
 
 
@@ -196,12 +201,16 @@ def test_one_forward_pass_for_all_methods(any_adapter, picture):
     first = next(m for m in any_adapter.model.modules() if isinstance(m, torch.nn.Conv2d))
     handle = first.register_forward_hook(lambda module, args, out: counted.append(1))
     texts = [["red car", "two dogs"], ["a bus"]]
-    explain(any_adapter, [picture, noise(40, 40)], texts, methods=["gradcam", "gradcam_ln", "rollout", "attention"])
+    known = available(any_adapter)
+    methods = [name for name in ("gradcam", "gradcam_ln", "rollout", "attention") if name in known]
+    any_adapter.see([picture])  # grids of convolutional networks are found once, by a pass of a blank picture
+    counted.clear()
+    explain(any_adapter, [picture, noise(40, 40)], texts, methods=methods)
     # Off the fast taps the backward rule has a pass of its own, through the vision stack where the tap is in it.
     assert len(counted) == (1 if any_adapter.fast_taps or any_adapter.axis(any_adapter.sites.tap) == "text" else 2)
     counted.clear()
-    methods = ["gradcam", "rollout", "relevance", "gradient_rollout", "attention"]
-    explain(any_adapter, [picture, noise(40, 40)], texts, methods=methods)
+    methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
+    explain(any_adapter, [picture, noise(40, 40)], texts, methods=[name for name in methods if name in known])
     handle.remove()
     # A model that writes looks once before it does; gradients inside the vision stack need another pass.
     assert len(counted) == 1 + any_adapter.generates
@@ -217,7 +226,7 @@ def test_a_map_of_features_alone_reaches_every_picture_of_a_split_batch(clip, mo
     together = explain(clip, pictures, ["red car", "two dogs"], methods=["energy"])
     for found, picture in zip(together, pictures, strict=True):
         alone = explain(clip, picture, "red car", methods=["energy"])
-        close(found.columns["energy"].maps, alone.columns["energy"].maps)
+        assert close(found.columns["energy"].maps, alone.columns["energy"].maps)
 
 
 def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
@@ -237,9 +246,9 @@ def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
         alone = explain(clip, pictures[picture], text, methods=["gradcam", "gradcam_ln", "rollout"])
         assert [e.score for e in found.entries] == pytest.approx([e.score for e in alone.entries], abs=1e-9)
         for key, column in alone.columns.items():
-            close(found.columns[key].maps, column.maps)
+            assert close(found.columns[key].maps, column.maps)
     relevance = explain(clip, seen, "red car", methods=["relevance"])[0]
-    close(relevance.columns["relevance"].maps, explain(clip, pictures[0], "red car").columns["relevance"].maps)
+    assert close(relevance.columns["relevance"].maps, explain(clip, pictures[0], "red car").columns["relevance"].maps)
     # Changed pixels are other pictures, whatever was remembered.
     pixels = seen.tensors["pixel_values"]
     dark = explain(clip, replace(seen, tensors={"pixel_values": 0 * pixels}), "red car", methods=["gradcam"])
@@ -329,7 +338,7 @@ def test_fast_chunks_that_do_not_fit_are_split(clip, picture, monkeypatch):
     whole = explain(clip, picture, CAPTION, methods=["gradcam"])
     monkeypatch.setattr("grounding.tracing.FAST_BUDGET", 300)
     parts = explain(clip, picture, CAPTION, methods=["gradcam"])
-    close(parts.columns["gradcam"].maps, whole.columns["gradcam"].maps)
+    assert close(parts.columns["gradcam"].maps, whole.columns["gradcam"].maps)
 
 
 def test_shift_gradient_equals_finite_differences(any_adapter):
@@ -349,14 +358,14 @@ def test_shift_gradient_equals_finite_differences(any_adapter):
             for chunk in trace(any_adapter, inputs, targets, plan)
         ]
     )
-    close(found, slope.detach(), 1e-5)
+    assert close(found, slope.detach(), 1e-5)
 
 
 def test_single_precision_agrees_with_double():
     double, single = (tiny.clip_adapter(dtype=d) for d in (torch.float64, torch.float32))
     a, b = (explain(adapter, noise(90, 60), CAPTION) for adapter in (double, single))
     for key in a.columns:
-        close(b.columns[key].maps, a.columns[key].maps, SINGLE)
+        assert close(b.columns[key].maps, a.columns[key].maps, SINGLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -437,10 +446,13 @@ def test_text_independent_maps_are_stored_once_and_said(any_adapter, picture):
         assert not any("does not see the text" in w for w in found.warnings)
         return
     found = explain(any_adapter, picture, CAPTION)
+    if "rollout" not in available(any_adapter):
+        assert list(found.columns) == ["gradcam"]
+        return
     assert found.columns["rollout"].maps.shape[0] == 1
     assert not found.columns["rollout"].text_conditioned
     assert found.columns["gradcam"].maps.shape[0] == len(found.entries)
-    assert any("does not see the text" in w for w in found.warnings)
+    assert any("does not see the" in w for w in found.warnings)
     other = explain(any_adapter, picture, "two dogs", methods=["rollout"])
     assert np.array_equal(found.columns["rollout"].maps, other.columns["rollout"].maps)
 
@@ -496,11 +508,11 @@ def test_leave_one_out_masks_and_alone_is_a_text_of_its_own(clip, picture):
     expected = [whole @ image] + [
         (whole - text_embedding(clip.model, clip.tokenizer, "red car", [i + 1])) @ image for i in range(count)
     ]
-    close([e.score for e in found.entries], torch.stack(expected))
+    assert close([e.score for e in found.entries], torch.stack(expected))
     alone = explain(clip, picture, "red car", methods=["rollout"], token_target="alone", select=Selection(words=True))
     assert [e.label for e in alone.entries] == ["red car", "red", "car"]
-    close(alone.entries[1].score, text_embedding(clip.model, clip.tokenizer, "red") @ image)
-    close(alone.entries[2].score, text_embedding(clip.model, clip.tokenizer, " car") @ image)
+    assert close(alone.entries[1].score, text_embedding(clip.model, clip.tokenizer, "red") @ image)
+    assert close(alone.entries[2].score, text_embedding(clip.model, clip.tokenizer, " car") @ image)
 
 
 @pytest.mark.parametrize("eos", [1, 2])
@@ -520,7 +532,7 @@ def test_shared_prefixes_change_no_embedding(eos):
         masks[row, list(positions)] = 0
     with torch.no_grad():
         shared = embed_left_out(adapter.model, ids, mask, texts, hidden)
-    close(shared, adapter.embed_texts(ids[texts], masks))
+    assert close(shared, adapter.embed_texts(ids[texts], masks))
 
 
 def test_a_long_text_is_cut_with_its_end_token_and_said(clip, picture):
@@ -569,4 +581,4 @@ def test_padding_gets_no_map_and_changes_nothing(clip):
     for text, found in zip((short, long), together, strict=True):
         alone = explain(clip, noise(50, 40, 1), text)
         assert [e.label for e in found.entries] == [e.label for e in alone.entries]
-        close(found.columns["relevance"].maps, alone.columns["relevance"].maps, ORACLE)
+        assert close(found.columns["relevance"].maps, alone.columns["relevance"].maps, ORACLE)

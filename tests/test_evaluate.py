@@ -1,7 +1,7 @@
 """A whole evaluation: maps whose scores are known, faults that are counted, the command, and faithfulness on paper."""
 
 import copy
-import importlib.util
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,10 +22,21 @@ from tests import tiny
 from tests.conftest import noise
 from tests.linear import COLUMNS, ROWS, LinearAdapter
 from tests.made import column, explanation, whole
+from tests.test_cli import ROOT, answer, script
 
-ROOT = Path(__file__).parent.parent
 CELLS = ROWS * COLUMNS
-METHOD_KEYS = {"pointing", "ci", "entity", "iou50", "area", "swap", "by_type", "caption_swap_correlation"}
+METHOD_KEYS = {
+    "pointing",
+    "ci",
+    "energy",
+    "energy_ci",
+    "entity",
+    "iou50",
+    "area",
+    "swap",
+    "by_type",
+    "caption_swap_correlation",
+}
 
 
 def write_data(folder, pictures, split="test"):
@@ -177,6 +188,14 @@ def test_rules_that_mean_nothing(wrong):
         Rules(**wrong)
 
 
+def test_pictures_inside_tables_have_no_boxes_to_score(folder, clip, monkeypatch):
+    data = open_dataset(folder, "test")
+    real = data.read
+    monkeypatch.setattr(data, "read", lambda name: dataclasses.replace(real(name), picture=b"..."))
+    with pytest.raises(GroundingError, match=r"not one phrase .*3 pictures failed_input.*first: a picture inside a"):
+        evaluate(clip, data, methods=["rollout"])
+
+
 def test_a_picture_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
     real = evaluation.explain
 
@@ -191,7 +210,9 @@ def test_a_picture_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
 
 def test_thresholds_are_tuned_on_the_validation_split(folder, clip, perfect):
     write_data(folder, PICTURES, split="val")
-    found = evaluate(clip, open_dataset(folder), Rules(tune_threshold=True), **PERFECT)
+    with pytest.raises(OptionError, match="none of it"):  # all: the validation split, too
+        evaluate(clip, open_dataset(folder), Rules(tune_threshold=True), **PERFECT)
+    found = evaluate(clip, open_dataset(folder, "test"), Rules(tune_threshold=True), **PERFECT)
     assert found["rules"]["threshold"] == "tuned on val"
     assert found["methods"]["gradcam"]["threshold"] in evaluation.TUNING
     assert found["methods"]["gradcam"]["iou50"] == 1
@@ -372,18 +393,10 @@ def command(tmp_path, monkeypatch, capsys):
     """Run the command in an empty folder: exit code, stdout, stderr."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script(ROOT / "scripts" / "evaluate.py")
 
     def run(*argv):
-        try:
-            code = module.main([str(a) for a in argv])
-        except SystemExit as error:  # argparse
-            code = error.code
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return code, out.out, out.err
+        return answer(module, argv, capsys)
 
     return run
 

@@ -59,7 +59,7 @@ def test_gradcam_in_the_image_tower_equals_a_plain_loop(kind, dtype, tolerance):
     for layer in layers:
         runs = loop(adapter, kind, layer)
         expected = [oracles.gradcam(patches(f), patches(g)) for _, f, g, *_ in runs]
-        close(found.columns[f"gradcam@{layer}"].maps.reshape(len(runs), -1), expected, tolerance)
+        assert close(found.columns[f"gradcam@{layer}"].maps.reshape(len(runs), -1), expected, tolerance)
         assert [e.score for e in found.entries] == pytest.approx([r[0] for r in runs], rel=1e-3, abs=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_gradcam_in_the_multimodal_encoder_equals_a_plain_loop(flava, kind, meth
         monkeypatch.setattr(torch.nn.LayerNorm, "forward", oracles.constant_deviation_norm)
     runs = loop(flava, kind, FUSION[layer])
     expected = [sum(oracles.gradcam(patches(f, 2), patches(g, 2)) for f, g in [run[1:3], *run[4]]) for run in runs]
-    close(found.columns[method].maps.reshape(len(runs), -1), expected)
+    assert close(found.columns[method].maps.reshape(len(runs), -1), expected)
 
 
 def start(kind, index, length):
@@ -99,7 +99,7 @@ def test_attention_methods_equal_their_oracles_through_both_encoders(flava, kind
         expected["attention_gradcam"].append(((row > 0) @ oracles.attention_gradcam(*fusing[-2]))[image])
         expected["relevance"].append((row @ oracles.relevance(fusing))[image] @ oracles.relevance(seeing))
     for name in methods:
-        close(found.columns[name].maps, np.array(expected[name])[:, 1:].reshape(-1, 4, 4))
+        assert close(found.columns[name].maps, np.array(expected[name])[:, 1:].reshape(-1, 4, 4))
 
 
 @pytest.mark.parametrize("kind", ["similarity", "norm"])
@@ -113,7 +113,7 @@ def test_attention_methods_of_the_image_tower(flava, kind):
         "gradient_rollout": oracles.gradient_rollout(pairs),
     }
     for name in methods:
-        close(found.columns[name].maps[0].ravel(), expected[name][0, 1:])
+        assert close(found.columns[name].maps[0].ravel(), expected[name][0, 1:])
 
 
 def test_one_layer_and_one_head_of_the_attention(flava):
@@ -121,7 +121,7 @@ def test_one_layer_and_one_head_of_the_attention(flava):
     options = {"attention.layer": 1, "attention.head": 3}
     found = explain(flava, noise(50, 40), TEXT, methods=["attention"], options=options)
     weights = loop(flava, "similarity", VISION["inner block"])[0][3]["image_model"][1][0]
-    close(found.columns["attention"].maps[0].ravel(), weights[3, 0, 1:])
+    assert close(found.columns["attention"].maps[0].ravel(), weights[3, 0, 1:])
     with pytest.raises(LayerError, match=r"attention.head: 4 is not in -4 to 3"):
         explain(flava, noise(50, 40), TEXT, methods=["attention"], options={"attention.head": 4})
 
@@ -164,7 +164,7 @@ def test_every_picture_gets_its_own_map(flava):
         assert np.abs(maps[0] - maps[1]).max() > 1e-6
         together = explain(flava, pictures, [TEXT, TEXT], target=kind)
         for one, found in zip(maps, together, strict=True):
-            close(found.columns["gradcam"].maps, one)
+            assert close(found.columns["gradcam"].maps, one)
     left = [hook for module in flava.model.modules() for hook in module._forward_hooks.values()]
     assert all(getattr(hook, "__module__", "").startswith("transformers.") for hook in left)
 
@@ -182,12 +182,12 @@ def test_words_and_phrases(flava):
     tokens = explain(flava, noise(50, 40), TEXT, target="logit", methods=["gradcam"], select=Selection(caption=False))
     found = explain(flava, noise(50, 40), TEXT, target="logit", methods=["gradcam"], select=select)
     own = [i for i, e in enumerate(tokens.entries) if e.start >= TEXT.index("red")]
-    close(found.columns["gradcam"].maps[-1], tokens.columns["gradcam"].maps[own].mean(0))
+    assert close(found.columns["gradcam"].maps[-1], tokens.columns["gradcam"].maps[own].mean(0))
     for kind in ("similarity", "matching"):
         found = explain(flava, noise(50, 40), TEXT, target=kind, methods=["gradcam"], select=select)
         alone = explain(flava, noise(50, 40), "red jacket", target=kind, methods=["gradcam"])
         assert found.entries[-1].score == pytest.approx(alone.entries[0].score)
-        close(found.columns["gradcam"].maps[-1], alone.columns["gradcam"].maps[0])
+        assert close(found.columns["gradcam"].maps[-1], alone.columns["gradcam"].maps[0])
         alone = explain(flava, noise(50, 40), TEXT, target=kind, token_target="alone", select=Selection(tokens=["red"]))
         word = explain(flava, noise(50, 40), "red", target=kind)
         assert alone.entries[-1].score == pytest.approx(word.entries[0].score)

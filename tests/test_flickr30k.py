@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from grounding.annotations import read_annotation
 from grounding.demo import demo_folder
-from grounding.flickr30k import Entities, open_dataset, parse_sentence, read_annotation
+from grounding.entities import Entities, parse_sentence
+from grounding.flickr30k import open_dataset
+from grounding.images import open_image
 from grounding.records import DataError, normal
 
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
@@ -88,6 +91,8 @@ def test_a_broken_line_is_reported_with_its_place_and_the_others_count(folder):
     record = one(folder)
     assert [(c.line, c.text) for c in record.captions] == [(0, "A man sits ."), (3, "He sits .")]
     assert [p.split(":")[0] for p in record.problems] == ["one.txt line 2", "one.txt line 3"]
+    assert [(f.line, f.text) for f in record.failures] == [(1, "[/EN#1/people A man sits ."), (2, "")]
+    assert "a broken mark" in record.failures[0].error
 
 
 def test_normal_is_lower_case_with_single_blanks():
@@ -222,6 +227,72 @@ def test_splits(folder):
         open_dataset(folder, "train")
     with pytest.raises(DataError, match="no split"):
         open_dataset(folder, "../test")
+
+
+def ids(folder, **lists):
+    for name, names in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(names))
+
+
+def test_all_splits_are_train_val_and_test_in_this_order(folder):
+    ids(folder, test=["one", "two"], train=["four", "three"], val=["five"], mine=["six"])
+    (folder / "UNRELATED_CAPTIONS").write_text("three 4\n")
+    (folder / "UNRELATED_CAPTIONS.txt").write_text("three 4\n")
+    data = open_dataset(folder)
+    assert (data.split, data.ids) == ("all", ("four", "three", "five", "one", "two"))
+    assert open_dataset(folder, "all").ids == data.ids
+    assert open_dataset(folder, "mine").ids == ("six",)
+    with pytest.raises(DataError, match=r"no split 'dev' .*there are: mine, test, train, val\)"):
+        open_dataset(folder, "dev")
+    ids(folder, val=["five", "one"])
+    data = open_dataset(folder)
+    assert data.ids == ("four", "three", "five", "one", "two")
+    assert data.problems == ("train.txt, val.txt, test.txt: 1 ids stand there twice and count once",)
+
+
+def test_without_a_list_the_sentences_count(folder):
+    (folder / "test.txt").unlink()
+    ids(folder, mine=["zero"])
+    for name in ("b", "a", "..hidden"):
+        (folder / "Sentences" / f"{name}.txt").write_text("x")
+    data = open_dataset(folder)
+    assert (data.split, data.ids) == ("all", ("a", "b", "one"))
+    assert data.problems == ("Sentences/: '..hidden' is no id",)
+    for path in (folder / "Sentences").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"no list of ids \(train, val, test\) and no Sentences"):
+        open_dataset(folder)
+
+
+def test_a_single_list_answers_by_its_name(folder):
+    assert open_dataset(folder).split == "test"
+    assert open_dataset(folder, "all").split == "all"
+
+
+def test_the_digest_changes_with_ids_sentences_and_boxes_alone(folder):
+    seen = [open_dataset(folder).digest()]
+    Image.new("RGB", (8, 6)).save(folder / "Images" / "one.jpg")
+    assert open_dataset(folder).digest() == seen[0]
+    annotate(folder, thing(1, box=(11, 21, 30, 41)))
+    seen.append(open_dataset(folder).digest())
+    (folder / "Sentences" / "one.txt").write_text("[/EN#1/people A man] stands .\n")
+    seen.append(open_dataset(folder).digest())
+    (folder / "Annotations" / "one.xml").unlink()
+    seen.append(open_dataset(folder).digest())
+    (folder / "Annotations" / "one.xml").write_bytes(b"")
+    seen.append(open_dataset(folder).digest())
+    ids(folder, test=["one", "two"])
+    seen.append(open_dataset(folder).digest())
+    (folder / "heldout.txt").write_text("a man\n")
+    seen.append(open_dataset(folder).digest())
+    assert len(set(seen)) == len(seen)
+
+
+def test_pictures_open_from_the_root_wherever_the_command_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    data = open_dataset(folder.name)
+    assert data.boxes
+    assert open_image(data.read("one").picture, root=data.root).width == 80
 
 
 def test_folders_that_are_no_data_set(tmp_path):

@@ -45,7 +45,7 @@ def test_gradcam_equals_the_tutorial_loop(layer, seed, dtype, tolerance, picture
     expected = run_tutorial(adapter, picture, layer)
     for entry, (score, features, gradient, _) in zip(found, expected, strict=True):
         assert entry.entry.score == pytest.approx(score, abs=10 * tolerance)
-        close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]), tolerance)
+        assert close(entry.raw.ravel(), oracles.gradcam(features[1:], gradient[1:]), tolerance)
 
 
 @pytest.mark.parametrize("layer", TAPS)
@@ -55,7 +55,7 @@ def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(clip, layer, pictur
     assert [e.score for e in found.entries] == [e.score for e in plain.entries]
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", oracles.constant_deviation_norm)
     for i, (_, features, gradient, _) in enumerate(run_tutorial(clip, picture, layer)):
-        close(found.map(i).raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
+        assert close(found.map(i).raw.ravel(), oracles.gradcam(features[1:], gradient[1:]))
         assert np.abs(found.map(i).raw - plain.map(i).raw).max() > 1e-3 * np.abs(plain.map(i).raw).max()
 
 
@@ -65,10 +65,10 @@ def test_gradcam_options_equal_their_definitions(clip, picture):
         for options in ({}, {"gradcam.token_centred": True}, {"gradcam.smooth": 0.8})
     )
     _, features, gradient, _ = run_tutorial(clip, picture, TAPS[0])[0]
-    close(centred.ravel(), oracles.gradcam(features[1:] - features[1:].mean(0), gradient[1:]))
+    assert close(centred.ravel(), oracles.gradcam(features[1:] - features[1:].mean(0), gradient[1:]))
     import cv2
 
-    close(smooth, cv2.GaussianBlur(plain.astype(np.float64), (7, 7), 0.8, borderType=cv2.BORDER_REFLECT_101))
+    assert close(smooth, cv2.GaussianBlur(plain.astype(np.float64), (7, 7), 0.8, borderType=cv2.BORDER_REFLECT_101))
 
 
 def test_threshold_is_a_view_and_replaces_the_zero_of_relu(clip, picture):
@@ -88,10 +88,10 @@ def test_attention_methods_equal_their_oracles(seed, picture):
     found = explain(adapter, picture, CAPTION, methods=names, select=SHIFTED)
     for i, (_, _, _, pairs) in enumerate(run_tutorial(adapter, picture, TAPS[0])):
         weights = [attention for attention, _ in pairs]
-        close(found.map(i, "rollout").raw.ravel(), oracles.rollout(weights)[0, 1:])
-        close(found.map(i, "gradient_rollout").raw.ravel(), oracles.gradient_rollout(pairs)[0, 1:])
-        close(found.map(i, "relevance").raw.ravel(), oracles.relevance(pairs)[0, 1:])
-        close(found.map(i, "attention").raw.ravel(), weights[-1].mean(0)[0, 1:])
+        assert close(found.map(i, "rollout").raw.ravel(), oracles.rollout(weights)[0, 1:])
+        assert close(found.map(i, "gradient_rollout").raw.ravel(), oracles.gradient_rollout(pairs)[0, 1:])
+        assert close(found.map(i, "relevance").raw.ravel(), oracles.relevance(pairs)[0, 1:])
+        assert close(found.map(i, "attention").raw.ravel(), weights[-1].mean(0)[0, 1:])
 
 
 @pytest.mark.parametrize(("fusion", "reduce"), [("mean", np.mean), ("max", np.max), ("min", np.min)])
@@ -101,7 +101,7 @@ def test_rollout_options(clip, picture, fusion, reduce, discard):
     found = explain(clip, picture, CAPTION, methods=["rollout"], options=options)[0]
     pairs = run_tutorial(clip, picture, TAPS[0])[0][3]
     joint = oracles.rollout([attention for attention, _ in pairs], reduce, discard)
-    close(found.raw.ravel(), joint[0, 1:])
+    assert close(found.raw.ravel(), joint[0, 1:])
     assert joint.sum(1) == pytest.approx(1)
 
 
@@ -118,13 +118,13 @@ def test_rollout_rows_sum_to_one(clip, picture):
 def test_one_layer_relevance_is_attention_gradcam(clip, picture):
     found = explain(clip, picture, CAPTION, methods=["relevance"], options={"relevance.start_layer": -1})
     for i, (_, _, _, pairs) in enumerate(run_tutorial(clip, picture, TAPS[0])[: len(found.entries)]):
-        close(found.map(i).raw.ravel(), oracles.attention_gradcam(*pairs[-1])[0, 1:])
+        assert close(found.map(i).raw.ravel(), oracles.attention_gradcam(*pairs[-1])[0, 1:])
 
 
 def test_raw_attention_of_one_head(clip, picture):
     options = {"attention.layer": 0, "attention.head": 2}
     found = explain(clip, picture, CAPTION, methods=["attention"], options=options)[0].raw
-    close(found.ravel(), run_tutorial(clip, picture, TAPS[0])[0][3][0][0][2, 0, 1:])
+    assert close(found.ravel(), run_tutorial(clip, picture, TAPS[0])[0][3][0][0][2, 0, 1:])
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,16 @@ def test_every_method_runs_on_every_architecture(any_adapter, name):
     pictures = [noise(70, 50, 1), noise(40, 90, 2)]
     texts = [["two dogs", "a red bus"], ["man in red jacket on a horse"]]
     together = explain(any_adapter, pictures, texts, methods=[name])
+    # Rounding is never the same twice: <features, gradient> is looked at where it is more than that.
+    layers = ["-1.in"] if any("ranks rounding" in w for w in together[0][0].warnings) else []
+    together = explain(any_adapter, pictures, texts, methods=[name], layers=layers) if layers else together
     assert [len(found) for found in together] == [2, 1]
     for b, found in enumerate(together):
         for explanation, text in zip(found, texts[b], strict=True):
-            alone = explain(any_adapter, pictures[b], text, methods=[name])
+            alone = explain(any_adapter, pictures[b], text, methods=[name], layers=layers)
             column = explanation.columns[name]
             assert column.maps.shape[1:] == any_adapter.grid(any_adapter.prepare([pictures[b]], [[text]]))
-            close(column.maps, alone.columns[name].maps)
+            assert close(column.maps, alone.columns[name].maps)
             assert [e.score for e in explanation.entries] == pytest.approx([e.score for e in alone.entries], abs=1e-9)
 
 
@@ -197,4 +200,4 @@ def test_several_layers_give_one_column_each_or_a_joint_one(clip, picture):
     joint = explain(clip, picture, CAPTION, methods=["gradcam"], layers=layers, average_layers=True)
     assert list(joint.columns) == ["gradcam@-1.in+-2"]
     scaled = [apart.map(1, f"gradcam@{layer}").raw for layer in layers]
-    close(joint.map(1).raw, np.mean([m / np.abs(m).max() for m in scaled], 0))
+    assert close(joint.map(1).raw, np.mean([m / np.abs(m).max() for m in scaled], 0))

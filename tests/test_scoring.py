@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grounding.boxes import inside, overlap, pixel_mask, seen_points
 from grounding.geometry import Geometry
 from grounding.records import Caption, Phrase, Record
 from grounding.resampling import mean, pearson, ratio
-from grounding.scoring import Mention, inside, mentions_of, overlap, pixel_mask, score_picture, seen_points
+from grounding.scoring import Mention, mentions_of, score_picture
 from grounding.summary import best_threshold, summary
 from tests.made import column, explanation, noise, whole
 
@@ -102,6 +103,40 @@ def test_a_map_without_evidence_is_a_miss_and_counted():
     assert numbers["swap"] == 0
 
 
+def test_energy_is_the_part_of_the_heat_in_the_boxes():
+    """Blocks of equal rows, so that sampling between patch centres moves nothing across y = 40."""
+    upper = {"1": ((0, 0, 80, 40),), "2": ((0, 0, 40, 80), (20, 0, 60, 80))}
+    mentions = [Mention("dog", "1"), Mention("a man", "2"), Mention("ball", "1"), Mention("sky", "1")]
+    stripes = np.repeat([[3.0, 1.0, 0.0, 0.0]], 4, 0)  # by column
+    maps = {"dog": np.full((4, 4), 2.0), "a man": stripes, "ball": -np.ones((4, 4)), "sky": stripes}
+    maps["dog"][2:] = 2.0 / 3
+    found = score(maps, boxes=upper, mentions=mentions)
+    # Rows 3 : 1 above and below; the step between them is symmetric about y = 40: 1 / 2 + (3 / 4 - 1 / 2) * 7 / 8.
+    across = np.interp((np.arange(80) + 0.5) / 20 - 0.5, np.arange(4), [3, 3, 1, 1])
+    assert found["map"].phrases[0].energy == pytest.approx(across[:40].sum() / across.sum())
+    assert across[:40].sum() / across.sum() == pytest.approx(1 / 2 + 1 / 4 * 7 / 8)
+    along = np.interp((np.arange(80) + 0.5) / 20 - 0.5, np.arange(4), [3, 1, 0, 0])
+    assert found["map"].phrases[1].energy == pytest.approx(along[:60].sum() / along.sum())  # the overlap counts once
+    assert found["map"].phrases[2].energy == 0  # no evidence at all: a miss
+    assert found["map"].phrases[3].energy == pytest.approx(0.5)
+    assert [p.energy for p in found["random"].phrases] == [0.5, 0.75, 0.5, 0.5]
+    assert [p.energy for p in found["centre"].phrases] == [None] * 4
+    numbers = summary([found["map"]], 0.5, seed=0)
+    assert numbers["energy"] == pytest.approx(np.mean([p.energy for p in found["map"].phrases]))
+    assert summary([found["random"]], None, seed=0)["energy"] == pytest.approx(0.5625)
+
+
+def test_energy_is_of_positive_heat_and_of_what_was_seen():
+    geometry = Geometry.from_steps(80, 40, resized=(128, 64), crop=(32, 0, 64, 64), grid=(4, 4))  # x from 20 to 60
+    boxes = {"1": ((0, 0, 40, 40),), "2": ((0, 0, 20, 40),)}
+    mentions = [Mention("dog", "1"), Mention("a man", "2")]
+    raw = np.repeat([[1.0, 1.0, 1.0, 1.0]], 4, 0)
+    raw[3] = -5
+    found = score({"dog": raw, "a man": raw}, boxes=boxes, mentions=mentions, geometry=geometry)
+    assert [p.energy for p in found["map"].phrases] == [0.5, 0]
+    assert [p.energy for p in found["random"].phrases] == [0.5, 0]
+
+
 def test_centre_and_random_are_exact():
     boxes = {"1": ((30, 30, 50, 50),), "2": ((0, 0, 40, 20), (60, 60, 80, 80))}
     mentions = [Mention("dog", "1"), Mention("a man", "2")]
@@ -161,6 +196,18 @@ def test_inside_is_strict_and_for_pixels_as_published():
     pixels = np.arange(5, 25)
     found = inside(np.stack([pixels + 0.5, np.full(20, 15.5)], 1), boxes, "pixel")
     assert found.tolist() == [10 < x < 19 for x in pixels]
+
+
+def test_closed_boxes_hold_their_edges():
+    boxes = [(10, 10, 20, 20)]
+    points = np.array([[10, 15], [20, 20], [20.1, 15], [9.9, 15]])
+    assert inside(points, boxes, closed=True).tolist() == [True, True, False, False]
+    # In the file the box is (11, 11, 20, 20); published code tests 10 <= x <= 19 on pixel indices.
+    pixels = np.arange(5, 25)
+    found = inside(np.stack([pixels + 0.5, np.full(20, 10.5)], 1), boxes, "pixel", closed=True)
+    assert found.tolist() == [10 <= x <= 19 for x in pixels]
+    # A box that was rescaled: every pixel whose centre lies in it.
+    assert inside(np.array([[10.5, 15], [10.5, 10.5]]), [(10.3, 10, 20, 20)], "pixel", closed=True).all()
 
 
 def test_overlap_and_masks():

@@ -1,6 +1,7 @@
 """No trace is left on the user's model: after success, after an error anywhere, after Ctrl-C."""
 
 import gc
+import types
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from PIL import Image, ImageFile
 
 from grounding import METHODS, explain
-from grounding.errors import NumericError
+from grounding.errors import ModelError, NumericError
 from grounding.layers import list_layers
 from grounding.method import Method
 from grounding.plan import available
+from tests import tiny
 from tests.conftest import noise
 
 CAPTION = "a man in a red jacket"
@@ -96,7 +98,10 @@ def break_backward(model, error):
 
 
 def last_leaf(model):
-    """A module that runs behind every tap: the last block's last linear layer."""
+    """A module that runs behind every tap: the last block's last linear layer, or that of a head of classes."""
+    heads = ("classifier", "cls_classifier", "head")
+    if head := next((h for name, h in model.named_children() if name in heads), None):
+        return [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]
     image = "image_model.encoder.layer"
     paths = ("vision_model.encoder.layers", "decoder.model.decoder.layers", f"flava.{image}", image, "blocks")
     blocks = next(dict(model.named_modules())[path] for path in paths if path in dict(model.named_modules()))
@@ -151,12 +156,13 @@ def test_snapshot_notices_what_it_should(any_adapter):
     before = snapshot(model)
     assert unchanged(before, snapshot(model))
     parameter = next(model.parameters())
-    other = "sdpa" if model.config._attn_implementation == "eager" else "eager"
+    config = getattr(model, "config", types.SimpleNamespace(_attn_implementation=None))
+    other = "sdpa" if config._attn_implementation == "eager" else "eager"
     changes = [
         (lambda: parameter.requires_grad_(False), lambda: parameter.requires_grad_(True)),
         (lambda: setattr(parameter, "grad", torch.ones_like(parameter)), lambda: setattr(parameter, "grad", None)),
         (lambda: model.train(), lambda: model.eval()),
-        (lambda: setattr(model.config, "_attn_implementation", other), None),
+        *([(lambda: setattr(config, "_attn_implementation", other), None)] if hasattr(model, "config") else []),
     ]
     for change, undo in changes:
         change()
@@ -212,3 +218,20 @@ def test_memory_stays_flat(clip):
     for _ in range(500):
         explain(clip, picture, "red car")
     assert live() <= before
+
+
+def test_precision_of_the_caller_does_not_reach_the_pass():
+    adapter = tiny.clip_adapter(dtype=torch.float32)
+    plain = explain(adapter, noise(40, 40), "red car", methods=["gradcam", "relevance"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = explain(adapter, noise(40, 40), "red car", methods=["gradcam", "relevance"])
+    assert all(np.array_equal(found.columns[key].maps, plain.columns[key].maps) for key in plain.columns)
+
+
+def test_a_model_made_without_gradients_is_refused_and_left_alone():
+    with torch.inference_mode():
+        adapter = tiny.clip_adapter(dtype=torch.float32)
+    before = [parameter.requires_grad for parameter in adapter.model.parameters()]
+    with pytest.raises(ModelError, match=r"was made under torch.inference_mode\(\)"):
+        explain(adapter, noise(40, 40), "red car")
+    assert [parameter.requires_grad for parameter in adapter.model.parameters()] == before

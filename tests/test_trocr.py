@@ -54,7 +54,7 @@ def test_gradcam_equals_the_corrected_tutorial_loop(layer, dtype, tolerance):
     found = explain(adapter, noise(90, 30), TEXT, methods=["gradcam"], layers=[layer], select=TOKENS)
     loop = tutorial(adapter, TEXT, layer)
     expected = [oracles.gradcam(f[1:], g[1:]) for _, f, g, _ in loop]
-    close(found.columns["gradcam"].maps.reshape(len(loop), -1), expected, tolerance)
+    assert close(found.columns["gradcam"].maps.reshape(len(loop), -1), expected, tolerance)
     assert [e.score for e in found.entries] == pytest.approx([score for score, *_ in loop], rel=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_gradcam_of_every_kind_of_model(variant):
     expected = [
         oracles.gradcam(f[variant.sites.prefix :], g[variant.sites.prefix :]) for _, f, g, _ in tutorial(variant, TEXT)
     ]
-    close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
+    assert close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.layers.0", "encoder.layernorm"])
@@ -72,7 +72,7 @@ def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(variant, layer, mon
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", oracles.constant_deviation_norm)
     prefix = variant.sites.prefix
     expected = [oracles.gradcam(f[prefix:], g[prefix:]) for _, f, g, _ in tutorial(variant, TEXT, layer)]
-    close(found.columns["gradcam_ln"].maps.reshape(len(expected), -1), expected)
+    assert close(found.columns["gradcam_ln"].maps.reshape(len(expected), -1), expected)
 
 
 def test_attention_methods_equal_their_oracles(variant):
@@ -90,7 +90,7 @@ def test_attention_methods_equal_their_oracles(variant):
         expected["attention"].append(looks @ seeing[-1].mean(0))
         expected["relevance"].append(oracles_reader.bimodal_relevance(pairs, oracles.rollout(seeing))[row])
     for name in methods:
-        close(found.columns[name].maps, patches(variant, expected[name]))
+        assert close(found.columns[name].maps, patches(variant, expected[name]))
 
 
 def test_full_relevance_through_the_encoder(variant):
@@ -100,7 +100,7 @@ def test_full_relevance_through_the_encoder(variant):
     for row, (_, _, _, pairs) in enumerate(tutorial(variant, TEXT)):
         encoder = oracles_reader.normalised(oracles.relevance(pairs["vision"]))
         expected.append(oracles_reader.bimodal_relevance(pairs, encoder)[row])
-    close(found.columns["relevance"].maps, patches(variant, expected))
+    assert close(found.columns["relevance"].maps, patches(variant, expected))
 
 
 def test_rows_without_relevance_stay_zero_and_finite(trocr):
@@ -115,9 +115,9 @@ def test_inner_blocks_and_heads(trocr):
     methods = ["cross_attention", "gradient_x_cross_attention"]
     found = explain(trocr, noise(90, 30), TEXT, methods=methods, options=options, select=TOKENS)
     runs = [run[3]["cross"][0] for run in tutorial(trocr, TEXT)]
-    close(found.columns["cross_attention"].maps, patches(trocr, [a[2][row] for row, (a, _) in enumerate(runs)]))
+    assert close(found.columns["cross_attention"].maps, patches(trocr, [a[2][row] for row, (a, _) in enumerate(runs)]))
     expected = [oracles.attention_gradcam(a, g)[row] for row, (a, g) in enumerate(runs)]
-    close(found.columns["gradient_x_cross_attention"].maps, patches(trocr, expected))
+    assert close(found.columns["gradient_x_cross_attention"].maps, patches(trocr, expected))
 
 
 def test_the_explained_token_is_the_one_that_was_written(trocr):
@@ -160,7 +160,7 @@ def test_a_batch_of_lines_equals_one_by_one(trocr):
         alone = explain(trocr, picture, text, methods=methods)
         assert found.caption == alone.caption
         for key, column in found.columns.items():
-            close(column.maps, alone.columns[key].maps)
+            assert close(column.maps, alone.columns[key].maps)
 
 
 def test_one_encoder_pass_and_one_backward_for_all_tokens(trocr, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_changed_decoder_is_run_and_not_recomputed(trocr):
     assert not trocr.fast_taps
     found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], select=TOKENS)
     expected = [oracles.gradcam(f[1:], g[1:]) for _, f, g, _ in tutorial(trocr, TEXT)]
-    close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
+    assert close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
     handle.remove()
 
 
@@ -197,8 +197,8 @@ def test_long_texts_run_over_several_segments(trocr, monkeypatch):
     monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
     slow = explain(trocr, noise(90, 30), text, methods=["gradcam", "gradcam_ln"], select=select)
     for key, column in slow.columns.items():
-        close(whole.columns[key].maps, column.maps)
-        close(short.columns[key].maps, column.maps)
+        assert close(whole.columns[key].maps, column.maps)
+        assert close(short.columns[key].maps, column.maps)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -214,7 +214,9 @@ def test_log_probability(trocr, fast, monkeypatch):
     out = trocr.model(pixels, decoder_input_ids=torch.tensor([[0, *ids[:-1]]]))
     handle.remove()
     [gradient] = torch.autograd.grad(out.logits[0, 2].log_softmax(-1)[ids[2]], kept["f"])
-    close(found.columns["gradcam"].maps[2].ravel(), oracles.gradcam(kept["f"][0, 1:].detach().numpy(), gradient[0, 1:]))
+    assert close(
+        found.columns["gradcam"].maps[2].ravel(), oracles.gradcam(kept["f"][0, 1:].detach().numpy(), gradient[0, 1:])
+    )
 
 
 def test_words_and_captions_are_means_over_their_tokens(trocr):
@@ -227,7 +229,7 @@ def test_words_and_captions_are_means_over_their_tokens(trocr):
     for entry, own in ((0, slice(None)), (1, slice(0, first)), (2, slice(first, count))):
         assert found.entries[entry].score == pytest.approx(np.mean([e.score for e in parts.entries[own]]))
         assert found.entries[entry].probability is None
-        close(found.columns["gradcam"].maps[entry], parts.columns["gradcam"].maps[own].mean(0))
+        assert close(found.columns["gradcam"].maps[entry], parts.columns["gradcam"].maps[own].mean(0))
 
 
 def test_where_asks_for_another_token_at_a_place(trocr):
@@ -258,7 +260,7 @@ def test_contrast_explains_a_difference_of_logits(trocr):
     first = explain(trocr, noise(90, 30), TEXT, select=chosen, **ask)
     second = explain(trocr, noise(90, 30), TEXT, select=replace(chosen, where="bus"), **ask)
     assert entry.score == pytest.approx(first.entries[0].score - second.entries[0].score)
-    close(
+    assert close(
         found.columns["gradcam_ln"].maps[0],
         first.columns["gradcam_ln"].maps[0] - second.columns["gradcam_ln"].maps[0],
         1e-5,
@@ -384,7 +386,7 @@ def test_targets_of_one_text_that_overlap_get_their_own_backward(trocr):
     both = explain(trocr, noise(90, 30), TEXT, methods=[method])
     for entry, select in ((0, Selection(tokens=False)), (2, Selection(caption=False, tokens=["car"]))):
         alone = explain(trocr, noise(90, 30), TEXT, methods=[method], select=select)
-        close(both.columns[method].maps[entry], alone.columns[method].maps[0])
+        assert close(both.columns[method].maps[entry], alone.columns[method].maps[0])
 
 
 def test_groups_of_targets(trocr):

@@ -2,16 +2,22 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
+    AutoModelForImageClassification,
     BertConfig,
     BertLMHeadModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    ConvNextConfig,
+    ConvNextImageProcessor,
     DeiTConfig,
     DeiTModel,
+    Dinov2WithRegistersConfig,
     FlavaConfig,
     FlavaForPreTraining,
     FlavaImageProcessor,
@@ -19,6 +25,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    SwinConfig,
     TrOCRConfig,
     TrOCRForCausalLM,
     VisionEncoderDecoderModel,
@@ -27,8 +35,10 @@ from transformers import (
     ViTModel,
 )
 
+from adapters.classifier import ClassifierAdapter
 from adapters.clip import ClipAdapter
 from adapters.flava import FlavaAdapter
+from adapters.module import ModuleAdapter
 from adapters.trocr import TrOcrAdapter
 from tests.third_party import MeanAdapter
 
@@ -204,6 +214,105 @@ def mean_adapter():
     return MeanAdapter()
 
 
+# Names of classes: what the contract tests ask for in place of texts.
+CLASSES = [
+    "a man in a red jacket",
+    "two dogs",
+    "red car",
+    "a red bus",
+    "a bus",
+    "man in red jacket on a horse",
+    "great white shark, white shark, man-eater",
+    "crane",
+    "Crane, bird",
+]
+TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+# By what the tests call them. There are two kinds of DeiT: a checkpoint says which it is.
+CLASSIFIERS = {
+    "resnet": ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12, 16], depths=[1, 2, 1], layer_type="basic", hidden_act="relu"
+    ),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 8, 12, 16], depths=[1, 1, 1, 1], image_size=96),
+    "swin": SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4),
+    "vit": ViTConfig(**TOWER, image_size=32, patch_size=8),
+    "deit": DeiTConfig(**TOWER, image_size=32, patch_size=8, architectures=["DeiTForImageClassification"]),
+    "deit with teacher": DeiTConfig(
+        **TOWER, image_size=32, patch_size=8, architectures=["DeiTForImageClassificationWithTeacher"]
+    ),
+    "dinov2": Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8, num_register_tokens=3
+    ),
+}
+
+
+def classifier_model(kind="resnet", seed=0, dtype=torch.float64):
+    """A random classifier whose weights, and running statistics, are large enough for pictures to differ."""
+    torch.manual_seed(seed)
+    config = CLASSIFIERS[kind].__class__(**CLASSIFIERS[kind].to_diff_dict(), id2label=dict(enumerate(CLASSES)))
+    return shaken(AutoModelForImageClassification.from_config(config)).to(dtype).eval()
+
+
+def shaken(model):
+    """The model with noise on all parameters and running statistics."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer += 0.2 * torch.rand_like(buffer)
+    return model
+
+
+def classifier_adapter(kind="resnet", seed=0, size=None, **model):
+    """A tiny classifier with an image processor that squashes; convolutional ones get 96 x 64 pixels."""
+    made = classifier_model(kind, seed, **model)
+    height, width = size or ((64, 96) if kind in ("resnet", "convnext") else (32, 32))
+    if kind == "convnext":
+        processor = ConvNextImageProcessor(do_resize=False, do_center_crop=True, crop_size={"height": 64, "width": 96})
+    else:
+        processor = ViTImageProcessor(size={"height": height, "width": width})
+    return ClassifierAdapter(made, processor)
+
+
+class TwoEnds(nn.Module):
+    """A network of a user's own: in-place ReLUs, a residual sum in place, a tuple of outputs, any input size."""
+
+    def __init__(self, channels=3, classes=9):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.same = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12))
+        self.pool = nn.AdaptiveAvgPool2d((2, 2))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(inplace=True), nn.Linear(16, classes))
+
+    def forward(self, x):
+        x = self.features(x)
+        y = self.same(x)
+        y += x
+        x = self.pool(y.relu_())
+        return self.head(x), x
+
+
+def to_pixels(width=48, height=32, mode="RGB"):
+    """A transform of a user's own: squash, scale."""
+
+    def transform(image):
+        assert image.mode == mode
+        array = np.asarray(image.resize((width, height))).astype(np.float64) / 255
+        return torch.from_numpy(array[None] if mode == "L" else array.transpose(2, 0, 1).copy())
+
+    return transform
+
+
+def module_adapter(seed=0, tap=None, **options):
+    """A tiny module, its layers on 48 x 32 pixels."""
+    torch.manual_seed(seed)
+    model = shaken(TwoEnds()).double().eval()
+    return ModuleAdapter(model, tap, **{"preprocess": to_pixels(), "labels": CLASSES} | options)
+
+
 # One per architecture in `adapters.ADAPTERS`, and one from outside.
 FACTORIES = {
     "CLIPModel": clip_adapter,
@@ -212,5 +321,11 @@ FACTORIES = {
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
     "FlavaModel": partial(flava_adapter, heads=False),
     "VisionEncoderDecoderModel": trocr_adapter,
+    "AutoModelForImageClassification": classifier_adapter,
+    **{
+        f"AutoModelForImageClassification {kind}": partial(classifier_adapter, kind)
+        for kind in ("convnext", "swin", "vit", "dinov2")
+    },
+    "nn.Module": module_adapter,
     "third party": mean_adapter,
 }

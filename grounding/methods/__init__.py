@@ -7,6 +7,9 @@ METHODS = Registry(
     {
         "gradcam": "grounding.methods.cam:gradcam",
         "gradcam_ln": "grounding.methods.cam:gradcam_ln",
+        "hirescam": "grounding.methods.cam:hirescam",
+        "layercam": "grounding.methods.cam:layercam",
+        "gradcam_pp": "grounding.methods.cam:gradcam_pp",
         "rollout": "grounding.methods.attention:rollout",
         "relevance": "grounding.methods.relevance:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",

@@ -83,9 +83,9 @@ def one_block(name: str, options: Mapping[str, Any], sites: Sites, stack: str) -
 
     Raises LayerError with the range.
     """
-    if stack not in sites.stacks:
+    if not sites.attention(stack):
         return slice(None)
-    layer = index_of(options["layer"], len(sites.stacks[stack].attention), f"{name}.layer")
+    layer = index_of(options["layer"], len(sites.attention(stack)), f"{name}.layer")
     return slice(layer, layer + 1)
 
 

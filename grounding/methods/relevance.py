@@ -18,9 +18,8 @@ from grounding.types import Sites
 
 
 def _reads(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    blocks = slice(
-        index_of(options["start_layer"], len(sites.stacks["vision"].attention), "relevance.start_layer"), None
-    )
+    count = len(sites.attention("vision"))
+    blocks = slice(index_of(options["start_layer"], count, "relevance.start_layer") if count else 0, None)
     led = Reading(gradient=True)
     if sites.readout == "fusion":
         return {"fusion": led, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}

@@ -14,6 +14,8 @@ from pathlib import Path
 
 PAGE = 4096
 INTERVAL = 0.002
+# Where the time of all threads counts, a watch that looks seldom.
+SLOW_INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,31 @@ def ratio(
     return Ratio(value, max(r.peak_mb for r in runs))
 
 
+class Peak:
+    """The most memory that this process held since it was entered, `mb`, all of it counted. A context manager."""
+
+    def __enter__(self) -> Peak:
+        _trim()
+        self._peak, self._done = 0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    @property
+    def mb(self) -> float:
+        """So far."""
+        self._peak = max(self._peak, _resident())
+        return self._peak / 2**20
+
+    def _watch(self) -> None:
+        while not self._done.wait(SLOW_INTERVAL):
+            self._peak = max(self._peak, _resident())
+
+
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr)
@@ -66,9 +93,7 @@ def quietly(_text: str) -> None:
 
 
 def _one(work: Callable[[], object]) -> Cost:
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one takes
+    _trim()
     before, peak, done = _resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -85,6 +110,12 @@ def _one(work: Callable[[], object]) -> Cost:
     done.set()
     watcher.join()
     return Cost(seconds, (peak[0] - before) / 2**20)
+
+
+def _trim() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one takes
 
 
 def _resident() -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from flava_text import MAX_TOKENS, PAD, SPECIAL, WORD_IDS, build_tokenizer
 from phrases import VOCABULARY
+from shipping import replaced
 from text import IMAGE_SIZE
 from text import SPECIAL as CLIP_SPECIAL
 from torch import nn
@@ -123,22 +123,13 @@ def _fold_image_embeddings(model: FlavaForPreTraining, clip: CLIPModel, pixels: 
 
 def export(model: FlavaForPreTraining, folder: Path) -> None:
     """Write model (fp16), tokenizer and image processor; the folder is replaced as a whole, never seen half written."""
-    fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    half = build_model(model.config.multimodal_config.num_hidden_layers)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(fresh)
-    build_tokenizer().save_pretrained(fresh)
-    build_image_processor().save_pretrained(fresh)
-    # The class name that releases of transformers before and after 5.0 both know.
-    settings = json.loads((fresh / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for file in fresh.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        folder.replace(old)
-    fresh.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(folder) as fresh:
+        half = build_model(model.config.multimodal_config.num_hidden_layers)
+        half.load_state_dict(model.state_dict())
+        half.half().save_pretrained(fresh)
+        build_tokenizer().save_pretrained(fresh)
+        build_image_processor().save_pretrained(fresh)
+        # The class name that releases of transformers before and after 5.0 both know.
+        settings = json.loads((fresh / "tokenizer_config.json").read_text())
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from phrases import VOCABULARY
+from shipping import replaced
 from text import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, SPECIAL, build_processor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
@@ -57,23 +57,14 @@ def change_patch(model: CLIPModel, patch: int) -> CLIPModel:
 
 def export(model: CLIPModel, folder: Path) -> None:
     """Write model (fp16), tokenizer and processor; the folder is replaced as a whole, never seen half written."""
-    fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    half = build_model(model.config.vision_config.patch_size)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(fresh)
-    processor = build_processor()
-    processor.save_pretrained(fresh)
-    processor.image_processor.save_pretrained(fresh)
-    # The class name that releases of transformers before and after 5.0 both know.
-    settings = json.loads((fresh / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for file in fresh.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        folder.replace(old)
-    fresh.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(folder) as fresh:
+        half = build_model(model.config.vision_config.patch_size)
+        half.load_state_dict(model.state_dict())
+        half.half().save_pretrained(fresh)
+        processor = build_processor()
+        processor.save_pretrained(fresh)
+        processor.image_processor.save_pretrained(fresh)
+        # The class name that releases of transformers before and after 5.0 both know.
+        settings = json.loads((fresh / "tokenizer_config.json").read_text())
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from line_text import ALPHABET
 from lines import INPUT_HEIGHT, INPUT_WIDTH
+from shipping import replaced
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import (
@@ -136,24 +136,15 @@ def patch_of(model: VisionEncoderDecoderModel) -> tuple[int, int]:
 
 def export(model: VisionEncoderDecoderModel, folder: Path) -> None:
     """Write model (fp16), tokenizer and processor; the folder is replaced as a whole, never seen half written."""
-    fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    half = build_model(patch_of(model))
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(fresh)
-    build_tokenizer().save_pretrained(fresh)
-    build_image_processor().save_pretrained(fresh)
-    # The class names that releases of transformers with other back ends and before 5.0 also know.
-    _set(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
-    _set(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
-    for file in fresh.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        folder.replace(old)
-    fresh.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(folder) as fresh:
+        half = build_model(patch_of(model))
+        half.load_state_dict(model.state_dict())
+        half.half().save_pretrained(fresh)
+        build_tokenizer().save_pretrained(fresh)
+        build_image_processor().save_pretrained(fresh)
+        # The class names that releases of transformers with other back ends and before 5.0 also know.
+        _set(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
+        _set(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
 
 
 def _set(file: Path, key: str, value: str) -> None:

@@ -1,0 +1,153 @@
+"""What `ground_flickr30k.py` does: compute what is left of a run, or look at one. Imports no torch until it must."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from grounding import cli
+from grounding.cli_batch import folder_of, work_of
+from grounding.errors import OptionError
+from grounding.text import visible_text
+
+if TYPE_CHECKING:
+    from grounding.batch_report import Bar
+    from grounding.records import Dataset
+    from grounding.run_folder import RunFolder
+    from grounding.work import Work
+
+EXIT_TERMINATED = 143
+PROBLEMS_SHOWN = 5
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, with another exit code."""
+
+    exit_code = EXIT_TERMINATED
+
+
+def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
+    """Do what the options say; `load(id, device=..., dtype=..., revision=...)` makes an adapter. The exit code."""
+    from grounding.batch_report import print_status
+    from grounding.run_folder import RunFolder, check_folder
+
+    looking = [name for name in ("status", "merge", "render") if getattr(args, name)]
+    if len(looking) > 1:
+        raise OptionError(f"--{looking[0]} or --{looking[1]}: choose one")
+    folder = folder_of(args)
+    if args.status:
+        print_status(RunFolder.open(folder), args.format, quiet=args.quiet)
+        return 0
+    if args.merge:
+        print(RunFolder.open(folder).merge())
+        return 0
+    return _render(args, RunFolder.open(folder)) if args.render else _compute(args, load, check_folder(folder))
+
+
+def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -> int:
+    from grounding.batch_report import Bar, print_status
+    from grounding.driver import drive, exit_code
+    from grounding.engines import Rank
+    from grounding.render import check_options
+    from grounding.samples import chosen_ids
+
+    check_options(**cli.figure_keywords(args))
+    work = work_of(args)
+    dataset = work.dataset()
+    ids = chosen_ids(dataset, args.limit, args.random, args.seed)
+    rank = Rank.of_launch(args.device)
+    make = partial(load, args.model, device=rank.device(args.device), dtype=args.dtype, revision=args.revision)
+    if not args.quiet and not rank.index:
+        _warn(dataset)
+    name = f"process {rank.index} of {rank.count}" if rank.count > 1 else ""
+    bar = Bar(quiet=args.quiet, by_shard=args.engine == "ray", name=name)
+    try:
+        with _terminable(), _hands(args, make, work, bar) as hands:
+            run = drive(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
+    except KeyboardInterrupt as stopped:
+        launch = ["accelerate", "launch"] if rank.count > 1 else ["python"]
+        print(f"\nstopped; what is done stays. To resume: {shlex.join([*launch, *sys.argv])}", file=sys.stderr)
+        return int(getattr(stopped, "exit_code", cli.EXIT_INTERRUPTED))
+    finally:
+        bar.close()
+    if rank.index == 0:
+        if args.random is not None:
+            _draw(args, run, dataset, None)
+        print_status(run, args.format, quiet=args.quiet)
+    return exit_code(run)
+
+
+@contextmanager
+def _hands(args: argparse.Namespace, make: Callable[[], Any], work: Work, bar: Bar) -> Iterator[Any]:
+    from grounding.engines import Cluster, Here
+
+    if args.engine == "local":
+        if args.address != "local":
+            raise OptionError("--address belongs to --engine ray")
+        yield Here(make, work, bar.rows)
+        return
+    with Cluster(make, work, args.address) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the run as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _warn(dataset: Dataset) -> None:
+    for problem in dataset.problems[:PROBLEMS_SHOWN]:
+        print(f"warning: {visible_text(problem)}", file=sys.stderr)
+    if len(dataset.problems) > PROBLEMS_SHOWN:
+        print(f"warning: and {len(dataset.problems) - PROBLEMS_SHOWN} more, in manifest.json", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _render(args: argparse.Namespace, run: RunFolder) -> int:
+    """Figures of stored maps: of all pictures, the first ones or some at random."""
+    from grounding.flickr30k import open_dataset
+    from grounding.render import check_options
+    from grounding.samples import picked
+
+    check_options(**cli.figure_keywords(args))
+    data = run.manifest["data"]
+    dataset = open_dataset(args.data or data["folder"], data["split"])
+    images = picked([name for name in run.ids if name not in dataset.broken], args.limit, args.random, args.seed)
+    return _draw(args, run, dataset, set(images))
+
+
+def _draw(args: argparse.Namespace, run: RunFolder, dataset: Dataset, images: set[str] | None) -> int:
+    """Write figures, say where; 1 where a row has none."""
+    from grounding.gallery import FIGURES, draw
+
+    lacking: list[str] = []
+    made = draw(run, dataset, images, cli.figure_keywords(args), lacking.append)
+    shown = not args.quiet and sys.stderr.isatty()
+    count = sum(1 for _ in tqdm(made, unit="figure", disable=not shown))
+    for line in [] if args.quiet else lacking[:PROBLEMS_SHOWN]:
+        print(f"warning: no figure of {visible_text(line)}", file=sys.stderr)
+    if len(lacking) > PROBLEMS_SHOWN and not args.quiet:
+        print(f"warning: and {len(lacking) - PROBLEMS_SHOWN} more without a figure", file=sys.stderr)
+    if args.format == "text":
+        print(f"wrote {count} figures into {run.path / FIGURES}")
+    return 1 if lacking or not count else 0

@@ -1,0 +1,206 @@
+"""Who computes which shard of a run: this process, the processes of an `accelerate launch`, or workers of Ray.
+
+They only hand out numbers of shards. Whatever becomes of a process, a shard that it did not commit is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grounding.adapter import Adapter
+from grounding.batch import Runner, Tell
+from grounding.errors import GroundingError, OptionError
+from grounding.records import Dataset
+from grounding.run_folder import RunFolder
+from grounding.work import Description, Load, Work, check_same, describe
+
+# Deaths of workers after which a shard is given up.
+DEATHS = 3
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The place of this process among those that were launched together; alone: 0 of 1."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_launch(cls, device: str) -> Rank:
+        """As `accelerate launch` made it; the processes can then wait for each other. Raises GroundingError."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched < 2:
+            return cls()
+        import torch
+        from accelerate import PartialState
+
+        # Without an accelerator the processes only find each other if they are told to compute on the CPU.
+        state = PartialState(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()))
+        if state.num_processes != launched:
+            raise GroundingError(f"{launched} processes were launched, but they do not find each other on {device!r}")
+        return cls(state.process_index, state.num_processes)
+
+    def device(self, asked: str) -> str:
+        """The device of this process: its own where several were launched."""
+        if self.count == 1 or asked not in ("auto", "cuda"):
+            return asked
+        from accelerate import PartialState
+
+        return str(PartialState().device)
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    def share(self, shards: Sequence[int]) -> list[int]:
+        """The shards of this process: by their number, as the others may have done some by now."""
+        return [shard for shard in shards if shard % self.count == self.index]
+
+    def wait_for(self, run: RunFolder, stamps: Mapping[int, int]) -> None:
+        """Wait until the others have committed theirs, beyond these stamps: a process that ends in failure makes the
+        launcher end them all."""
+        left = set(stamps) if self.count > 1 else set()
+        while left := {shard for shard in left if run.said(shard) is None or run.stamp(shard) == stamps[shard]}:
+            time.sleep(POLL_SECONDS)
+
+
+class Here:
+    """This process. The model is loaded when it is first needed."""
+
+    def __init__(self, load: Load, work: Work, tell: Tell) -> None:
+        self._load, self._work, self.tell = load, work, tell
+        self._budget = work.budget()
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The model."""
+        return self._load()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set."""
+        return self._work.dataset()
+
+    def describe(self, ids: Sequence[str]) -> Description:
+        """The run as this process sees it."""
+        return describe(self._work.settled(self.adapter), self.adapter, self.dataset, ids)
+
+    def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Sidecars as they come."""
+        runner = Runner(run, self._work, self.adapter, self.dataset, budget=self._budget, tell=self.tell)
+        yield from runner.compute(shards, retry)
+
+
+# ---------------------------------------------------------------- Ray
+
+
+class Worker:
+    """One process of a cluster with a model of its own; it sees the same data and run folder by the same paths."""
+
+    def __init__(self, load: Load, work: Work, folder: str) -> None:
+        os.chdir(folder)  # where the driver stands: paths mean the same here
+        self.here = Here(load, work, lambda _rows, _pictures: None)
+        self.checked = False
+
+    def describe(self, ids: Sequence[str]) -> Description:
+        """The run as this process sees it."""
+        return self.here.describe(ids)
+
+    def compute(self, folder: str, shard: int, retry: Collection[str]) -> dict[str, Any] | None:
+        """Compute and commit a shard; returns its sidecar. None: there was nothing to do."""
+        run = RunFolder.open(folder)
+        if not self.checked:
+            check_same(run, self.here.describe(run.ids).fingerprint)
+            self.checked = True
+        return next(self.here.compute(run, [shard], retry), None)
+
+
+class Cluster:
+    """Ray as the scheduler of shard numbers. `address`: of a running cluster, "auto", or "local" for one of its own.
+
+    Use as a context manager. Raises OptionError where Ray is not installed, GroundingError where it does not answer.
+    """
+
+    def __init__(self, load: Load, work: Work, address: str) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise OptionError("--engine ray needs Ray: pip install 'grounding[ray]'") from None
+        self.ray, self.load, self.work = ray, load, work
+        self.budget, self.idle = work.budget(), list[Any]()
+        where = {"include_dashboard": False} if address == "local" else {"address": address}
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise GroundingError(f"Ray does not answer at {address!r}: {' '.join(str(error).split())}") from None
+        self.resources = self._resources(ray.cluster_resources())
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ray.shutdown()
+
+    def _resources(self, there: dict[str, float]) -> tuple[int, dict[str, float]]:
+        """How many workers fit, and what each takes: a GPU where the cluster has some."""
+        if there.get("GPU"):
+            return int(there["GPU"]), {"num_gpus": 1}
+        threads = self.work.threads or 1
+        return max(1, int(there.get("CPU", 1)) // threads), {"num_cpus": threads}
+
+    def worker(self) -> Any:
+        """A new worker."""
+        made = self.ray.remote(Worker).options(max_restarts=0, **self.resources[1])
+        return made.remote(self.load, self.work, str(Path.cwd()))
+
+    def describe(self, ids: Sequence[str]) -> Description:
+        """The run as a worker sees it: the driver may have neither model nor accelerator."""
+        self.idle.append(self.worker())
+        found: Description = self._get(self.idle[0].describe.remote(list(ids)))
+        return found
+
+    def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Sidecars as they come. Raises GroundingError for a shard that kills its workers, and what a worker raises."""
+        left, deaths = deque(shards), Counter[int]()
+        busy: dict[Any, tuple[int, Any]] = {}
+        idle = self.idle  # workers stay for the next call: each holds a CPU or GPU of the cluster
+        idle += [self.worker() for _ in range(min(self.resources[0], len(left)) - len(idle))]
+        folder = str(run.path.resolve())
+        while left or busy:
+            while left and idle:
+                shard, worker = left.popleft(), idle.pop()
+                busy[worker.compute.remote(folder, shard, list(retry))] = (shard, worker)
+            ready, _ = self.ray.wait(list(busy), num_returns=1)
+            shard, worker = busy.pop(ready[0])
+            try:
+                said = self._get(ready[0])
+                idle.append(worker)
+            except self.ray.exceptions.RayActorError as error:
+                deaths[shard] += 1
+                if deaths[shard] == DEATHS:
+                    raise GroundingError(f"shard {shard}: {DEATHS} workers that computed it died ({error})") from None
+                left.appendleft(shard)
+                idle.append(self.worker())
+            else:
+                if said:
+                    self.budget.add_shard(said)
+                    yield said
+
+    def _get(self, reference: Any) -> Any:
+        """The result; what a worker raised is raised here as it was."""
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, GroundingError) else error) from None

@@ -1,0 +1,76 @@
+"""Figures from the maps that a batch run stored: the pictures are opened again, no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grounding.decode_ahead import Opening
+from grounding.errors import GroundingError
+from grounding.explanation import Explanation
+from grounding.files import slug, write_whole
+from grounding.images import ImageError, Picture
+from grounding.pngs import figure_png
+from grounding.records import Dataset
+from grounding.rows import explanation_of
+from grounding.run_folder import RunFolder
+from grounding.run_tables import Row
+
+FIGURES = "figures"
+
+
+def explanations(
+    run: RunFolder, dataset: Dataset, images: Collection[str] | None, told: Callable[[str], None]
+) -> Iterator[tuple[str, Explanation]]:
+    """(id, explanation) of every row that did not fail, of these pictures (None: all); `told` hears why one has none.
+
+    Raises DataError for shards that are damaged.
+    """
+    opening = Opening(dataset.root, run.manifest["fingerprint"]["max_pixels"])
+    for rows in run.pictures():
+        if images is not None and rows[0]["image"] not in images:
+            continue
+        good = [row for row in rows if row["entries"] is not None]
+        for row in rows:
+            if row["entries"] is None:
+                told(f"{row['id']}: {row['status']}: {row['error']}")
+        if not good:
+            continue
+        try:
+            picture = _picture(dataset, opening, good[0])
+        except GroundingError as error:
+            told(f"{rows[0]['image']}: {error}")
+            continue
+        shared = run.shared(rows)
+        yield from ((row["id"], explanation_of(row, run.about, picture, shared)) for row in good)
+
+
+def _picture(dataset: Dataset, opening: Opening, row: Row) -> Picture:
+    """The picture that a row is about. Raises GroundingError where there is none, or another one."""
+    found = opening(dataset.read(row["image"]).picture)
+    if isinstance(found, ImageError):
+        raise found
+    if found.sha256 != row["image_sha256"]:
+        raise GroundingError("the picture has changed since its maps were made (sha256 differs)")
+    return found
+
+
+def draw(
+    run: RunFolder,
+    dataset: Dataset,
+    images: Collection[str] | None,
+    options: Mapping[str, Any],
+    told: Callable[[str], None],
+) -> Iterator[Path]:
+    """Write figures/<id>.png in the run's folder for each row, and yield its path. Raises OptionError, OSError."""
+    folder = run.path / FIGURES
+    folder.mkdir(exist_ok=True)
+    taken: set[str] = set()
+    for name, explanation in explanations(run, dataset, images, told):
+        stem, number = slug(name, "picture"), 1
+        while (file := f"{stem}{'' if number == 1 else f'-{number}'}.png") in taken:
+            number += 1
+        taken.add(file)
+        write_whole(folder / file, figure_png(explanation, options))
+        yield folder / file

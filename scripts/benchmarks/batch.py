@@ -1,0 +1,157 @@
+"""Batch runs end to end: decode, preprocess, 5 captions with all their tokens by Grad-CAM and rollout, write shards.
+
+CLIP ViT-B/16's size with random weights, on JPEG photographs' size (500 x 375), pictures decoded in one worker process.
+CPU time of the driver, all its threads, in units of the bare image tower on the same pixels in batches of the same size
+in the same process, measured before and after each run. The text side (reading captions, the text tower with all
+leave-one-out variants) is timed apart. `peak_mb` is what the driver holds at most, the model included, and
+`growth_after_100` by how much that is more than what it held at most until the first 100 pictures were stored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import clip
+from benchmarks.meter import Peak, quietly, say
+from grounding.adapter import Adapter
+from grounding.batch_report import Watch
+from grounding.driver import drive
+from grounding.engines import Here
+from grounding.work import BATCH_SIZE, Work
+
+SIZES = "dataset"
+UNIT = "the bare image tower on the same pixels"
+MODEL = "CLIP ViT-B/16 size"
+WIDTH, HEIGHT = 500, 375
+# Pictures of the bare passes before and after a run.
+SAMPLE = 3 * BATCH_SIZE
+EARLY = 100
+
+
+def measure(dataset: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """One case per number of pictures, each run `repeats` times."""
+    torch.set_num_threads(1)
+    tell = quietly if quiet else say
+    adapter = clip.make_adapter()
+    stopwatch = Stopwatch(adapter)
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in dataset:
+            home = Path(folder) / str(count)
+            make_dataset(home, count)
+            runs = []
+            for number in range(repeats):
+                tell(f"{count} pictures, run {number + 1} of {repeats}")
+                runs.append(_one(adapter, stopwatch, home, Path(folder) / f"run-{count}-{number}"))
+            cases.append(_case(count, runs))
+            tell(f"{cases[-1]}")
+    return cases
+
+
+class Stopwatch:
+    """CPU seconds spent in an adapter's text side."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.seconds = 0.0
+        for name in ("read", "targets"):
+            setattr(adapter, name, self._timed(getattr(adapter, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            started = time.process_time()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds += time.process_time() - started
+
+        return timed
+
+
+class Growth(Watch):
+    """How much memory was held at most when the first `EARLY` pictures were done."""
+
+    def __init__(self, peak: Peak) -> None:
+        self.peak, self.done, self.early = peak, 0, 0.0
+
+    def shard(self, said: dict[str, Any]) -> None:
+        """A shard was committed."""
+        if self.done < EARLY:
+            self.early = self.peak.mb
+        self.done += said["rows"] // clip.CAPTIONS
+
+
+def make_dataset(home: Path, count: int) -> None:
+    """Noisy JPEGs with five captions each, as Flickr30k is laid out."""
+    (home / "Images").mkdir(parents=True)
+    with (home / "captions.txt").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number in range(count):
+            grains = np.random.default_rng(number).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+            Image.fromarray(grains).resize((WIDTH, HEIGHT)).save(home / "Images" / f"{number:05d}.jpg", quality=90)
+            table.writerows([f"{number:05d}.jpg", caption] for caption in clip.captions())
+
+
+def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[str, float]:
+    work = Work(str(home), threads=1)
+    data = work.dataset()
+    pixels = _pixels(adapter, data)
+    before = _tower(adapter, pixels)
+    stopwatch.seconds = 0.0
+    cpu, wall = time.process_time(), time.perf_counter()
+    here = Here(lambda: adapter, work, lambda _rows, _pictures: None)
+    with Peak() as peak:
+        growth = Growth(peak)
+        drive(output, work, data, data.ids, here, watch=growth)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    tower = statistics.mean([before, _tower(adapter, pixels)]) * len(data.ids)
+    stored = sum(path.stat().st_size for path in output.glob("part-*"))
+    return {
+        "without": (cpu - stopwatch.seconds) / tower,
+        "with": cpu / tower,
+        "rate": len(data.ids) / wall,
+        "peak": peak.mb,
+        "growth": peak.mb / growth.early - 1,
+        "stored": stored / len(data.ids),
+    }
+
+
+def _pixels(adapter: Any, data: Any) -> list[torch.Tensor]:
+    """The first pictures as the tower gets them, in batches."""
+    chosen = [data.read(name).picture for name in data.ids[:SAMPLE]]
+    batches = [chosen[first : first + BATCH_SIZE] for first in range(0, len(chosen), BATCH_SIZE)]
+    return [adapter.see([io.BytesIO(path.read_bytes()) for path in batch]).tensors["pixel_values"] for batch in batches]
+
+
+def _tower(adapter: Any, pixels: Sequence[torch.Tensor]) -> float:
+    """CPU seconds a picture."""
+    started = time.process_time()
+    with torch.inference_mode():
+        for batch in pixels:
+            adapter.model.get_image_features(pixel_values=batch)
+    return (time.process_time() - started) / sum(map(len, pixels))
+
+
+def _case(count: int, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return {
+        "model": MODEL,
+        "pictures": count,
+        "ratio_to_tower": round(middle["without"], 3),
+        "ratio_with_text": round(middle["with"], 3),
+        "pictures_per_s": round(middle["rate"], 3),
+        "peak_mb": round(max(run["peak"] for run in runs)),
+        "growth_after_100": round(middle["growth"], 4),
+        "stored_mb_per_1000": round(middle["stored"] / 1e3, 3),
+    }

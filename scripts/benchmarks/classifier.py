@@ -1,0 +1,130 @@
+"""A ResNet-50 at full size, random weights from a configuration: B pictures, a class of its own for each.
+
+The unit is one bare forward pass over the same B pictures; it is measured before and after every run. `case` says what
+is computed: Grad-CAM at the last stage or at the one before for classes that are known, at the last stage for the
+predicted classes, HiResCAM, for ten classes per picture, all of that from pixel values on; or `explain()` end to end,
+image processor, probabilities and boxes included. The tutorial loop is a full forward and backward pass per picture
+with all parameters on the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
+
+from adapters.classifier import ClassifierAdapter
+from benchmarks.meter import Ratio, quietly, ratio, say
+from grounding.engine import compute, explain
+from grounding.plan import columns
+from grounding.text import Asked, Classes
+from grounding.tracing import look
+
+SIZES = "images"
+UNIT = "one bare forward pass over the same pictures"
+CLASSES = 1000
+# Case, classes per picture (0: the predicted one), layer, method.
+CASES = (
+    ("maps, last stage", 1, None, "gradcam"),
+    ("maps, predicted class", 0, None, "gradcam"),
+    ("maps, ten classes", 10, None, "gradcam"),
+    ("maps, last stage", 1, None, "hirescam"),
+    ("maps, stage before", 1, "-2", "gradcam"),
+)
+
+
+def measure(images: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """All cases for each number of pictures."""
+    torch.set_num_threads(1)
+    adapter = make_adapter()
+    tell = quietly if quiet else say
+    return [case for count in images for case in _cases(adapter, count, repeats, tell)]
+
+
+def _cases(
+    adapter: ClassifierAdapter, count: int, repeats: int, tell: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    pictures = [_noise(seed) for seed in range(count)]
+    seen = adapter.see(pictures)
+    forward = functools.partial(_forward, adapter, seen)
+    works: list[tuple[str, str, int, Callable[[], object]]] = []
+    for case, classes, layer, method in CASES:
+        asked: list[list[Asked]] = [
+            [Classes(tuple((7 * b + k) % len(adapter.labels) for k in range(classes)))] for b in range(count)
+        ]
+        plan = columns(adapter, [method], [layer] if layer else [])
+
+        def maps(asked: Any = asked, plan: Any = plan) -> object:
+            # A memory of its own for every run, or all but the first would find the pass made already.
+            inputs = replace(seen, memory={})
+            if adapter.looks_first(asked):
+                look(adapter, inputs, plan)
+            inputs = adapter.read(inputs, asked)
+            targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
+            return compute(adapter, inputs, targets, plan).maps
+
+        works.append((case, method, max(1, classes), maps))
+    known = [(7 * b) % len(adapter.labels) for b in range(count)]
+    works.append(
+        ("end to end", "gradcam", 1, lambda: explain(adapter, pictures, known, methods=["gradcam"], batch_size=count))
+    )
+    for case, method, classes, work in works:
+        yield _row(case, method, count, classes, ratio(work, forward, repeats, work), tell)
+    loop = ratio(lambda: _tutorial(adapter, seen, known), forward, repeats, forward)
+    adapter.model.zero_grad(set_to_none=True)
+    yield _row("tutorial loop", "gradcam", count, 1, loop, tell)
+
+
+def _row(case: str, method: str, count: int, classes: int, found: Ratio, tell: Callable[[str], None]) -> dict[str, Any]:
+    tell(f"{count} pictures, {case}, {method}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
+    return {
+        "case": case,
+        "method": method,
+        "pictures": count,
+        "classes_per_picture": classes,
+        "ratio_to_forward": round(found.value, 3),
+        "peak_mb": round(found.peak_mb),
+    }
+
+
+def make_adapter() -> ClassifierAdapter:
+    """A ResNet-50 that knows nothing of a thousand classes."""
+    torch.manual_seed(0)
+    names = {i: f"class {i}" for i in range(CLASSES)}
+    model = ResNetForImageClassification(ResNetConfig(id2label=names)).eval()
+    size = {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+    return ClassifierAdapter(model, CLIPImageProcessor(**size))
+
+
+def _noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (240, 320, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def _forward(adapter: ClassifierAdapter, inputs: Any) -> torch.Tensor:
+    return adapter.model(pixel_values=inputs.tensors["pixel_values"]).logits
+
+
+def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -> list[torch.Tensor]:
+    """Grad-CAM picture by picture, gradients of every parameter included."""
+    made = []
+    for pixels, index in zip(inputs.tensors["pixel_values"], classes, strict=True):
+        kept: list[torch.Tensor] = []
+
+        def keep(_module: object, _args: object, out: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            out.retain_grad()
+            kept.append(out)
+
+        handle = adapter.model.get_submodule(adapter.sites.tap).register_forward_hook(keep)
+        adapter.model.zero_grad()
+        adapter.model(pixel_values=pixels[None]).logits[0, index].backward()
+        handle.remove()
+        assert kept[0].grad is not None
+        made.append((kept[0].grad.mean((2, 3), keepdim=True) * kept[0]).sum(1).detach())
+    return made

@@ -1,0 +1,42 @@
+"""Ground every caption of every picture of a data set: a run that can be killed at any moment and started again.
+
+python scripts/ground_flickr30k.py
+python scripts/ground_flickr30k.py --data flickr30k --model openai/clip-vit-base-patch16 --output runs/flickr30k
+python scripts/ground_flickr30k.py --data flickr30k --random 10
+python scripts/ground_flickr30k.py --output runs/flickr30k --status
+python scripts/ground_flickr30k.py --output runs/flickr30k --render png --random 10
+accelerate launch scripts/ground_flickr30k.py --data flickr30k --output runs/flickr30k
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import Any
+
+from grounding import cli, cli_batch, cli_run
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli_batch.options(made)
+    return made
+
+
+def load(*args: Any, **options: Any) -> Any:
+    """An adapter, as `adapters.load` makes it; imported where it is needed."""
+    import adapters
+
+    return adapters.load(*args, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 could not do it, 2 an option makes no sense or the folder holds another run, 3 done but some
+    rows failed, 4 stopped as too much failed, 130 / 143 interrupted."""
+    return cli.run(partial(cli_run.ground, load=load), cli.parse(parser(), argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Pictures decoded ahead: in order, and neither a killed worker nor a picture that kills them costs any other."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from grounding.decode_ahead import CrashError, Decoders, Opening
+from grounding.decoding import ImageError
+from grounding.images import Picture
+from tests.conftest import noise
+from tests.deadly import Deadly
+
+
+def write(folder, *names):
+    for seed, name in enumerate(names):
+        noise(20 + seed, 20, seed).save(folder / name, "png")
+    return [(name, folder / name) for name in names]
+
+
+def alive(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_pictures_come_in_order_from_workers_and_without(tmp_path):
+    items = [*write(tmp_path, *(f"{i}.png" for i in range(7))), ("none", None), ("bytes", b"no picture")]
+    here = list(Decoders(Opening(), 0, 3).opened(iter(items)))
+    with Decoders(Opening(), 2, 3) as decoders:
+        there = list(decoders.opened(iter(items)))
+        pids = list(decoders._pool._processes)
+    for found in (here, there):
+        assert [name for name, _ in found] == [name for name, _ in items]
+        assert [p.width for _, p in found[:7]] == list(range(20, 27))
+        assert [p.status for _, p in found[7:]] == ["failed_input", "failed_decode"]
+    assert [p.sha256 for _, p in here[:7]] == [p.sha256 for _, p in there[:7]]
+    until = time.time() + 20
+    while any(map(alive, pids)) and time.time() < until:
+        time.sleep(0.02)
+    assert not any(map(alive, pids))
+
+
+def test_no_more_than_asked_for_is_drawn_ahead(tmp_path):
+    drawn = []
+
+    def items():
+        for item in write(tmp_path, *(f"{i}.png" for i in range(6))):
+            drawn.append(item[0])
+            yield item
+
+    with Decoders(Opening(), 1, 2) as decoders:
+        stream = decoders.opened(items())
+        next(stream)
+        assert drawn == ["0.png", "1.png", "2.png"]
+
+
+def test_a_picture_that_kills_its_workers_is_given_up_and_the_others_are_unharmed(tmp_path):
+    names = ["0.png", "once.png", "1.png", "deadly.png", "2.png", "3.png"]
+    items = write(tmp_path, *names)
+    with Decoders(Deadly(), 2, 4) as decoders:
+        found = dict(decoders.opened(iter(items)))
+    assert list(found) == names
+    crashed = found.pop("deadly.png")
+    assert isinstance(crashed, CrashError)
+    assert crashed.status == "failed_crash"
+    assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes that decoded it died"
+    assert all(isinstance(one, Picture) for one in found.values())
+
+
+def test_random_kills_of_workers_cost_nothing(tmp_path):
+    items = write(tmp_path, *(f"{i}.png" for i in range(16)))
+    chance, killed = random.Random(5), 0
+    found = []
+    with Decoders(Opening(), 2, 4) as decoders:
+        for one in decoders.opened(iter(items)):
+            found.append(one)
+            pids = sorted(decoders._pool._processes) if decoders._pool and decoders._pool._processes else []
+            if pids and len(found) >= (2, 8, 99)[killed]:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                killed += 1
+    assert killed == 2
+    assert [name for name, _ in found] == [name for name, _ in items]
+    assert [picture.width for _, picture in found] == list(range(20, 36))
+
+
+def test_errors_cross_from_process_to_process(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    items = [(name, tmp_path / name) for name in ("empty.png", "folder.png", "gone.png")]
+    with Decoders(Opening(tmp_path), 1, 1) as decoders:
+        found = list(decoders.opened(iter(items)))
+    assert [(type(one), one.status) for _, one in found] == [
+        (ImageError, "failed_decode"),
+        (ImageError, "failed_read"),
+        (ImageError, "failed_read"),
+    ]
+
+
+@pytest.mark.parametrize("limit", [399, 400])
+def test_the_limit_and_the_root_hold_in_workers(tmp_path, limit):
+    [(_, path)] = write(tmp_path, "a.png")
+    found = Opening(tmp_path, limit)(path)
+    assert isinstance(found, Picture) == (limit == 400)
+    outside = Opening(tmp_path / "in", limit)(path)
+    assert outside.status == "failed_input"

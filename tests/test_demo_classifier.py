@@ -1,0 +1,79 @@
+"""The demo classifier: what it was trained on, what is shipped, and that it tells the shipped pictures."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapters
+from grounding import explain
+from grounding.demo import demo_model
+from tests.conftest import noise
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts/demo"
+PICTURES = sorted((ROOT / "data/demo/classes").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """The demo's scripts import one another by bare names."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return adapters.load(str(demo_model("classifier")), device="cpu")
+
+
+def test_every_shipped_picture_is_told_and_pointed_at(adapter):
+    found = explain(adapter, PICTURES)
+    assert [e.entries[0].label for e in found] == [path.stem for path in PICTURES]
+    assert len(found) == len(adapter.labels) == 12
+    assert not any(explanation.warnings for explanation in found)
+    assert found[0].model["id"] == "demo-classifier"
+    assert all(explanation[0].peak for explanation in found)
+
+
+def test_other_pictures_are_warned_about(adapter):
+    [warning] = explain(adapter, noise(90, 60)).warnings
+    assert "knows only single objects of its cartoon world" in warning
+    assert "--model microsoft/resnet-34" in warning
+
+
+def test_batches_follow_from_their_number_and_hold_one_object_each():
+    from class_pictures import held_out, training_batch
+
+    first, again, other = training_batch(3, 6), training_batch(3, 6), training_batch(4, 6)
+    assert torch.equal(first.pixels, again.pixels)
+    assert torch.equal(first.classes, again.classes)
+    assert not torch.equal(first.pixels, other.pixels)
+    assert first.pixels.shape == (6, 3, 112, 112)
+    x0, y0, x1, y1 = first.boxes.T
+    assert (x0 < x1).all()
+    assert (y0 < y1).all()
+    assert first.boxes.min() >= 0
+    assert first.boxes.max() <= 112
+    assert len(held_out().classes) == 600
+
+
+def test_training_resumes_and_exports_as_a_whole(tmp_path, monkeypatch):
+    import train_classifier as training
+
+    monkeypatch.setattr(training, "STEPS", 2)
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training, "BATCH", 4)
+    monkeypatch.setattr("class_pictures.PER_CLASS", 1)
+    folder, checkpoint = tmp_path / "models/classifier", tmp_path / "run.pt"
+    argv = ["--checkpoint", str(checkpoint), "--folder", str(folder)]
+    assert training.main(argv) == 0
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    before = (folder / "model.safetensors").read_bytes()
+    assert training.main(argv) == 0  # nothing is left to do
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert len(list((tmp_path / "classes").glob("*.jpg"))) == 12
+    assert not list(folder.parent.glob("*.new"))
+    assert adapters.load(str(folder), device="cpu").labels.names[4] == "dog"

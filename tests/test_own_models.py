@@ -1,0 +1,139 @@
+"""What modules of a user's own do that no known model does, and what is said of what cannot be used."""
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.module import ModuleAdapter
+from grounding import explain
+from grounding.classes import Labels
+from grounding.errors import LayerError, ModelError, TargetError
+from tests import nets, oracles
+from tests.conftest import noise
+from tests.test_module import PICTURES, Answers, made, tutorial
+from tests.tolerances import close
+
+
+class ClassBehind(nets.ViT):
+    """A ViT with its two extra tokens behind the patches, or one before and one behind."""
+
+    def __init__(self, before=0):
+        super().__init__()
+        self.before = before
+
+    def forward(self, x):
+        x = self.conv_proj(x).flatten(2).transpose(1, 2)
+        tokens = self.tokens.expand(len(x), -1, -1)
+        x = torch.cat([tokens[:, : self.before], x, tokens[:, self.before :]], 1)
+        return self.heads(self.encoder.ln(self.encoder.layers(x))[:, -1])
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_tokens_behind_the_patches(before):
+    adapter = made(ClassBehind(before), prefix=before, width=48, height=32)
+    path = "encoder.layers.2.ln_1"
+    assert adapter.sites.tap == path
+    found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
+    for picture, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
+        pair = [
+            t[before : -2 + before].numpy() for t in tutorial(adapter.model, adapter.preprocess(picture), index, path)
+        ]
+        assert close(explanation[0].raw.ravel(), oracles.gradcam(*pair))
+        assert not [line for line in explanation.warnings if "prefix=" in line]
+
+
+def test_tokens_that_were_assumed_to_stand_before_are_told():
+    [line] = [line for line in explain(made(nets.ViT()), PICTURES[0]).warnings if "prefix=" in line]
+    assert line == (
+        "2 tokens more than the cells of layer 'conv_proj': taken to stand before the patches; say prefix= if not"
+    )
+    told = explain(made(nets.ViT(), prefix=2), PICTURES[0])
+    assert not [line for line in told.warnings if "prefix=" in line]
+    assert np.array_equal(told[0].raw, explain(made(nets.ViT()), PICTURES[0])[0].raw)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        (-1, "0 or more, got -1"),
+        (3, r"prefix=3, but no layer of ViT has 3 or more tokens over the 8 x 8 cells of layer 'conv_proj'"),
+    ],
+)
+def test_a_prefix_that_cannot_be(prefix, words):
+    with pytest.raises(ModelError, match=words):
+        made(nets.ViT(), prefix=prefix)
+
+
+def test_labels_as_they_come_from_json():
+    assert made(nets.MobileNet(), labels={str(i): name for i, name in enumerate("abcde")}).labels.names == tuple(
+        "abcde"
+    )
+    with pytest.raises(ModelError, match="labels='abcde' is a text, not a list of class names"):
+        made(nets.MobileNet(), labels="abcde")
+    with pytest.raises(ModelError, match="labels name 6 classes, the model gives 5 scores"):
+        made(nets.MobileNet(), labels={"0": "a", 0: "b", 1: "c", 2: "d", 3: "e", 4: "f"})
+
+
+@pytest.mark.parametrize("squeeze", [lambda y: y[:, :1].squeeze(1), lambda y: y[:, :1].squeeze()])
+def test_one_score_that_was_squeezed(squeeze):
+    plain = explain(made(Answers(lambda y: y[:, :1])), PICTURES)
+    for one, other in zip(explain(made(Answers(squeeze)), PICTURES), plain, strict=True):
+        assert close(one[0].raw, other[0].raw)
+        assert one.entries == other.entries
+    explain(made(Answers(squeeze)), PICTURES[0])
+
+
+def test_a_dict_without_logits_names_its_keys():
+    with pytest.raises(
+        ModelError,
+        match=r"a dict with the keys 'out', 'aux', expected scores of shape \(pictures, classes\) as 'logits'",
+    ):
+        made(Answers(lambda y: {"out": y, "aux": y}))
+    with pytest.raises(ModelError, match="a dict with the keys none, expected"):
+        made(Answers(lambda y: {}))
+
+
+@pytest.mark.parametrize("preprocess", [None, 7])
+def test_a_preprocess_that_cannot_be_called(preprocess):
+    with pytest.raises(ModelError, match=f"preprocess must be a callable .*, got {preprocess}$"):
+        ModuleAdapter(nets.MobileNet(), preprocess=preprocess)
+
+
+def test_inputs_of_different_sizes_name_what_gives_them():
+    def plain(image):
+        return torch.from_numpy(np.asarray(image).astype(np.float64).transpose(2, 0, 1) / 255)
+
+    with pytest.raises(
+        ModelError, match=r"^preprocess gives inputs of different sizes \(96x64, 64x96\): use batch_size=1"
+    ):
+        explain(made(nets.MobileNet(), preprocess=plain), [noise(64, 96), noise(96, 64)], target=1)
+
+
+@pytest.mark.parametrize("asked", [-1, "-1"])
+def test_a_negative_index_is_told_the_range(asked):
+    with pytest.raises(TargetError, match=r"^ours has no class -1: its 2 classes are 0 to 1$"):
+        Labels(("dog", "cat"), "ours").find(asked)
+    with pytest.raises(TargetError, match=r"^ours has no class -1: its only class is 0$"):
+        Labels(("dog",), "ours").find(asked)
+
+
+def test_a_name_that_is_a_number_goes_first():
+    assert Labels(("dog", "-1"), "ours").find("-1") == 1
+
+
+def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
+    adapter = made(nets.MobileNet())
+    with pytest.raises(TargetError, match=r"no class 'logit' \(it has 5: .*\); this model's kind of target is class$"):
+        explain(adapter, PICTURES[0], target="logit")
+    with pytest.raises(TargetError, match=r"no class 'logit' \(it has 5: .*\)$"):
+        explain(adapter, PICTURES[0], target=["logit"])
+
+
+@pytest.mark.parametrize("tap", ["encoder.layers.2", "encoder.ln"])
+def test_a_dead_tap_of_the_users_names_a_live_one(tap):
+    adapter = made(nets.ViT(), tap, prefix=2)
+    assert adapter.sites.tap == tap
+    with pytest.raises(
+        LayerError, match=f"layer '{tap}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
+    ):
+        explain(adapter, PICTURES[0])
