@@ -1,35 +1,40 @@
 """Pictures decoded ahead in worker processes while the model works. Imports no torch: the workers stay small.
 
-A worker may die of a picture (a fault in a decoder, memory). That is noticed, the workers are replaced, and the
-pictures that were under way are tried again one at a time; one that kills two processes so is given up. Workers leave
-by themselves when the process that started them is gone, however it went.
+Each worker has a pipe of its own and opens one picture at a time, so a worker that dies of a picture (a fault in a
+decoder, memory) is noticed at once and names the picture: it is tried again in a new one, and one that kills two is
+given up. No other picture notices. A pool of the standard library cannot do that: one death ends all its workers, and
+a task handed in at that moment, or the wait for the pool's end, may never come back (Python 3.11). Workers leave by
+themselves when the process that started them is gone, however it went, as their pipe ends then.
 """
 
 from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from grounding.decoding import MAX_PIXELS, ImageError
+from grounding.errors import GroundingError
 from grounding.images import Picture, open_image
 
-# Deaths of processes of its own after which a picture is given up.
+# Deaths of processes that were opening it after which a picture is given up.
 DEATHS = 2
+# Processes in a row that died before they were ready for a picture after which none will be.
+STARTS = 4
 T = TypeVar("T")
 # None: nothing to open, for items that only keep their place.
 Source = Path | bytes | None
+Opened = Picture | ImageError
 
 
 class CrashError(ImageError):
@@ -46,7 +51,7 @@ class Opening:
     root: Path | None = None
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, source: Source) -> Picture | ImageError:
+    def __call__(self, source: Source) -> Opened:
         """The picture, or why there is none."""
         if source is None:
             return ImageError("there is no picture", "failed_input")
@@ -61,97 +66,147 @@ class Opening:
 class Decoders(Generic[T]):
     """`workers` processes that open pictures, at most `ahead` beyond the one that is asked for; 0: none, in this one.
 
-    Use as a context manager. Not safe in threads.
+    Use as a context manager. One thread each waits for a worker, starts it at its first picture and replaces it when it
+    dies.
     """
 
     def __init__(self, opening: Opening, workers: int, ahead: int) -> None:
         self.opening, self.workers, self.ahead = opening, workers, max(ahead, 1)
-        self._pool: ProcessPoolExecutor | None = None
-        self._careful: ProcessPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(max(workers, 1), initializer=_uninterrupted)
+        self._own = threading.local()
+        self._lock = threading.Lock()  # of the two below
+        self._alive: set[_Worker] = set()
+        self._closed = False
 
     def __enter__(self) -> Decoders[T]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _stop(self._pool)
-        _stop(self._careful)
-        self._pool = self._careful = None
+        with self._lock:
+            self._closed = True
+            for worker in self._alive:
+                worker.kill()
+        self._threads.shutdown(cancel_futures=True)
 
-    def opened(self, items: Iterable[tuple[T, Source]]) -> Iterator[tuple[T, Picture | ImageError]]:
-        """(item, picture or why there is none) in order; items are drawn ahead of what is yielded."""
+    @property
+    def pids(self) -> list[int]:
+        """The processes that there are at the moment."""
+        with self._lock:
+            return sorted(worker.pid for worker in self._alive)
+
+    def opened(self, items: Iterable[tuple[T, Source]]) -> Iterator[tuple[T, Opened]]:
+        """(item, picture or why there is none) in order; items are drawn ahead of what is yielded.
+
+        Raises GroundingError where no worker starts, and whatever opening a picture raised that it should not.
+        """
         if not self.workers:
             yield from ((item, self.opening(source)) for item, source in items)
             return
-        waiting: deque[_Waiting[T]] = deque()
+        waiting: deque[tuple[T, Future[Opened]]] = deque()
         for item, source in items:
-            waiting.append(self._submit(item, source))
+            waiting.append((item, self._submit(source)))
             if len(waiting) > self.ahead:
-                yield self._finished(waiting.popleft())
+                yield _finished(*waiting.popleft())
         while waiting:
-            yield self._finished(waiting.popleft())
+            yield _finished(*waiting.popleft())
 
-    def _submit(self, item: T, source: Source) -> _Waiting[T]:
-        pool = self._pool = self._pool or _pool(self.workers)
-        try:
-            return _Waiting(item, source, pool, pool.submit(self.opening, source))
-        except BrokenProcessPool:  # just found dead: it will be tried alone
-            return _Waiting(item, source, pool, None)
+    def _submit(self, source: Source) -> Future[Opened]:
+        return self._threads.submit(self._open, source)
 
-    def _finished(self, one: _Waiting[T]) -> tuple[T, Picture | ImageError]:
-        with suppress(BrokenProcessPool):
-            if one.future is not None:
-                return one.item, one.future.result()
-        if self._pool is one.pool:
-            _stop(self._pool)
-            self._pool = None
-        return one.item, self._alone(one.source)
-
-    def _alone(self, source: Source) -> Picture | ImageError:
-        """Open a picture in a process that does nothing else meanwhile, as it may have killed others."""
+    def _open(self, source: Source) -> Opened:
+        """Open a picture in this thread's worker; in a new one where that dies of it."""
         for _ in range(DEATHS):
-            self._careful = self._careful or _pool(1)
+            worker = self._worker()
             try:
-                found: Picture | ImageError = self._careful.submit(self.opening, source).result()
-            except BrokenProcessPool:
-                _stop(self._careful)
-                self._careful = None
-            else:
-                return found
+                found = worker.open(source)
+            except (EOFError, OSError):
+                self._bury(worker)
+                continue
+            if isinstance(found, Exception) and not isinstance(found, ImageError):
+                raise found
+            return found
         name = "a picture of the data set" if isinstance(source, bytes) else repr(str(source))
         return CrashError(f"{name}: {DEATHS} processes that decoded it died")
 
+    def _worker(self) -> _Worker:
+        """This thread's worker, ready for a picture."""
+        for _ in range(STARTS):
+            worker: _Worker | None = getattr(self._own, "worker", None)
+            if worker is None:
+                with self._lock:
+                    if self._closed:
+                        raise CancelledError
+                    worker = self._own.worker = _Worker(self.opening)
+                    self._alive.add(worker)
+            with suppress(EOFError, OSError):
+                worker.wait()
+                return worker
+            self._bury(worker)
+        raise GroundingError(
+            f"{STARTS} processes for decoding pictures died before they had one; say --workers 0 (or workers=0) to "
+            "decode in the main process, and see what it says"
+        )
 
-@dataclass(frozen=True)
-class _Waiting(Generic[T]):
-    """A picture under way; no future where the workers were found dead."""
-
-    item: T
-    source: Source
-    pool: ProcessPoolExecutor
-    future: Future[Any] | None
-
-
-def _stop(pool: ProcessPoolExecutor | None) -> None:
-    if pool is not None:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawn, as a fork of a process with threads (torch has them) may hang. Not multiprocessing.Pool: it waits for ever
-    # for the result of a worker that was killed.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
-
-
-def _start() -> None:
-    """Ctrl-C is the driver's to answer; a worker goes when the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    driver = multiprocessing.parent_process()
-    assert driver is not None
-    threading.Thread(target=_leave_with, args=(driver.sentinel,), daemon=True).start()
+    def _bury(self, worker: _Worker) -> None:
+        worker.kill()
+        self._own.worker = None
+        with self._lock:
+            self._alive.discard(worker)
 
 
-def _leave_with(sentinel: Any) -> None:
-    wait([sentinel])
-    os._exit(1)
+def _uninterrupted() -> None:
+    """Ctrl-C is the main thread's to answer; what this thread starts has it blocked from its first moment on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _finished(item: T, future: Future[Opened]) -> tuple[T, Opened]:
+    return item, future.result()
+
+
+class _Worker:
+    """A process that opens pictures, and this process's end of the pipe to it."""
+
+    def __init__(self, opening: Opening) -> None:
+        # Spawn, as a fork of a process with threads (torch has them) may hang.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, opening), daemon=True)
+        try:
+            self._process.start()
+        finally:
+            theirs.close()  # with the only other end in the worker, its death ends the pipe
+        self.pid = self._process.pid or 0
+        self._ready = False
+
+    def wait(self) -> None:
+        """Until it is ready for a picture. Raises EOFError or OSError where it died."""
+        if not self._ready:
+            self._pipe.recv()
+            self._ready = True
+
+    def open(self, source: Source) -> Picture | Exception:
+        """What opening gave or raised. Raises EOFError or OSError where the worker died."""
+        self._pipe.send(source)
+        found: Picture | Exception = self._pipe.recv()
+        return found
+
+    def kill(self) -> None:
+        """End it at once: a worker holds nothing that has to be put away."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Connection, opening: Opening) -> None:
+    """What a worker does until the pipe ends: the process that started it is gone, or has no more pictures."""
+    with suppress(EOFError, OSError):
+        pipe.send(None)
+        while True:
+            pipe.send(_tried(opening, pipe.recv()))
+
+
+def _tried(opening: Opening, source: Source) -> Picture | Exception:
+    try:
+        return opening(source)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked gets it
+        error.add_note(traceback.format_exc())  # the place is lost between processes
+        return error

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from grounding.decode_ahead import Opening
 
@@ -15,3 +16,24 @@ class Deadly(Opening):
             seen.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(source)
+
+
+class Stuck(Opening):
+    """Never comes back."""
+
+    def __call__(self, source):
+        time.sleep(3600)
+
+
+class Faulty(Opening):
+    """Has a fault of its own."""
+
+    def __call__(self, source):
+        raise RuntimeError("a fault in the code")
+
+
+class Unloadable(Opening):
+    """Ends the process that unpacks it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)

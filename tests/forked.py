@@ -39,7 +39,7 @@ def nth(owner, name, number, act, *, after=False):
 
 def kill_worker(decoders, *_):
     """Kill one of the processes that decode, whichever."""
-    for pid in list(decoders._pool._processes if decoders._pool else ())[:1]:
+    for pid in decoders.pids[:1]:
         os.kill(pid, signal.SIGKILL)
 
 
@@ -50,7 +50,7 @@ def arm(script, moment, number):
     owners = {
         "load": (script, "load", True),
         "begin": (work, "write_manifest", False),
-        "decode": (decode_ahead.Decoders, "_finished", False),
+        "decode": (decode_ahead, "_finished", False),
         "explain": (grounder.Grounder, "_explained", True),
         "share": (batch, "share_maps", True),
         "table": (run_folder, "write_whole", False),
@@ -67,6 +67,8 @@ def child(script, request):
     from grounding.decode_ahead import Decoders
 
     os.setsid()
+    # As from a terminal: a shell's background jobs, and what they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, handle in (("out", 1), ("err", 2)):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)

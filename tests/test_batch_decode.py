@@ -10,9 +10,10 @@ import pytest
 
 from grounding.decode_ahead import CrashError, Decoders, Opening
 from grounding.decoding import ImageError
+from grounding.errors import GroundingError
 from grounding.images import Picture
 from tests.conftest import noise
-from tests.deadly import Deadly
+from tests.deadly import Deadly, Faulty, Stuck, Unloadable
 
 
 def write(folder, *names):
@@ -34,15 +35,12 @@ def test_pictures_come_in_order_from_workers_and_without(tmp_path):
     here = list(Decoders(Opening(), 0, 3).opened(iter(items)))
     with Decoders(Opening(), 2, 3) as decoders:
         there = list(decoders.opened(iter(items)))
-        pids = list(decoders._pool._processes)
+        pids = decoders.pids
     for found in (here, there):
         assert [name for name, _ in found] == [name for name, _ in items]
         assert [p.width for _, p in found[:7]] == list(range(20, 27))
         assert [p.status for _, p in found[7:]] == ["failed_input", "failed_decode"]
     assert [p.sha256 for _, p in here[:7]] == [p.sha256 for _, p in there[:7]]
-    until = time.time() + 20
-    while any(map(alive, pids)) and time.time() < until:
-        time.sleep(0.02)
     assert not any(map(alive, pids))
 
 
@@ -80,13 +78,64 @@ def test_random_kills_of_workers_cost_nothing(tmp_path):
     with Decoders(Opening(), 2, 4) as decoders:
         for one in decoders.opened(iter(items)):
             found.append(one)
-            pids = sorted(decoders._pool._processes) if decoders._pool and decoders._pool._processes else []
-            if pids and len(found) >= (2, 8, 99)[killed]:
+            if (pids := decoders.pids) and len(found) >= (2, 8, 99)[killed]:
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 killed += 1
     assert killed == 2
     assert [name for name, _ in found] == [name for name, _ in items]
     assert [picture.width for _, picture in found] == list(range(20, 36))
+
+
+@pytest.mark.parametrize("pause", [0, 0.001, 0.02, 0.3])
+@pytest.mark.parametrize("dying", [1, 2])
+def test_workers_that_die_at_any_moment_hold_nothing_up(tmp_path, pause, dying):
+    items = write(tmp_path, *(f"{i}.png" for i in range(8)))
+    with Decoders(Opening(), 2, 3) as decoders:
+        for turn in range(3):  # starting, before a picture, with a picture, after it
+            stream = decoders.opened(iter(items))
+            found = [next(stream)]
+            time.sleep(pause)
+            for pid in decoders.pids[:dying]:
+                os.kill(pid, signal.SIGKILL)
+            assert [name for name, _ in [*found, *stream]] == [name for name, _ in items], turn
+        pids = decoders.pids
+    assert not any(map(alive, pids))
+
+
+def test_who_leaves_early_does_not_wait_for_pictures(tmp_path):
+    [(_, path), *_] = write(tmp_path, "a.png")
+    started = time.monotonic()
+    with Decoders(Stuck(), 2, 3) as decoders:
+        decoders._submit(path), decoders._submit(path), decoders._submit(path)
+        while len(decoders.pids) < 2:
+            time.sleep(0.01)
+    assert time.monotonic() - started < 30
+    assert decoders.pids == []
+
+
+def test_ctrl_c_reaches_no_worker(tmp_path):
+    items = write(tmp_path, "0.png", "1.png", "2.png")
+    with Decoders(Opening(), 1, 1) as decoders:
+        stream = decoders.opened(iter(items))
+        found = [next(stream)]
+        [pid] = decoders.pids
+        os.kill(pid, signal.SIGINT)
+        found += stream
+        assert decoders.pids == [pid]
+    assert [name for name, _ in found] == ["0.png", "1.png", "2.png"]
+
+
+def test_what_opening_should_not_raise_is_raised_here(tmp_path):
+    with Decoders(Faulty(), 1, 1) as decoders, pytest.raises(RuntimeError, match="a fault in the code") as caught:
+        list(decoders.opened([("a", tmp_path / "a.png")]))
+    assert any("in __call__" in note for note in caught.value.__notes__)  # where it was
+
+
+def test_workers_that_cannot_start_are_an_error_and_no_fault_of_the_picture(tmp_path):
+    items = write(tmp_path, "0.png")
+    with Decoders(Unloadable(), 1, 1) as decoders, pytest.raises(GroundingError) as caught:
+        list(decoders.opened(iter(items)))
+    assert str(caught.value).startswith("4 processes for decoding pictures died before they had one; say --workers 0")
 
 
 def test_errors_cross_from_process_to_process(tmp_path):

@@ -20,6 +20,7 @@ from tests.forked import SCRIPT
 
 ROOT = SCRIPT.parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+FORKED = ENV | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own has a thread, and what is forked must have none
 PICTURES = 14
 RUN = ["--limit", str(PICTURES), "--shard-size", "1", "--threads", "1", "--no-tokens", "--workers", "2", "--device"]
 RUN += ["cpu", "--batch-size", "2"]
@@ -33,7 +34,7 @@ class Forks:
         self.out, self.err = folder / "out", folder / "err"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
-            cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=FORKED, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
 
