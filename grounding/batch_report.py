@@ -19,6 +19,8 @@ from grounding.text import visible_text
 
 # Failures that are printed one by one.
 SHOWN = 5
+# Between two lines of progress in a log.
+LOG_SECONDS = 60
 
 
 class Watch:
@@ -35,18 +37,20 @@ class Watch:
 
 
 class Bar(Watch):
-    """A progress bar where stderr is a terminal: pictures done, failed rows, rate, time left. `by_shard`: rows are
-    heard of only when their shard is done."""
+    """Pictures done, failed rows, rate, time left: a progress bar where stderr is a terminal, else a line a minute for
+    the log. `by_shard`: rows are heard of only when their shard is done."""
 
     def __init__(self, *, quiet: bool = False, by_shard: bool = False, name: str = "") -> None:
         self.quiet, self.by_shard, self.name = quiet, by_shard, name
-        self.failed, self.seconds = 0, 0.0
+        self.failed, self.done, self.total = 0, 0, 0
+        self.told = 0.0
         self.bar: tqdm | None = None
         self.run: RunFolder | None = None
 
     def begins(self, run: RunFolder, todo: Sequence[int], pictures: int) -> None:
         """The bar appears."""
-        self.run, self.started = run, time.perf_counter()
+        self.run, self.total = run, pictures
+        self.started = self.told = time.perf_counter()
         if not self.quiet and sys.stderr.isatty():
             done = f"{len(run.shards) - len(todo)} of {len(run.shards)} shards were done"
             self.bar = tqdm(total=pictures, unit="picture", desc=self.name or None, postfix=done)
@@ -65,15 +69,21 @@ class Bar(Watch):
 
     def shard(self, said: dict[str, Any]) -> None:
         """Where rows are not heard of, this is progress."""
-        self.seconds = time.perf_counter() - self.started
         if self.by_shard and self.run is not None:
             self.failed += sum(n for status, n in said["counts"].items() if status.startswith("failed"))
             self._forward(len(self.run.members(said["shard"])))
 
     def _forward(self, pictures: int) -> None:
+        self.done += pictures
+        failed = f"{self.failed} rows failed" if self.failed else ""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.failed} rows failed" if self.failed else "", refresh=False)
+            self.bar.set_postfix_str(failed, refresh=False)
             self.bar.update(pictures)
+        elif not self.quiet and (now := time.perf_counter()) - self.told >= LOG_SECONDS:
+            self.told = now
+            said = {"ncols": 0, "unit": "picture", "prefix": self.name, "postfix": failed}
+            line = tqdm.format_meter(self.done, self.total, now - self.started, **said)
+            print(line.strip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """The bar stays as it is."""

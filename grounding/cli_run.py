@@ -138,12 +138,14 @@ def _render(args: argparse.Namespace, run: RunFolder) -> int:
 
 def _draw(args: argparse.Namespace, run: RunFolder, dataset: Dataset, images: set[str] | None) -> int:
     """Write figures, say where; 1 where a row has none."""
+    from grounding.batch_report import failures
     from grounding.gallery import FIGURES, draw
 
     lacking: list[str] = []
     made = draw(run, dataset, images, cli.figure_keywords(args), lacking.append)
     shown = not args.quiet and sys.stderr.isatty()
-    count = sum(1 for _ in tqdm(made, unit="figure", disable=not shown))
+    total = run.counts().total() - failures(run) if images is None else None
+    count = sum(1 for _ in tqdm(made, unit="figure", total=total, disable=not shown))
     for line in [] if args.quiet else lacking[:PROBLEMS_SHOWN]:
         print(f"warning: no figure of {visible_text(line)}", file=sys.stderr)
     if len(lacking) > PROBLEMS_SHOWN and not args.quiet:

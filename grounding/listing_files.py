@@ -24,7 +24,7 @@ IMAGES = ("image", "file", "file_name", "filename", "image_path", "image_name")
 CAPTIONS = ("caption", "text", "sentence", "captions", "sentences", "raw", "comment")
 NUMBERS = ("comment_number", "caption_number")
 SPLITS = ("split",)
-DELIMITERS = ("\t", "|", ",")
+DELIMITERS = ("\t", "|", ",", ";")
 # `["` or, as Python writes lists, `['`; a caption may begin with a bracket alone.
 LIST = re.compile(r"""\s*\[\s*["']""")
 TOKEN_TAB = re.compile(r"(.+)#(\d+)\t(.*)", re.DOTALL)
@@ -73,13 +73,14 @@ def header_of(line: str) -> Header | None:
 
 
 def delimited(text: str, name: str) -> Found:
-    """A table with a header: comma or tab with fields quoted as in RFC 4180, or ` | ` without quoting."""
+    """A table with a header: comma, semicolon, tab with fields quoted as in RFC 4180, or ` | ` without quoting."""
     first = text.split("\n", 1)[0].rstrip("\r")
     header = header_of(first)
     if header is None:
         raise DataError(
             f"{show(name)} begins with {show(first, 80)}: expected a header with an image column "
-            f"({', '.join(IMAGES)}) and a caption column ({', '.join(CAPTIONS)}), separated by comma, tab or |"
+            f"({', '.join(IMAGES)}) and a caption column ({', '.join(CAPTIONS)}), separated by comma, "
+            "semicolon, tab or |"
         )
     bare = header.delimiter == "|"
     listing = Found("kaggle-csv" if bare else "csv")

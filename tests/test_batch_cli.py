@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from grounding import Explanation
+from grounding import Explanation, batch_report
 from grounding.demo import demo_lines, demo_scenes
 from grounding.flickr30k import open_dataset
 from grounding.gallery import explanations
@@ -74,6 +75,28 @@ def test_results_go_to_stdout_and_all_else_to_stderr(command, tmp_path):
     code, out, err = command("--data", folder, "--output", "run", "--format", "json", "-q", *FAST)
     assert (code, err) == (0, "")
     assert json.loads(out)["statuses"] == {"ok": 10}
+
+
+def test_a_log_has_lines_of_progress(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(batch_report.time, "perf_counter", lambda: now[0])
+    bar = batch_report.Bar(name="process 1 of 2")
+    run = RunFolder(Path("run"), {"ids": ["a"] * 250, "fingerprint": {"shard_size": 50}})
+    bar.begins(run, [1, 3], 100)
+    failed = [{"status": "failed_read"}, {"status": "ok"}]
+    for rows, pictures in ((failed, 10), (failed, 10), (failed[1:], 20)):
+        now[0] += 40
+        bar.rows(rows, pictures)
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "run: 100 pictures to do in 2 of 5 shards"
+    # 20 pictures after 80 seconds: 80 are left. Nothing after 40, and nothing yet at 120.
+    assert lines[1:] == ["process 1 of 2:  20% 20/100 [01:20<05:20,  4.00s/picture, 2 rows failed]"]
+    quiet = batch_report.Bar(quiet=True)
+    quiet.begins(run, [1], 100)
+    now[0] += 400
+    quiet.rows(failed, 10)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_same_command_again_does_nothing_and_ends_alike(command, tmp_path):

@@ -359,7 +359,9 @@ def test_columns_by_any_of_their_names(tmp_path, image, caption):
 def test_the_delimiter_is_that_of_the_header(tmp_path):
     (tmp_path / "list.tsv").write_text("image\tcaption\na.jpg\tone , two | three\n")
     assert texts(open_dataset(tmp_path).read("a.jpg")) == [(0, "one , two | three")]
-    (tmp_path / "list.tsv").write_text("image;caption\na.jpg;x\n")
+    (tmp_path / "list.tsv").write_text('image;caption\na.jpg;"one , ""two"" ; three"\n')
+    assert texts(open_dataset(tmp_path).read("a.jpg")) == [(0, 'one , "two" ; three')]
+    (tmp_path / "list.tsv").write_text("image:caption\na.jpg:x\n")
     with pytest.raises(DataError, match="expected a header"):
         open_dataset(tmp_path, captions_file="list.tsv")
 
