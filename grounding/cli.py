@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -273,8 +274,9 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     try:
         status = work(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more, while Python shuts down: at once, and no traceback
+        return int(getattr(stopped, "exit_code", EXIT_INTERRUPTED))
     except BrokenPipeError:
         # The reader left (`| head`): nothing more to say, not even while Python shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

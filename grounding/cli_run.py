@@ -73,10 +73,10 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
     try:
         with _terminable(), _hands(args, make, work, bar) as hands:
             run = drive(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         launch = ["accelerate", "launch"] if rank.count > 1 else ["python"]
         print(f"\nstopped; what is done stays. To resume: {shlex.join([*launch, *sys.argv])}", file=sys.stderr)
-        return int(getattr(stopped, "exit_code", cli.EXIT_INTERRUPTED))
+        raise
     finally:
         bar.close()
     if rank.index == 0:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -156,6 +157,7 @@ class Decoders(Generic[T]):
 
 def _uninterrupted() -> None:
     """Ctrl-C is the main thread's to answer; what this thread starts has it blocked from its first moment on."""
+    resource_tracker.ensure_running()  # which would be started with the first worker, and unblock it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
