@@ -71,7 +71,8 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
     name = f"process {rank.index} of {rank.count}" if rank.count > 1 else ""
     bar = Bar(quiet=args.quiet, by_shard=args.engine == "ray", name=name)
     try:
-        with _terminable(), _hands(args, make, work, bar) as hands:
+        # In this order: Ray has a handler of its own, which must not be the last.
+        with _hands(args, make, work, bar) as hands, _terminable():
             run = drive(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
     except KeyboardInterrupt:
         launch = ["accelerate", "launch"] if rank.count > 1 else ["python"]

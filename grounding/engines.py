@@ -127,6 +127,23 @@ class Worker:
         return next(self.here.compute(run, [shard], retry), None)
 
 
+def places(machines: Sequence[Mapping[str, float]], threads: int) -> tuple[int, dict[str, float]]:
+    """How many workers fit on machines with these resources, and what each takes: a GPU where there are some, else a
+    CPU per thread.
+
+    Raises OptionError where none fits: Ray would wait for such a machine to join.
+    """
+    if gpus := sum(int(machine.get("GPU", 0)) for machine in machines):
+        return gpus, {"num_gpus": 1}
+    cpus = [int(machine.get("CPU", 0)) for machine in machines] or [0]
+    if fitting := sum(count // threads for count in cpus):
+        return fitting, {"num_cpus": threads}
+    raise OptionError(
+        f"a worker takes a CPU for each of {threads} threads, but no machine of the Ray cluster has more than "
+        f"{max(cpus)}: say --threads {max(*cpus, 1)}"
+    )
+
+
 class Cluster:
     """Ray as the scheduler of shard numbers. `address`: of a running cluster, "auto", or "local" for one of its own.
 
@@ -145,7 +162,13 @@ class Cluster:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise GroundingError(f"Ray does not answer at {address!r}: {' '.join(str(error).split())}") from None
-        self.resources = self._resources(ray.cluster_resources())
+        try:
+            self.places, self.resources = places(
+                [node["Resources"] for node in ray.nodes() if node["Alive"]], work.threads or 1
+            )
+        except OptionError:
+            ray.shutdown()
+            raise
 
     def __enter__(self) -> Cluster:
         return self
@@ -153,16 +176,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.ray.shutdown()
 
-    def _resources(self, there: dict[str, float]) -> tuple[int, dict[str, float]]:
-        """How many workers fit, and what each takes: a GPU where the cluster has some."""
-        if there.get("GPU"):
-            return int(there["GPU"]), {"num_gpus": 1}
-        threads = self.work.threads or 1
-        return max(1, int(there.get("CPU", 1)) // threads), {"num_cpus": threads}
-
     def worker(self) -> Any:
         """A new worker."""
-        made = self.ray.remote(Worker).options(max_restarts=0, **self.resources[1])
+        made = self.ray.remote(Worker).options(max_restarts=0, **self.resources)
         return made.remote(self.load, self.work, str(Path.cwd()))
 
     def describe(self, ids: Sequence[str]) -> Description:
@@ -176,7 +192,7 @@ class Cluster:
         left, deaths = deque(shards), Counter[int]()
         busy: dict[Any, tuple[int, Any]] = {}
         idle = self.idle  # workers stay for the next call: each holds a CPU or GPU of the cluster
-        idle += [self.worker() for _ in range(min(self.resources[0], len(left)) - len(idle))]
+        idle += [self.worker() for _ in range(min(self.places, len(left)) - len(idle))]
         folder = str(run.path.resolve())
         while left or busy:
             while left and idle:

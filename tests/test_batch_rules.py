@@ -4,7 +4,7 @@ import pytest
 
 from grounding.budget import Budget, BudgetError
 from grounding.driver import check_statuses
-from grounding.engines import Rank
+from grounding.engines import Rank, places
 from grounding.errors import OptionError
 from grounding.records import DataError
 from grounding.rows import failed
@@ -193,6 +193,28 @@ def test_shards_are_shared_by_their_number():
     assert Rank().share([4, 7]) == [4, 7]
     assert Rank.of_launch("cpu") == Rank()
     assert Rank().device("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("machines", "threads", "expected"),
+    [
+        ([{"CPU": 2.0}], 1, (2, {"num_cpus": 1})),
+        (
+            [{"CPU": 7.0}, {"CPU": 4.0, "memory": 9.0}, {}],
+            4,
+            (2, {"num_cpus": 4}),
+        ),  # no worker has CPUs of two machines
+        ([{"CPU": 2.0, "GPU": 1.0}, {"CPU": 64.0, "GPU": 4.0}], 8, (5, {"num_gpus": 1})),
+    ],
+)
+def test_workers_of_a_cluster_fit_on_its_machines(machines, threads, expected):
+    assert places(machines, threads) == expected
+
+
+@pytest.mark.parametrize(("machines", "most"), [([{"CPU": 2.0}, {"CPU": 3.0}], "3: say --threads 3"), ([], "0: say")])
+def test_a_worker_that_fits_nowhere_is_an_error_and_no_wait(machines, most):
+    with pytest.raises(OptionError, match=f"each of 4 threads, but no machine of the Ray cluster has more than {most}"):
+        places(machines, 4)
 
 
 def test_a_rank_waits_for_what_the_others_compute_again(tmp_path):
