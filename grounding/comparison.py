@@ -223,7 +223,7 @@ class Comparison:
         others = next_best(item)
         return [
             Line(self._titles[entry], 10.0, INK, "bold", 6),
-            Line(f"{item.kind} · score {wording.number(item.score)}{wording.chance(item)}"),
+            Line(wording.score_line(item)),
             *([Line(f"or: {others}", 6.5, most=2)] if others else []),
         ]
 

@@ -124,7 +124,7 @@ class _Section:
         options = ", ".join(f"{k} {v}" for k, v in one.options.items() if v)
         return [
             Line(title_in(one.caption, one.entry), 10.0, INK, "bold", 6),
-            Line(f"{one.entry.kind} · score {wording.number(one.entry.score)}"),
+            Line(wording.score_line(one.entry)),
             Line(one.title, 9.0, INK, "bold", 2, space=0.04),
             Line(wording.short_layer(one.layer), 6.5, most=3),
             Line(" x ".join(map(str, one.features.shape[:2])) + f" cells, {len(one.weights)} channels", 6.5),

@@ -70,10 +70,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Text on the left, panels in columns to the right of it."""
+    """Text on the left, panels to the right of it, from column `first` on."""
 
     label: Block
     cells: Sequence[Cell]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Sheet:
             above = max((_block_height(cell.above, grid.cell) for cell in row.cells), default=0.0)
             y += above
             depth = self.block(row.label, grid.start + grid.margin, y, grid.label)
-            for column, cell in enumerate(row.cells):
+            for column, cell in enumerate(row.cells, row.first):
                 x = grid.left(column)
                 self.block(cell.above, x, y - 0.03, grid.cell, anchor_bottom=True)
                 self.images.append(((x, y, *grid.panel), cell.image, cell.name))

@@ -93,11 +93,14 @@ class Member(Comparison):
         return self._grid
 
     def rows(self) -> list[Row]:
-        """One row per entry: what it is, the picture, its maps."""
+        """One row per entry: what it is, its maps; the picture beside the first."""
         made = []
         for entry in range(len(self.explanation)):
-            cells = [self._overlay_cell(column, entry, titled=True) for column in self.explanation.columns.values()]
-            made.append(Row(self._label(entry), [self._picture_cell(), *cells]))
+            cells = [
+                self._overlay_cell(column, entry, titled=not entry) for column in self.explanation.columns.values()
+            ]
+            picture = [] if entry else [self._picture_cell()]
+            made.append(Row(self._label(entry), [*picture, *cells], first=1 - len(picture)))
         return made
 
     def words(self) -> Block:
@@ -112,7 +115,7 @@ class Member(Comparison):
         return [
             Line(wording.name_of(self.explanation.picture.path), 8.0, INK, most=2),
             Line(self._titles[entry], 10.0, INK, "bold", 4),
-            Line(f"{item.kind} · score {wording.number(item.score)}{wording.chance(item)}"),
+            Line(wording.score_line(item)),
             *([Line(f"or: {others}", 6.5, most=2)] if others else []),
         ]
 

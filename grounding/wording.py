@@ -176,13 +176,19 @@ def entry_titles(explanation: Explanation) -> list[str]:
     return made
 
 
-def chance(entry: Entry) -> str:
-    """The probability of a token that was written, to stand behind its score."""
+def score_line(entry: Entry) -> str:
+    """What an entry is, its score and its probability, for the label beside its maps."""
+    kind = "" if entry.kind == "class" else f"{entry.kind} · "  # the heading has the target
+    return f"{kind}score {number(entry.score)}{_chance(entry)}"
+
+
+def _chance(entry: Entry) -> str:
+    """The probability of a class, or of a token that was written, to stand behind its score."""
     if entry.probability is None:
         return ""
     if 0.995 <= entry.probability < 1:
         return " · p>0.99"
-    return f" · p {entry.probability:.2f}" if entry.probability >= 0.095 else f" · p {entry.probability:.1g}"
+    return f" · p={entry.probability:.2f}" if entry.probability >= 0.095 else f" · p={entry.probability:.1g}"
 
 
 def changed_options(column: MapColumn) -> str:

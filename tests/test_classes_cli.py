@@ -134,6 +134,9 @@ def test_the_joint_figure_says_what_is_where():
     for part in ("2 pictures", "two dogs", "red car", "Grad-CAM", "HiResCAM", "Score of a class: its logit"):
         assert part in words
     limits = {line for line in words.splitlines() if line.startswith("scale ")}
+    names = [image.get_gid() for image in made.axes[0].images]
+    assert names.count("picture") == 2  # beside its first class
+    assert [name for name in names if name.startswith("overlay")].count("overlay:hirescam:1") == 2
     assert len(limits) <= 2  # one range per method, over all pictures
     with pytest.raises(OptionError, match="nothing to draw"):
         figure([])

@@ -154,7 +154,7 @@ def test_titles_of_places_blanks_and_the_end():
 def test_probability_and_alternatives_stand_beside_an_entry():
     made = written(["a", "b", "c", "d"], along(4, 4, 32), probabilities=[0.981, 0.9999, 0.00042, 1.0])
     text = said(figure(made))
-    for part in ("score 9.5 · p 0.98 or: o 1%, c 0.4%", "p>0.99", "p 0.0004", "p 1.00"):
+    for part in ("score 9.5 · p=0.98 or: o 1%, c 0.4%", "p>0.99", "p=0.0004", "p=1.00"):
         assert part in text, part
     assert text.count("or: o 1%") == 4
     assert " p " not in said(figure(explanation()))
