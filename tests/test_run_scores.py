@@ -22,7 +22,7 @@ from grounding.run_folder import RunFolder, write_manifest
 from grounding.run_scores import RunRules, evaluate_run, run_dataset
 from grounding.run_tables import About
 from tests.made import column, explanation, noise, whole
-from tests.test_cli import ROOT, answer, script
+from tests.test_evaluate import command  # noqa: F401  (fixture)
 
 GEOMETRY = whole(80, 80)  # 4 x 4 patches of 20 pixels, their centres at 10, 30, 50, 70
 COMMON = {"layer": "vision.11", "options": {"threshold": 0.0}, "signed": True, "text_conditioned": True}
@@ -467,19 +467,7 @@ def test_a_run_scores_as_the_model_does(tmp_path, several):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    module = script(ROOT / "scripts" / "evaluate.py")
-
-    def run(*argv):
-        return answer(module, argv, capsys)
-
-    return run
-
-
-def test_two_protocols_are_two_tables(tmp_path, data, command):
+def test_two_protocols_are_two_tables(tmp_path, data, command):  # noqa: F811
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     code, out, err = command("--run", tmp_path / "run", "--output", "scores.json")
     assert (code, err) == (0, "")
@@ -499,7 +487,7 @@ def test_two_protocols_are_two_tables(tmp_path, data, command):
     assert one == document[UNION]
 
 
-def test_choices_reach_the_document(tmp_path, data, command):
+def test_choices_reach_the_document(tmp_path, data, command):  # noqa: F811
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     moved = data.folder.rename(tmp_path / "moved")
     choices = ("--captions", "first", "--peak", "pixel", "--threshold", 0.4, "--min-entities", 2, "--data", moved)
@@ -530,7 +518,7 @@ def test_choices_reach_the_document(tmp_path, data, command):
         (["--run", "RUN", "--min-entities", "9"], 1, "scored nothing"),
     ],
 )
-def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):
+def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):  # noqa: F811
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     done, out, err = command(*[tmp_path / "run" if word == "RUN" else word for word in argv])
     assert (done, out) == (code, "")
@@ -538,7 +526,7 @@ def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):
     assert words in err
 
 
-def test_warnings_are_said_once(tmp_path, several, command):
+def test_warnings_are_said_once(tmp_path, several, command):  # noqa: F811
     write_run(tmp_path / "run", several, several_rows(several), shards=[0, 2])
     code, _, err = command("--run", tmp_path / "run")
     assert code == 0
