@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,20 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adapters._images import pixels_of, prepare_images
-from adapters._spatial import Ran, all_that_ran
+from adapters._spatial import SpatialLayers
 from grounding.adapter import ModelInfo
 from grounding.classes import ClassAdapter, Labels
-from grounding.errors import LayerError, ModelError
-from grounding.recorder import Recorder
+from grounding.errors import ModelError
+from grounding.layouts import Layout
 from grounding.types import Inputs, Sites, Stack
 
 # Side of the blank picture that layers are found with; `preprocess` makes of it what it makes of any.
 SIDE = 256
-# More tokens before the patches than any known transformer has (CLS and registers): then it is no run of patches.
-MOST_PREFIX = 16
 MODES = ("RGB", "L")
-# They give the same grid whatever the picture's shape.
-ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 UNRECORDED = "attention of a module that is not known cannot be recorded"
 
 
@@ -49,8 +43,9 @@ class ModuleAdapter(ClassAdapter):
     prefix: how many tokens stand before the patches in a layer of tokens, what is over stands behind them. None: all
         that are over are taken to stand before; explanations warn of it.
 
-    Layers are found by a pass of a blank picture. Maps of convolutions are taken to divide the whole input evenly
-    (their padding is not followed); a layer of tokens has the grid of the last map.
+    Layers are found by passing pictures of noise: a layer has a spatial size if its shape could be maps (or tokens as
+    many as the cells of the last map) and a changed quarter of the picture changes that quarter of it most. Maps of
+    convolutions are taken to divide the whole input evenly (their padding is not followed).
     Raises ModelError, LayerError.
     """
 
@@ -81,14 +76,20 @@ class ModuleAdapter(ClassAdapter):
         sample = self._sample()
         self._channels, *size = sample.shape[1:]
         self._size = (size[0], size[1])
-        scores: list[Tensor] = []
-        self._ran = all_that_ran(model, lambda: scores.append(scores_of(model(sample))))
-        count = scores[0].shape[-1]
+        self._found = SpatialLayers(model, lambda pixels: scores_of(model(pixels)), sample, self.info.id, prefix)
+        count = self._found.scores
         self.labels = Labels(_names(labels, count), self.info.id)
         self.by_itself = by_itself or count == 1
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
-        self._tokens, self._over = frozenset[str](), 0
-        self._sites = self._places()
+        children = Stack(tuple(name for name, _ in model.named_children()))
+        self._sites = Sites(
+            {"children": children, "vision": Stack(self._found.paths)},
+            self._found.last_live,
+            "none",
+            self._found.before,
+            pyramid=True,
+            unrecorded=UNRECORDED if self._found.tokens else "it has none",
+        )
         # The engine names it where the tap is dead.
         self.live_tap = self._sites.tap
         if tap is not None:
@@ -115,15 +116,20 @@ class ModuleAdapter(ClassAdapter):
 
     def sequence(self, path: str) -> tuple[int, bool]:
         """Tokens before the patches, and whether others stand behind them."""
-        prefix = self.sites.prefix
-        return prefix, self._over > prefix and path in self._tokens
+        return self._found.sequence(path)
+
+    def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
+        """How the patches lie in a layer's output. Raises LayerError where they do not lie as the picture does."""
+        if path in self._found.strays:
+            raise self._found.flat(path)
+        return super().layout(hidden, grid, path)
 
     def _doubts(self) -> list[str]:
-        doubts = super()._doubts()
-        if self._prefix is None and self._over:
-            some = f"{self._over} token{'s' * (self._over > 1)}"
+        doubts, over = super()._doubts(), self._found.over
+        if self._prefix is None and over:
+            some = f"{over} token{'s' * (over > 1)}"
             doubts.append(
-                f"{some} more than the cells of layer {list(self._maps)[-1]!r}: taken to stand before the patches; "
+                f"{some} more than the cells of layer {self._found.last_map!r}: taken to stand before the patches; "
                 "say prefix= if not"
             )
         return doubts
@@ -142,82 +148,17 @@ class ModuleAdapter(ClassAdapter):
             )
         return pixels[None]
 
-    @cached_property
-    def _maps(self) -> dict[str, tuple[int, int]]:
-        """Path -> (rows, columns) of the layers that give maps of more than one cell."""
-        adaptive = {path for path, module in self.model.named_modules() if isinstance(module, ADAPTIVE)}
-        found = {one.path: one.cells(self._size) for one in self._ran if one.path not in adaptive}
-        return {path: cells for path, cells in found.items() if cells}
-
-    def _places(self) -> Sites:
-        """The sites with the last spatial layer as tap."""
-        children = Stack(tuple(name for name, _ in self.model.named_children()))
-        maps = list(self._maps)
-        if not maps:
-            raise LayerError(f"{self.info.id} has no layer with a spatial size at {self._size[1]} x {self._size[0]}")
-        self._over, tokens = self._tokens_over(maps[-1])
-        self._tokens, prefix = tokens, self._over if self._prefix is None else self._prefix
-        spatial = tuple(one.path for one in self._ran if one.path in self._maps or one.path in tokens)
-        stacks = {"children": children, "vision": Stack(spatial)}
-        tap = self._last_live(spatial, prefix) if tokens else spatial[-1]
-        return Sites(
-            stacks, tap, "none", prefix, pyramid=not tokens, unrecorded=UNRECORDED if tokens else "it has none"
-        )
-
-    def _last_live(self, paths: Sequence[str], prefix: int) -> str:
-        """The last of these layers whose patches the scores depend on: behind it only a class token is read."""
-        size = (1, self._channels, *self._size)
-        patches = slice(prefix, prefix + math.prod(list(self._maps.values())[-1]))
-        waves = torch.arange(math.prod(size), device=self.device, dtype=self.dtype).sin().reshape(size)
-        with Recorder(self.model, dict.fromkeys(paths, True)) as recorder:
-            total = scores_of(self.model(waves)).sum()
-        found = torch.autograd.grad(total, [recorder.outputs[path] for path in paths], allow_unused=True)
-        live = [
-            path
-            for path, gradient in zip(paths, found, strict=True)
-            if gradient is not None and (gradient if gradient.ndim == 4 else gradient[:, patches]).any()
-        ]
-        return live[-1] if live else paths[-1]
-
-    def _tokens_over(self, last_map: str) -> tuple[int, frozenset[str]]:
-        """Layers that give a token for each cell of the last map, and how many they have over. Raises ModelError."""
-        rows, columns = self._maps[last_map]
-        least = self._prefix or 0
-        counts = {one.path: one.shape[1] - rows * columns for one in self._ran if len(one.shape) == 3}
-        counts = {path: over for path, over in counts.items() if least <= over <= max(MOST_PREFIX, least)}
-        if not counts and least:
-            raise ModelError(
-                f"prefix={least}, but no layer of {self.info.id} has {least} or more tokens over the "
-                f"{rows} x {columns} cells of layer {last_map!r}"
-            )
-        last = list(counts.values())[-1] if counts else 0
-        return last, frozenset(path for path, over in counts.items() if over == last)
-
     def _checked(self, path: str) -> str:
         """A tap that has a spatial size. Raises LayerError naming the last that has one."""
-        spatial = self._sites.stacks["vision"].blocks
-        ran = {one.path: one for one in self._ran}
-        if path in spatial or path not in ran:  # what did not run, or ran twice, the recorder refuses in its own words
-            return path
-        raise _flat(ran[path], spatial[-1], self._maps)
+        if path in self._found.flats:  # what did not run, or ran twice, the recorder refuses in its own words
+            raise self._found.flat(path)
+        return path
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the tap for an input of this size; of tokens those of the last map. Raises LayerError."""
+        """(rows, columns) of the tap for an input of this size. Raises LayerError."""
         if (height, width) not in self._grids:
             blank = torch.zeros(1, self._channels, height, width, device=self.device, dtype=self.dtype)
-            tap = self._sites.tap
-            source = tap if self._sites.pyramid else list(self._maps)[-1]
-            with Recorder(self.model, dict.fromkeys((tap, source), False)) as recorder:
-                self.model(blank)
-                recorder.check()
-            found = Ran(source, tuple(recorder.outputs[source].shape))
-            cells = found.cells((height, width))
-            if cells is None:
-                ran = all_that_ran(self.model, lambda: self.model(blank))
-                maps = {one.path: one.cells((height, width)) for one in ran}
-                spatial = [path for path, own in maps.items() if own]
-                raise _flat(found, spatial[-1] if spatial else "", maps)
-            self._grids[height, width] = cells
+            self._grids[height, width] = self._found.grid(self._sites.tap, blank)
         return self._grids[height, width]
 
 
@@ -259,15 +200,6 @@ def _names(labels: Sequence[str] | Mapping[Any, str] | None, count: int) -> tupl
     if any(isinstance(key, str) for key in keys) or sorted(keys) != list(range(count)):
         raise ModelError(f"labels name {len(named)} classes, the model gives {count} scores: one name for each")
     return tuple(str(dict(named)[i]) for i in range(count))
-
-
-def _flat(found: Ran, last: str, maps: Mapping[str, tuple[int, int] | None]) -> LayerError:
-    """What to say of a tap without a spatial size."""
-    size = " x ".join(map(str, found.shape[2:])) if len(found.shape) == 4 else f"its output is {found.shape}"
-    cells = maps.get(last)
-    where = f": the last layer that has one is {last!r}" if last else ", nor has any other layer"
-    where += f" ({cells[0]} x {cells[1]})" if cells else ""
-    return LayerError(f"layer {found.path!r} has no spatial size ({size}){where}")
 
 
 def _of_batch(module: nn.Module) -> bool:
