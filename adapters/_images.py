@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from adapters._processors import geometry_of
 from grounding.adapter import Adapter
@@ -38,10 +39,16 @@ GridOf = Callable[[int, int], tuple[int, int]]
 
 
 def prepare_images(
-    adapter: Adapter, processor: Any, images: Sequence[Any], patch: int | Sequence[int] | GridOf, mode: str = "RGB"
+    adapter: Adapter,
+    processor: Any,
+    images: Sequence[Any],
+    patch: int | Sequence[int] | GridOf,
+    mode: str = "RGB",
+    moves: Callable[[Image.Image], Any] | None = None,
 ) -> Prepared:
     """Open, process, and locate pictures for an adapter by its image processor (or any callable: PIL picture of this
-    `mode` -> pixel values); `patch` is a patch's side in pixels, or its (height, width), or gives the grid of an input.
+    `mode` -> pixel values); `patch` is a patch's side in pixels, or its (height, width), or gives the grid of an input;
+    `moves` is measured in place of a callable.
 
     Raises ImageError for a picture that cannot be used, ModelError where pictures of a batch get different sizes.
     """
@@ -51,13 +58,13 @@ def prepare_images(
     ]
     if len({tensor.shape for tensor in tensors}) > 1:
         shapes = ", ".join("x".join(map(str, tensor.shape[-2:])) for tensor in tensors)
-        what = "the image processor" if hasattr(processor, "preprocess") else "preprocess"
+        what = "the image processor" if isinstance(processor, BaseImageProcessor) else "preprocess"
         raise ModelError(f"{what} gives inputs of different sizes ({shapes}): use batch_size=1")
     pixel_values = torch.stack(tensors).to(adapter.device, adapter.dtype)
     height, width = (int(n) for n in pixel_values.shape[-2:])
     rows, columns, size = _grid(height, width, patch)
     geometry = tuple(
-        geometry_of(processor, p.width, p.height, (height, width), mode=mode).with_grid(rows, columns, size)
+        geometry_of(moves or processor, p.width, p.height, (height, width), mode=mode).with_grid(rows, columns, size)
         for p in pictures
     )
     doubts = tuple(
@@ -78,14 +85,20 @@ def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple
 
 def pixels_of(processor: Any, image: Image.Image) -> Tensor:
     """Pixel values (C, H, W) of one picture. Raises ModelError where a callable gives anything else."""
-    if hasattr(processor, "preprocess"):
+    if isinstance(processor, BaseImageProcessor):
         # Channels are told outright: a picture 1 or 3 pixels wide would be taken for channels-first.
         takes = inspect.signature(processor.preprocess).parameters.values()
-        told = {"input_data_format": "channels_last"} if any(p.kind is p.VAR_KEYWORD for p in takes) else {}
+        told: dict[str, Any] = (
+            {"input_data_format": "channels_last"} if any(p.kind is p.VAR_KEYWORD for p in takes) else {}
+        )
         return processor(image, return_tensors="pt", **told)["pixel_values"][0]
-    out = processor(image)
+    out = processor(image.copy())  # it may work in place
     out = out["pixel_values"] if hasattr(out, "keys") and "pixel_values" in out else out
-    tensor = out if isinstance(out, Tensor) else torch.as_tensor(np.asarray(out))
+    try:
+        tensor = out if isinstance(out, Tensor) else torch.as_tensor(np.asarray(out))
+    except (TypeError, ValueError):
+        what = f"a dict with the keys {sorted(map(str, out))}" if hasattr(out, "keys") else f"a {type(out).__name__}"
+        raise ModelError(f"preprocess gives {what}, expected pixel values (channels, height, width)") from None
     tensor = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
     if tensor.ndim != 3:
         raise ModelError(f"preprocess gives {tuple(tensor.shape)}, expected (channels, height, width) of one picture")

@@ -59,7 +59,7 @@ def geometry_of(
     where the processor is unknown and its answers fit no axis-aligned affine map; GeometryError where a crop is
     followed by padding.
     """
-    processor = getattr(processor, "image_processor", processor)
+    processor = getattr(processor, "image_processor", None) or processor
     steps = known_steps(processor)
     if steps is not None:
         geometry = steps(processor, Geometry(width, height, width, height))

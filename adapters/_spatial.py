@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from adapters._in_place import BEYOND_DOUBT, changes, in_place
+from adapters._in_place import BEYOND_DOUBT, FEW, changes, in_place
 from grounding.errors import LayerError, ModelError
 from grounding.layouts import TOKENS, Layout, find_layout
 from grounding.recorder import Recorder, find_module
@@ -121,8 +121,8 @@ class SpatialLayers:
     def _tokens(self) -> frozenset[int]:
         """How many tokens may attend to each other: those of a layer, or the cells of one with some before them."""
         cells = {prod(own) for one in self.ran.values() if (own := one.cells(self.size))}
-        before = {count + over for count in cells for over in range(MOST_PREFIX + 1)}
-        return frozenset(before | {one.tokens for one in self.ran.values()})
+        before = {count + over for count in cells for over in range(MOST_PREFIX + 1) if count >= FEW}
+        return frozenset(before | {one.tokens for one in self.ran.values() if one.tokens >= FEW})
 
     @property
     def flats(self) -> frozenset[str]:

@@ -55,7 +55,10 @@ class ClassifierAdapter(ClassAdapter):
         self.model, self.image_processor = model, image_processor
         self.info = info or model_info(model, image_processor)
         self.labels = Labels(tuple(str(names[i]) for i in range(len(names))), self.info.id)
-        self.by_itself = getattr(model.config, "problem_type", None) == "multi_label_classification"
+        problem = getattr(model.config, "problem_type", None)
+        self.by_itself = problem == "multi_label_classification"
+        # As transformers has it where a configuration says nothing else.
+        self.measures = problem == "regression" or (problem is None and len(names) == 1)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 
     @classmethod
@@ -82,6 +85,12 @@ class ClassifierAdapter(ClassAdapter):
     def see(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, C, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._grid_of)
+        given, taken = found.pixel_values.shape[1], getattr(self._config, "num_channels", None)
+        if isinstance(taken, int) and given != taken:
+            raise ModelError(
+                f"the image processor gives {given} channels, {self.info.id} takes {taken}: load the model yourself "
+                "and use adapters.module.ModuleAdapter with a preprocess of its own (mode='L' for grey pictures)"
+            )
         return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
@@ -183,7 +192,9 @@ class ClassifierAdapter(ClassAdapter):
                 f"{type(self.model).__name__} has no list of layers with a spatial size, nor a read-out that is known "
                 f"(transformers: {', '.join(READ_OUTS)})"
             )
-        blocks = min(usable, key=lambda one: one[0].count("."))
+        # The one that ends last; of those that end together, the outermost.
+        order = list(ran)
+        blocks = max(usable, key=lambda one: (order.index(one[-1]), -one[0].count(".")))
         norm = f"{self._base}.layernorm"
         if norm in ran and ran[norm].shape == ran[blocks[-1]].shape:
             return blocks, norm

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -15,8 +17,10 @@ from adapters._images import pixels_of, prepare_images
 from adapters._spatial import SpatialLayers
 from grounding.adapter import ModelInfo
 from grounding.classes import ClassAdapter, Labels
-from grounding.errors import ModelError
+from grounding.errors import GroundingError, LayerError, ModelError
 from grounding.layouts import Layout
+from grounding.probe import ProbeError
+from grounding.recorder import Recorder
 from grounding.types import Inputs, Sites, Stack
 
 # Side of the blank picture that layers are found with; `preprocess` makes of it what it makes of any.
@@ -33,10 +37,12 @@ class ModuleAdapter(ClassAdapter):
     ----------
     model: left as it is, in-place operations included. One score alone counts as the log odds of a yes.
     tap: the layer that Grad-CAM reads: a dotted path, an index over the layers with a spatial size (-1: the last that
-        has one), or "children:-3" over the model's children. Default: the last layer with a spatial size whose cells
-        the scores depend on.
+        has one), "children:-3" over the model's children, or the module itself. Default: the last layer with a spatial
+        size whose cells the scores depend on.
     preprocess: PIL picture -> pixel values (C, H, W), or a Hugging Face image processor. Its geometry is measured where
         its steps are not known; it may do what resize, crop and pad do.
+    geometry: what `preprocess` does to places (PIL picture -> PIL picture or pixel values), to be measured in its stead
+        where it does more to levels than scale and shift them: normalises picture by picture, equalises, bends, clips.
     labels: names of the classes, in order or by index.
     mode: of the pictures that `preprocess` takes: "RGB" or "L" (grey).
     by_itself: every class has a probability of its own (sigmoid).
@@ -54,9 +60,10 @@ class ModuleAdapter(ClassAdapter):
     def __init__(
         self,
         model: Any,
-        tap: str | int | None = None,
+        tap: str | int | nn.Module | None = None,
         *,
         preprocess: Any,
+        geometry: Callable[[Image.Image], Any] | None = None,
         labels: Sequence[str] | Mapping[Any, str] | None = None,
         mode: str = "RGB",
         by_itself: bool = False,
@@ -69,9 +76,12 @@ class ModuleAdapter(ClassAdapter):
             raise ModelError(f"mode {mode!r} of pictures is not known (there are: {', '.join(MODES)})")
         if not callable(preprocess):
             raise ModelError(f"preprocess must be a callable (PIL picture -> pixel values), got {preprocess!r}")
-        if prefix is not None and (not isinstance(prefix, int) or prefix < 0):
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ModelError("layers of a scripted or traced module cannot be watched: give the module it was made of")
+        if prefix is not None and (not isinstance(prefix, int) or isinstance(prefix, bool) or prefix < 0):
             raise ModelError(f"prefix counts the tokens before the patches: 0 or more, got {prefix!r}")
         self.model, self.preprocess, self.mode, self._prefix = model, preprocess, mode, prefix
+        self._moves = None if geometry is None else partial(_moved, geometry)
         self.info = info or ModelInfo(type(model).__name__, "nn.Module", processor={"type": repr(preprocess)})
         sample = self._sample()
         self._channels, *size = sample.shape[1:]
@@ -93,7 +103,8 @@ class ModuleAdapter(ClassAdapter):
         # The engine names it where the tap is dead.
         self.live_tap = self._sites.tap
         if tap is not None:
-            self._sites = replace(self._sites, tap=self._checked(self.resolve(str(tap))))
+            path = self._path_of(tap) if isinstance(tap, nn.Module) else self.resolve(str(tap))
+            self._sites = replace(self._sites, tap=self._checked(path))
 
     @property
     def sites(self) -> Sites:
@@ -105,7 +116,11 @@ class ModuleAdapter(ClassAdapter):
         batch = next((type(m).__name__ for m in self.model.modules() if _of_batch(m)), None)
         if batch and len(images) > 1:
             raise ModelError(f"{batch} has no running statistics: pictures would change each other, use batch_size=1")
-        found = prepare_images(self, self.preprocess, images, patch=self._grid_of, mode=self.mode)
+        try:
+            found = prepare_images(self, self.preprocess, images, self._grid_of, self.mode, self._moves)
+        except ProbeError as error:
+            hint = "" if self._moves else "; geometry= takes a callable that does the same to places alone"
+            raise ProbeError(f"{error}{hint}") from None
         return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
@@ -137,16 +152,39 @@ class ModuleAdapter(ClassAdapter):
     # ------------------------------------------------------------------ where things are
 
     def _sample(self) -> Tensor:
-        """A blank picture as the model takes it. Raises ModelError where its channels are not the model's."""
-        pixels = pixels_of(self.preprocess, Image.new(self.mode, (SIDE, SIDE))).to(self.device, self.dtype)
+        """A blank picture as the model takes it. Raises ModelError where it does not."""
+        pixels = pixels_of(self.preprocess, Image.new(self.mode, (SIDE, SIDE))).to(self.device, self.dtype)[None]
+        try:
+            with Recorder(self.model):
+                scores_of(self.model(pixels.clone()))
+        except GroundingError:
+            raise
+        except Exception as error:
+            raise ModelError(self._refusal(pixels, error)) from error
+        return pixels
+
+    def _refusal(self, pixels: Tensor, error: Exception) -> str:
+        """What to say where the model fails on a blank picture."""
         first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != len(pixels):
+        channels = pixels.shape[1]
+        if first is not None and first.in_channels != channels:
             hint = "; mode='L' gives it grey pictures" if first.in_channels == 1 and self.mode == "RGB" else ""
-            raise ModelError(
-                f"preprocess gives {len(pixels)} channels, the first convolution of {self.info.id} takes "
+            return (
+                f"preprocess gives {channels} channels, the first convolution of {self.info.id} takes "
                 f"{first.in_channels}{hint}"
             )
-        return pixels[None]
+        why = " ".join(str(error).split())[:200]
+        return (
+            f"{self.info.id} fails on a blank picture of {SIDE} x {SIDE}, {tuple(pixels.shape)} after preprocess: "
+            f"{type(error).__name__}: {why}"
+        )
+
+    def _path_of(self, module: nn.Module) -> str:
+        """Of a module inside the model. Raises LayerError."""
+        path = next((path for path, one in self.model.named_modules() if one is module), "")
+        if not path:
+            raise LayerError(f"the {type(module).__name__} given as tap is no layer inside {self.info.id}")
+        return path
 
     def _checked(self, path: str) -> str:
         """A tap that has a spatial size. Raises LayerError naming the last that has one."""
@@ -160,6 +198,12 @@ class ModuleAdapter(ClassAdapter):
             blank = torch.zeros(1, self._channels, height, width, device=self.device, dtype=self.dtype)
             self._grids[height, width] = self._found.grid(self._sites.tap, blank)
         return self._grids[height, width]
+
+
+def _moved(geometry: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
+    """What `geometry` made of a picture, as pixel values."""
+    made = geometry(picture)
+    return np.atleast_3d(np.asarray(made)).transpose(2, 0, 1) if isinstance(made, Image.Image) else made
 
 
 def scores_of(output: Any, pictures: int = 1) -> Float[Tensor, "B C"]:

@@ -66,6 +66,10 @@ class Labels:
             raise TargetError(f"{asked!r} names {len(found)} classes of {self.what}: {listed}; give the index")
         return found[0]
 
+    def knows(self, name: str) -> bool:
+        """Whether a class has this name, or has it among others."""
+        return _folded(name) in self._whole or _folded(name) in self._parts
+
     @property
     def unnamed(self) -> bool:
         """Whether the names say nothing but the index."""
@@ -98,7 +102,7 @@ class ClassAdapter(Adapter):
 
     In place of a text there is one class, or several that share an Explanation; none is the predicted one, for which
     the picture has to pass through the model once before. With `by_itself` every class has a probability of its own
-    (sigmoid), else they sum to 1 (softmax).
+    (sigmoid), else they sum to 1 (softmax); with `measures` scores are quantities (regression) and have none.
     """
 
     kinds = ("class",)
@@ -106,6 +110,7 @@ class ClassAdapter(Adapter):
     placeholder: ClassVar[Asked] = Classes()
     labels: Labels
     by_itself: bool = False
+    measures: bool = False
 
     @abstractmethod
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
@@ -119,7 +124,15 @@ class ClassAdapter(Adapter):
         return asked
 
     def asked_by(self, target: Any, texts: Any) -> tuple[str | None, Any]:
-        """The kind `class`, and the classes: those that `target` names, or those that came as texts."""
+        """The kind `class`, and the classes: those that `target` names, or those that came as texts.
+
+        Raises TargetError for a name that is none, and for the name of the kind where a class has it, too.
+        """
+        if isinstance(target, str) and target in self.kinds and texts is None and self.labels.knows(target):
+            raise TargetError(
+                f"{target!r} is this model's kind of target and the name of a class: ask for that class by its index "
+                f"or as [{target!r}], for the predicted one without a target"
+            )
         if target is None or (isinstance(target, str) and (texts is not None or target in self.kinds)):
             return target, texts
         if texts is not None:
@@ -192,6 +205,8 @@ class ClassAdapter(Adapter):
 
     def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[Chance | None]:
         """The probability of each class, and those of the `TOP` most probable classes that are others."""
+        if self.measures:
+            return [None] * len(targets)
         logits = encoded_of(self, inputs).double()
         chances = logits.sigmoid() if self.by_itself else logits.softmax(-1)
         top = chances.topk(min(TOP, len(self.labels))).indices.tolist()

@@ -120,7 +120,9 @@ def _pixels(answer: Any) -> np.ndarray:
     array = np.asarray(answer, dtype=np.float64)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
-    if array.ndim != 3 or array.shape[0] not in (1, 3, 4):
+    if array.ndim == 3 and array.shape[-1] in (1, 3, 4) and array.shape[0] not in (1, 3, 4):
+        raise ProbeError(f"pixel values of shape {array.shape} have their channels last, not first")
+    if array.ndim != 3:
         raise ProbeError(f"pixel values of shape {array.shape} are not one picture (channels, height, width)")
     return array
 

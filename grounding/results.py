@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -92,15 +93,17 @@ def doubts(made: Mapping[str, MapColumn], entries: Sequence[Entry]) -> Iterator[
     """What a reader of these maps must know."""
     classes = any(entry.kind == "class" for entry in entries)
     parts, asked = ("these classes", "class") if classes else ("the parts of this text", "text")
+    titles = Counter(column.title for column in made.values())
     for column in made.values():
+        title = column.title if titles[column.title] == 1 else f"{column.title} at {column.layer}"
         if not column.shared and len(column.maps) > 1 and not np.ptp(column.maps, axis=0).any():
-            yield (f"{column.title} cannot tell {parts} apart here: all entries have the same map; another --layer may")
+            yield (f"{title} cannot tell {parts} apart here: all entries have the same map; another --layer may")
         if not column.text_conditioned:
-            yield f"{column.title} does not see the {asked} here: one map for all entries"
+            yield f"{title} does not see the {asked} here: one map for all entries"
         for place, status in enumerate(column.status):
             if not status and status.reason != ROUNDING:
                 label = "all entries" if column.shared else repr(entries[place].label)
-                yield f"{column.title} of {label} is no evidence: {status.reason}"
+                yield f"{title} of {label} is no evidence: {status.reason}"
 
 
 def provenance_of(adapter: Adapter, seed: int) -> dict[str, Any]:

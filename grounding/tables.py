@@ -48,7 +48,8 @@ def _top_classes(explanation: Explanation) -> str:
     for entry in explanation.entries:
         shown += [entry, *entry.alternatives] if entry.kind == "class" else []
     found = {one.token_id: one for one in shown}
-    best = sorted(found.values(), key=lambda one: -(one.probability or 0))[:TOP_CLASSES]
+    known = [one for one in found.values() if one.probability is not None]
+    best = sorted(known, key=lambda one: -(one.probability or 0))[:TOP_CLASSES]
     rows = [[visible_text(one.label), str(one.token_id), likelihood(one.probability or 0)] for one in best]
     return table([["most probable", "index", "p"], *rows]) if rows else ""
 

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from adapters.module import ModuleAdapter
 from grounding import explain
 from grounding.classes import Labels
 from grounding.errors import LayerError, ModelError, TargetError
-from tests import nets, oracles
+from grounding.images import open_image
+from grounding.probe import ProbeError
+from tests import nets, oracles, tiny
 from tests.conftest import noise
 from tests.test_module import PICTURES, Answers, made, tutorial
 from tests.tolerances import close
@@ -137,3 +140,126 @@ def test_a_dead_tap_of_the_users_names_a_live_one(tap):
         LayerError, match=f"layer '{tap}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
     ):
         explain(adapter, PICTURES[0])
+
+
+# ---------------------------------------------------------------- what prepares the pictures
+
+
+class Five(nn.Module):
+    """Takes pictures of five channels; a convolution that is made first takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(5, 4, 4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def five(picture):
+    values = tiny.to_pixels(64, 64)(picture)
+    return torch.cat([values, values[:2]])
+
+
+def test_any_number_of_channels_and_convolutions_that_take_others():
+    found = explain(ModuleAdapter(Five().double(), preprocess=five), noise(90, 60, 1), target=0)
+    assert found.columns["gradcam"].maps.shape == (1, 16, 16)
+    assert found.geometry.scale == pytest.approx((64 / 90, 64 / 60), rel=0.01)
+
+
+class Fixed(nn.Module):
+    """Takes pictures of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4 * 8 * 8, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "preprocess", "words"),
+    [
+        (Five(), tiny.to_pixels(32, 32), "gives 3 channels, the first convolution of Five takes 1; mode='L' gives"),
+        (
+            Fixed(),
+            lambda picture: torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1),
+            r"Fixed fails on a blank picture of 256 x 256, \(1, 3, 256, 256\) after preprocess: RuntimeError: mat1 and",
+        ),
+        (Fixed(), lambda _: None, "preprocess gives a NoneType, expected pixel values"),
+        (Fixed(), lambda picture: {"image": picture}, r"gives a dict with the keys \['image'\], expected pixel values"),
+        (Fixed(), lambda picture: (torch.zeros(3, 32, 32), {}), "preprocess gives a tuple, expected pixel values"),
+    ],
+)
+def test_what_cannot_be_used_says_why(model, preprocess, words):
+    with pytest.raises(ModelError, match=words):
+        ModuleAdapter(model, preprocess=preprocess)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_module_cannot_be_watched():
+    with pytest.raises(ModelError, match="give the module it was made of"):
+        ModuleAdapter(torch.jit.trace(Fixed(), torch.zeros(1, 3, 32, 32)), preprocess=tiny.to_pixels(32, 32))
+
+
+def in_place(picture):
+    """Changes the very picture that it is given."""
+    picture.thumbnail((32, 32))
+    return torch.from_numpy(np.array(picture.resize((32, 32)), np.float64) / 255).permute(2, 0, 1)
+
+
+def test_the_picture_is_not_the_preprocessings_to_change(tmp_path):
+    picture = open_image(noise(90, 60, 1))
+    found = explain(ModuleAdapter(Fixed().double(), preprocess=in_place), picture, target=0)
+    assert (picture.image.size, found.picture.image.size) == ((90, 60), (90, 60))
+    found.save(tmp_path / "out")
+
+
+def standardised(picture):
+    values = tiny.to_pixels(32, 32)(picture)
+    return (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize("moves", [tiny.to_pixels(32, 32), lambda picture: picture.resize((32, 32))])
+def test_what_is_normalised_by_picture_needs_its_places_told(moves):
+    model, picture = Fixed().double(), noise(90, 60, 1)
+    with pytest.raises(
+        ProbeError, match="normalised per picture; geometry= takes a callable that does the same to plac"
+    ):
+        explain(ModuleAdapter(model, preprocess=standardised), picture, target=0)
+    found = explain(ModuleAdapter(model, preprocess=standardised, geometry=moves), picture, target=0)
+    plain = explain(ModuleAdapter(model, preprocess=tiny.to_pixels(32, 32)), picture, target=0)
+    assert found.geometry == plain.geometry
+    assert not np.array_equal(found[0].raw, plain[0].raw)
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def test_a_tap_may_be_the_module_itself():
+    model = nets.Vgg()
+    adapter = ModuleAdapter(model, model.features[16], preprocess=tiny.to_pixels(64, 64))
+    assert adapter.sites.tap == "features.16"
+    with pytest.raises(LayerError, match="the Conv2d given as tap is no layer inside Vgg"):
+        ModuleAdapter(model, nn.Conv2d(3, 3, 1), preprocess=tiny.to_pixels(64, 64))
+    with pytest.raises(ModelError, match="0 or more, got True"):
+        ModuleAdapter(model, preprocess=tiny.to_pixels(64, 64), prefix=True)
+
+
+def test_a_class_with_the_name_of_the_kind_of_target():
+    adapter = made(nets.Vgg(), labels=["a", "b", "class", "d", "e"])
+    with pytest.raises(
+        TargetError, match=r"'class' is this model's kind of target and the name of a class: ask .* as \["
+    ):
+        explain(adapter, PICTURES[0], target="class")
+    assert explain(adapter, PICTURES[0], target=["class"])[0].entry.token_id == 2
+    assert len(explain(adapter, PICTURES[0])) == 1
+
+
+def test_warnings_of_several_layers_name_theirs():
+    found = explain(made(nets.Vgg()), PICTURES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
+    none = [column for column in found.columns.values() for status in column.status if status]
+    said = [line for line in found.warnings if "is no evidence" in line]
+    assert len(said) == len(none)
+    assert all(f"Grad-CAM at {column.layer} of" in line for column, line in zip(none, said, strict=True))

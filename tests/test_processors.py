@@ -234,7 +234,7 @@ def test_ramps_measure_any_callable(preprocess, seen):
         (lambda image: tensor(ImageOps.expand(small(image).crop((20, 20, 60, 60)), 9)), "cropped and then padded"),
         (standardised, "normalised per picture"),
         (lambda image: tensor(small(image)) ** 2.2, "brightness is bent|does not follow a line"),
-        (lambda image: np.asarray(small(image)), r"shape \(80, 96, 3\) are not one picture"),
+        (lambda image: np.asarray(small(image)), r"shape \(80, 96, 3\) have their channels last"),
         (lambda image: tensor(small(image))[None, None], r"shape \(1, 1, 3, 80, 96\) are not one picture"),
         (lambda image: {"input_ids": [1]}, "returns .*input_ids.*, no pixel_values"),
         (lambda image: tensor(image.resize((1, 1))), "too few to fit a line"),
