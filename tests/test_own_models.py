@@ -1,5 +1,7 @@
 """What modules of a user's own do that no known model does, and what is said of what cannot be used."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from grounding import explain
 from grounding.classes import Labels
 from grounding.errors import LayerError, ModelError, TargetError
 from grounding.images import open_image
+from grounding.maps import Status
 from grounding.probe import ProbeError
+from grounding.results import doubts
 from tests import nets, oracles, tiny
 from tests.conftest import noise
 from tests.test_module import PICTURES, Answers, made, tutorial
@@ -259,7 +263,9 @@ def test_a_class_with_the_name_of_the_kind_of_target():
 
 def test_warnings_of_several_layers_name_theirs():
     found = explain(made(nets.Vgg()), PICTURES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
-    none = [column for column in found.columns.values() for status in column.status if status]
-    said = [line for line in found.warnings if "is no evidence" in line]
-    assert len(said) == len(none)
-    assert all(f"Grad-CAM at {column.layer} of" in line for column, line in zip(none, said, strict=True))
+    blank = {key: replace(one, status=(Status("degenerate", "flat"),)) for key, one in found.columns.items()}
+    assert list(doubts(blank, found.entries)) == [
+        f"Grad-CAM at {layer} of 'class 1' is no evidence: flat" for layer in ("features.9", "features.28")
+    ]
+    alone = dict(list(blank.items())[:1])
+    assert list(doubts(alone, found.entries)) == ["Grad-CAM of 'class 1' is no evidence: flat"]
