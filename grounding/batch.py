@@ -111,5 +111,5 @@ class Runner:
 
 def _failure(sample: Sample, line: int, caption: str | None, status: str, error: str) -> Row:
     # A broken row of the data set belongs to no picture: its name is its id.
-    name = sample.id if sample.picture is None else None
+    name = None if sample.listed else sample.id
     return failed(sample.id, line, caption, status, error, name)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from grounding.files import show
 from grounding.run_folder import RunFolder
 from grounding.run_tables import Row
+from grounding.streams import say
 from grounding.text import visible_text
 
 # Failures that are printed one by one.
@@ -36,27 +37,50 @@ class Watch:
         """A shard was committed."""
 
 
+class Meter:
+    """How much of something is done, at what rate, and the time left: a bar where stderr is a terminal, else a line a
+    minute for the log. `total` may not be known."""
+
+    def __init__(self, total: int | None, unit: str, *, name: str = "", quiet: bool = False, note: str = "") -> None:
+        self.total, self.unit, self.name, self.quiet, self.done = total, unit, name, quiet, 0
+        self.started = self.told = time.perf_counter()
+        shown = not quiet and sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit=unit, desc=name or None, postfix=note) if shown else None
+
+    def forward(self, count: int = 1, note: str = "") -> None:
+        """So many more are done."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif not self.quiet and (now := time.perf_counter()) - self.told >= LOG_SECONDS:
+            self.told = now
+            said = {"ncols": 0, "unit": self.unit, "prefix": self.name, "postfix": note}
+            say(tqdm.format_meter(self.done, self.total, now - self.started, **said).strip())
+
+    def close(self) -> None:
+        """The bar stays as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
 class Bar(Watch):
-    """Pictures done, failed rows, rate, time left: a progress bar where stderr is a terminal, else a line a minute for
-    the log. `by_shard`: rows are heard of only when their shard is done."""
+    """Pictures done and failed rows. `by_shard`: rows are heard of only when their shard is done."""
 
     def __init__(self, *, quiet: bool = False, by_shard: bool = False, name: str = "") -> None:
         self.quiet, self.by_shard, self.name = quiet, by_shard, name
-        self.failed, self.done, self.total = 0, 0, 0
-        self.told = 0.0
-        self.bar: tqdm | None = None
+        self.failed = 0
+        self.meter: Meter | None = None
         self.run: RunFolder | None = None
 
     def begins(self, run: RunFolder, todo: Sequence[int], pictures: int) -> None:
         """The bar appears."""
-        self.run, self.total = run, pictures
-        self.started = self.told = time.perf_counter()
-        if not self.quiet and sys.stderr.isatty():
-            done = f"{len(run.shards) - len(todo)} of {len(run.shards)} shards were done"
-            self.bar = tqdm(total=pictures, unit="picture", desc=self.name or None, postfix=done)
-        elif not self.quiet:
+        self.run = run
+        done = f"{len(run.shards) - len(todo)} of {len(run.shards)} shards were done"
+        self.meter = Meter(pictures, "picture", name=self.name, quiet=self.quiet, note=done)
+        if not self.quiet and self.meter.bar is None:
             left = f"{pictures} pictures to do in {len(todo)} of {len(run.shards)} shards"
-            print(f"{show(run.path)}: {left}", file=sys.stderr, flush=True)
+            say(f"{show(run.path)}: {left}{f' ({self.name})' if self.name else ''}")
 
     def rows(self, rows: Sequence[Row], pictures: int) -> None:
         """Rows were computed, and with them so many pictures finished."""
@@ -65,7 +89,7 @@ class Bar(Watch):
 
     def damaged(self, path: Path) -> None:
         """Say so."""
-        print(f"warning: a damaged shard was set aside as {show(path)} and is computed again", file=sys.stderr)
+        say(f"warning: a damaged shard was set aside as {show(path)} and is computed again")
 
     def shard(self, said: dict[str, Any]) -> None:
         """Where rows are not heard of, this is progress."""
@@ -74,21 +98,13 @@ class Bar(Watch):
             self._forward(len(self.run.members(said["shard"])))
 
     def _forward(self, pictures: int) -> None:
-        self.done += pictures
-        failed = f"{self.failed} rows failed" if self.failed else ""
-        if self.bar is not None:
-            self.bar.set_postfix_str(failed, refresh=False)
-            self.bar.update(pictures)
-        elif not self.quiet and (now := time.perf_counter()) - self.told >= LOG_SECONDS:
-            self.told = now
-            said = {"ncols": 0, "unit": "picture", "prefix": self.name, "postfix": failed}
-            line = tqdm.format_meter(self.done, self.total, now - self.started, **said)
-            print(line.strip(), file=sys.stderr, flush=True)
+        if self.meter is not None:
+            self.meter.forward(pictures, f"{self.failed} rows failed" if self.failed else "")
 
     def close(self) -> None:
         """The bar stays as it is."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.meter is not None:
+            self.meter.close()
 
 
 def failures(run: RunFolder) -> int:
@@ -127,12 +143,12 @@ def print_status(run: RunFolder, form: str, *, quiet: bool = False) -> None:
     done = [said for shard in run.shards if (said := run.said(shard)) is not None]
     warnings: Counter[str] = sum((Counter(said.get("warnings", {})) for said in done), Counter())
     for text, count in [] if quiet else warnings.most_common(SHOWN):
-        print(f"warning: {count} rows: {visible_text(text)}", file=sys.stderr)
+        say(f"warning: {count} rows: {visible_text(text)}")
     failed = [one for said in done for one in said["failures"]]
     for one in [] if quiet else failed[:SHOWN]:
-        print(f"warning: {visible_text(one['id'])}: {one['status']}: {visible_text(one['error'])}", file=sys.stderr)
+        say(f"warning: {visible_text(one['id'])}: {one['status']}: {visible_text(one['error'])}")
     if len(failed) > SHOWN and not quiet:
-        print(f"warning: and {len(failed) - SHOWN} more, in failures.jsonl", file=sys.stderr)
+        say(f"warning: and {len(failed) - SHOWN} more, in failures.jsonl")
 
 
 def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:

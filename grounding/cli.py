@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grounding.streams import open_standard_streams
 from grounding.text import WORD_RULE, visible_text
 
 EXIT_INTERRUPTED = 130
@@ -265,6 +266,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Do the work; a failure is one line on stderr and an exit code, with the traceback only where `-v` asks for it."""
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an ASCII terminal shows escapes in place of an error
             stream.reconfigure(errors="backslashreplace")

@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from grounding import cli
 from grounding.cli_batch import folder_of, work_of
 from grounding.errors import OptionError
+from grounding.streams import say
 from grounding.text import visible_text
 
 if TYPE_CHECKING:
@@ -75,8 +74,9 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
         with _hands(args, make, work, bar) as hands, _terminable():
             run = drive(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
     except KeyboardInterrupt:
-        launch = ["accelerate", "launch"] if rank.count > 1 else ["python"]
-        print(f"\nstopped; what is done stays. To resume: {shlex.join([*launch, *sys.argv])}", file=sys.stderr)
+        if rank.index == 0:
+            again = f"{shlex.join(['python', *sys.argv])}{', launched as it was' if rank.count > 1 else ''}"
+            say(f"\nstopped; what is done stays. To resume: {again}")
         raise
     finally:
         bar.close()
@@ -116,9 +116,9 @@ def _terminable() -> Iterator[None]:
 
 def _warn(dataset: Dataset) -> None:
     for problem in dataset.problems[:PROBLEMS_SHOWN]:
-        print(f"warning: {visible_text(problem)}", file=sys.stderr)
+        say(f"warning: {visible_text(problem)}")
     if len(dataset.problems) > PROBLEMS_SHOWN:
-        print(f"warning: and {len(dataset.problems) - PROBLEMS_SHOWN} more, in manifest.json", file=sys.stderr)
+        say(f"warning: and {len(dataset.problems) - PROBLEMS_SHOWN} more, in manifest.json")
 
 
 # ---------------------------------------------------------------- figures
@@ -139,18 +139,21 @@ def _render(args: argparse.Namespace, run: RunFolder) -> int:
 
 def _draw(args: argparse.Namespace, run: RunFolder, dataset: Dataset, images: set[str] | None) -> int:
     """Write figures, say where; 1 where a row has none."""
-    from grounding.batch_report import failures
+    from grounding.batch_report import Meter, failures
     from grounding.gallery import FIGURES, draw
 
     lacking: list[str] = []
     made = draw(run, dataset, images, cli.figure_keywords(args), lacking.append)
-    shown = not args.quiet and sys.stderr.isatty()
     total = run.counts().total() - failures(run) if images is None else None
-    count = sum(1 for _ in tqdm(made, unit="figure", total=total, disable=not shown))
+    meter = Meter(total, "figure", quiet=args.quiet)
+    for _ in made:
+        meter.forward()
+    meter.close()
+    count = meter.done
     for line in [] if args.quiet else lacking[:PROBLEMS_SHOWN]:
-        print(f"warning: no figure of {visible_text(line)}", file=sys.stderr)
+        say(f"warning: no figure of {visible_text(line)}")
     if len(lacking) > PROBLEMS_SHOWN and not args.quiet:
-        print(f"warning: and {len(lacking) - PROBLEMS_SHOWN} more without a figure", file=sys.stderr)
+        say(f"warning: and {len(lacking) - PROBLEMS_SHOWN} more without a figure")
     if args.format == "text":
-        print(f"wrote {count} figures into {run.path / FIGURES}")
+        print(f"wrote {count} figures into {visible_text(str(run.path / FIGURES))}")
     return 1 if lacking or not count else 0

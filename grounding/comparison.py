@@ -27,7 +27,7 @@ LONGEST_BLOCK = 8  # rows that always stand in one block
 BETWEEN_BLOCKS = 0.15
 APART = 0.14  # inches between entries of several lines
 SLIMMEST = 1.5  # height : width of the blocks together
-SEE_JSON = "… (see the JSON)"
+STORED = "… (whole with the maps)"
 # Panels hold more pixels than the figure shows at its own resolution, so that print at 300 dpi stays sharp.
 OVERSAMPLING = 2
 
@@ -135,12 +135,12 @@ class Comparison:
             *self._bars(),
             *(Line(note) for note in notes if note),
             *(
-                Line(f"Warning: {text}", 7.5, ALERT, most=WARNING_LINES, space=0.0 if i else 0.06, ending=SEE_JSON)
+                Line(f"Warning: {text}", 7.5, ALERT, most=WARNING_LINES, space=0.0 if i else 0.06, ending=STORED)
                 for i, text in enumerate(warnings[:MOST_WARNINGS])
             ),
         ]
         if len(warnings) > MOST_WARNINGS:
-            block.append(Line(f"and {len(warnings) - MOST_WARNINGS} more warnings: see the JSON", 7.5, ALERT))
+            block.append(Line(f"and {len(warnings) - MOST_WARNINGS} more warnings, stored with the maps", 7.5, ALERT))
         return block
 
     def _bars(self) -> Iterator[Line | Bar]:

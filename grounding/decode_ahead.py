@@ -144,8 +144,9 @@ class Decoders(Generic[T]):
                 return worker
             self._bury(worker)
         raise GroundingError(
-            f"{STARTS} processes for decoding pictures died before they had one; say --workers 0 (or workers=0) to "
-            "decode in the main process, and see what it says"
+            f"{STARTS} processes for decoding pictures died before they had one: they begin by importing the script "
+            'that was started, so all that it does must stand under `if __name__ == "__main__":`; --workers 0 (or '
+            "workers=0) needs no such processes"
         )
 
     def _bury(self, worker: _Worker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from grounding.batch_report import Watch, failures
 from grounding.budget import EXIT_BUDGET, BudgetError
 from grounding.engines import Rank
-from grounding.errors import OptionError
+from grounding.errors import GroundingError, OptionError
 from grounding.records import Dataset
 from grounding.registry import did_you_mean
 from grounding.rows import STATUSES
@@ -47,6 +48,9 @@ def drive(
     Raises OutputError (another run holds the folder, nothing can be written), DifferentRunError, BudgetError, and what
     is wrong with every picture alike. Whatever was committed stays.
     """
+    # A process of `decode_ahead` that imports a script without the usual guard would compute the run all over.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise GroundingError('a run begins while a script is imported: put it under `if __name__ == "__main__":`')
     rank, watch = rank or Rank(), watch or Watch()
     check_statuses(retry)
     main = rank.index == 0

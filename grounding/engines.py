@@ -22,6 +22,8 @@ from grounding.records import Dataset
 from grounding.run_folder import RunFolder
 from grounding.work import Description, Load, Work, check_same, describe
 
+# What launchers tell their processes.
+LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 # Deaths of workers after which a shard is given up.
 DEATHS = 3
 POLL_SECONDS = 0.5
@@ -37,9 +39,17 @@ class Rank:
     @classmethod
     def of_launch(cls, device: str) -> Rank:
         """As `accelerate launch` made it; the processes can then wait for each other. Raises GroundingError."""
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        size = os.environ.get("WORLD_SIZE", "").strip() or "1"
+        if not size.isdecimal():
+            raise OptionError(f"the environment variable WORLD_SIZE is {size!r}, no number of processes")
+        launched = int(size)
         if launched < 2:
             return cls()
+        if lacking := [name for name in LAUNCHED if not os.environ.get(name)]:
+            raise OptionError(
+                f"the environment says WORLD_SIZE={launched}, but not {', '.join(lacking)}: start the processes with "
+                "accelerate launch or torchrun, or unset WORLD_SIZE"
+            )
         import torch
         from accelerate import PartialState
 

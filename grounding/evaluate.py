@@ -230,6 +230,8 @@ def _tally(
 
 def _file(record: Record) -> Path:
     """The picture of a record. Raises DataError for one that is no file: it has no boxes either."""
+    if record.picture is None:
+        raise DataError(record.failures[0].error)
     if isinstance(record.picture, bytes):
         raise DataError(f"{record.id}: a picture inside a table cannot be scored; boxes belong to picture files")
     return record.picture

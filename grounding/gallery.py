@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from grounding.decode_ahead import Opening
 from grounding.errors import GroundingError
 from grounding.explanation import Explanation
-from grounding.files import slug, write_whole
+from grounding.files import NAME_BYTES, slug, write_whole
 from grounding.images import ImageError, Picture
 from grounding.pngs import figure_png
 from grounding.records import Dataset
@@ -63,14 +65,17 @@ def draw(
     options: Mapping[str, Any],
     told: Callable[[str], None],
 ) -> Iterator[Path]:
-    """Write figures/<id>.png in the run's folder for each row, and yield its path. Raises OptionError, OSError."""
+    """Write figures/<id>.png in the run's folder for each row, and yield its path. Raises OptionError, OSError.
+
+    What a file name cannot hold is replaced in it. Where that makes pictures of the run alike, whether they are drawn
+    or not, signs of the id's sha256 tell them apart: no selection overwrites the figures of another.
+    """
     folder = run.path / FIGURES
     folder.mkdir(exist_ok=True)
-    taken: set[str] = set()
+    alike = Counter(slug(image) for image in run.ids)
     for name, explanation in explanations(run, dataset, images, told):
-        stem, number = slug(name, "picture"), 1
-        while (file := f"{stem}{'' if number == 1 else f'-{number}'}.png") in taken:
-            number += 1
-        taken.add(file)
-        write_whole(folder / file, figure_png(explanation, options))
-        yield folder / file
+        stem, image = slug(name, "picture"), name.rpartition("#")[0]
+        if alike[slug(image)] > 1 or len(stem.encode()) > NAME_BYTES - 4:
+            stem += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        write_whole(folder / f"{stem}.png", figure_png(explanation, options))
+        yield folder / f"{stem}.png"

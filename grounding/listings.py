@@ -100,16 +100,26 @@ class Listing:
         self.ids = tuple(self._groups)
 
     def read(self, name: str) -> Record:
-        """The record of a picture. Raises DataError where it is not listed, or its file would lie elsewhere."""
+        """The record of a picture, without the picture where that would lie elsewhere.
+
+        Raises DataError for one that is not listed.
+        """
         if name not in self._groups:
             raise DataError(f"{show(name)} is not listed in {show(self.folder)}")
+        try:
+            picture = self._pictures.picture(name)
+        except DataError as error:
+            lines = sorted(self._groups[name].lines.items()) or [(0, "")]
+            return Record(
+                name, None, (), failures=tuple(Failure(line, str(error), _shown(text)) for line, text in lines)
+            )
         captions, failures = [], []
         for line, text in sorted(self._groups[name].lines.items()):
             try:
                 captions.append(Caption(check_text(text), line))
             except TextError as error:
                 failures.append(Failure(line, str(error), _shown(text)))
-        return Record(name, self._pictures.picture(name), tuple(captions), failures=tuple(failures))
+        return Record(name, picture, tuple(captions), failures=tuple(failures))
 
     def digest(self) -> str:
         """sha256 of the bytes that the listing was read from (of ids and captions, for tables of `datasets`)."""
@@ -120,6 +130,7 @@ def grouped(entries: Iterable[Entry]) -> tuple[dict[str, _Group], dict[str, str]
     """(groups by picture, in order of first appearance; rows that cannot join one, with the reason)."""
     groups: dict[str, _Group] = {}
     broken: dict[str, str] = {}
+    bare: list[Entry] = []
     for entry in entries:
         if not entry.picture or not _is_unicode(entry.picture):
             broken[entry.place] = "its name is not valid Unicode" if entry.picture else "it names no picture"
@@ -132,6 +143,9 @@ def grouped(entries: Iterable[Entry]) -> tuple[dict[str, _Group], dict[str, str]
             continue
         first = entry.number if entry.number is not None else len(group.lines)
         group.lines.update(enumerate(entry.texts, first))
+        bare += [] if entry.texts else [entry]
+    # A picture that has no caption at all is a row of its own.
+    broken |= {entry.place: f"no caption of {show(entry.picture)}" for entry in bare if groups[entry.picture].lines}
     return groups, broken
 
 

@@ -29,12 +29,14 @@ TRIED = 8
 def picture_root(folder: Path, names: Iterable[str]) -> Path:
     """The folder, an absolute path, in which pictures with these names lie: `folder` or a usual one inside it.
 
-    Only the first few names are looked up. Where none is found: the first usual folder that there is, else `folder`.
+    Only the first few names are looked up, last in whatever other folders there are. Where none is found: the first
+    usual folder that there is, else `folder`.
     """
     folder = folder.absolute()
     usual = [folder / name for name in FOLDERS if (folder / name).is_dir()]
     first = list(islice(names, TRIED))
-    for place in (*usual, folder):
+    others = sorted(place for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+    for place in (*usual, folder, *others):
         if any(_is_file_in(place, name) for name in first):
             return place
     return (*usual, folder)[0]

@@ -48,7 +48,8 @@ class Failure:
 class Record:
     """One picture with its captions.
 
-    `picture` is a file, or the bytes of one where the data set holds them itself. `failures` are captions that are
+    `picture` is a file, or the bytes of one where the data set holds them itself; None: it must not be opened, and
+    every line is among the failures. `failures` are captions that are
     there but cannot be used; together with `captions` every line of the data set is named once. `boxes` maps a chain to
     its boxes (x0, y0, x1, y1): original pixels, origin top-left, half-open. `no_box` says of a chain without any why:
     `scene`, `nobndbox`, `notvisual` or `missing` (no object of the annotation that can be used). `problems` are
@@ -56,7 +57,7 @@ class Record:
     """
 
     id: str
-    picture: Path | bytes
+    picture: Path | bytes | None
     captions: tuple[Caption, ...]
     boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
     no_box: Mapping[str, str] = field(default_factory=dict)

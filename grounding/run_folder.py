@@ -187,7 +187,8 @@ class RunFolder:
             raise DataError(f"{show(self.part(shard))}: {error.strerror or error}") from None
         if said is None or hashlib.sha256(data).hexdigest() != said["sha256"]:
             raise DataError(f"{show(self.part(shard))} is damaged (it does not fit its sidecar): run again to renew it")
-        table = pq.read_table(io.BytesIO(data))
+        # Threads of Arrow that still run when Python ends abort the process (pyarrow 26).
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
         about_of(table)
         return table
 

@@ -38,22 +38,26 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is asked of it; `failures` are rows that cannot be explained whatever the model does."""
+    """A picture and what is asked of it; `failures` are rows that cannot be explained whatever the model does. A row of
+    the data set that is not `listed` under a picture has its own name as id."""
 
     id: str
     picture: Path | bytes | None
     asks: tuple[Ask, ...]
     failures: tuple[Failure, ...] = ()
+    listed: bool = True
 
 
 def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequence[str]) -> Sample:
     """What is asked of a picture, or of a broken row of the data set, which has a failure and nothing else."""
     if name in dataset.broken:
-        return Sample(name, None, (), (Failure(0, dataset.broken[name]),))
+        return Sample(name, None, (), (Failure(0, dataset.broken[name]),), listed=False)
     try:
         record = dataset.read(name)
     except DataError as error:
         return Sample(name, None, (), (Failure(0, str(error)),))
+    if record.picture is None:
+        return Sample(name, None, (), record.failures if captions == "all" else record.failures[:1])
     if captions == "none":
         return Sample(name, record.picture, (Ask(0, Generate()),))
     asks, failures = [], list(record.failures)

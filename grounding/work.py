@@ -179,13 +179,19 @@ def begin(folder: Path, work: Work, description: Description, dataset: Dataset, 
     return run
 
 
+# Digests: what stands there says nothing to a reader.
+HASHED = ("ids", "data", "weights")
+
+
 def check_same(run: RunFolder, found: Mapping[str, Any]) -> None:
     """Raises DifferentRunError where a run computes something else than `found` says."""
     there = run.manifest["fingerprint"]
     differing = [name for name in {**there, **found} if there.get(name) != found.get(name)]
     if differing:
         pairs = [(name, _short(there.get(name)), _short(found.get(name))) for name in differing]
-        said = "; ".join(name if old == new else f"{name}: {old} there, {new} now" for name, old, new in pairs)
+        said = "; ".join(
+            name if old == new or name in HASHED else f"{name}: {old} there, {new} now" for name, old, new in pairs
+        )
         raise DifferentRunError(
             f"{run.path} holds another run, which differs in {said}; resume it as it was, or choose another folder"
         )

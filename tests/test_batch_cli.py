@@ -89,7 +89,7 @@ def test_a_log_has_lines_of_progress(monkeypatch, capsys):
         bar.rows(rows, pictures)
     bar.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "run: 100 pictures to do in 2 of 5 shards"
+    assert lines[0] == "run: 100 pictures to do in 2 of 5 shards (process 1 of 2)"
     # 20 pictures after 80 seconds: 80 are left. Nothing after 40, and nothing yet at 120.
     assert lines[1:] == ["process 1 of 2:  20% 20/100 [01:20<05:20,  4.00s/picture, 2 rows failed]"]
     quiet = batch_report.Bar(quiet=True)

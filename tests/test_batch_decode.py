@@ -135,7 +135,7 @@ def test_workers_that_cannot_start_are_an_error_and_no_fault_of_the_picture(tmp_
     items = write(tmp_path, "0.png")
     with Decoders(Unloadable(), 1, 1) as decoders, pytest.raises(GroundingError) as caught:
         list(decoders.opened(iter(items)))
-    assert str(caught.value).startswith("4 processes for decoding pictures died before they had one; say --workers 0")
+    assert str(caught.value).startswith("4 processes for decoding pictures died before they had one: they begin by im")
 
 
 def test_errors_cross_from_process_to_process(tmp_path):

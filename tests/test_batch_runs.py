@@ -152,7 +152,7 @@ def broken(folder):
     noise(40, 30).save(folder.parent / "outside.png")
     (images / "link.png").symlink_to(folder.parent / "outside.png")
     listed.append(("link.png", "x"))
-    wanted["link.png"] = "failed_input"  # as for every name that is refused: one row, of the picture
+    wanted["link.png#0"] = "failed_input"
     add("it's \u2028 \U0001f600.png", "ok")
     noise(40, 30).save(images / "it's \u2028 \U0001f600.png")
     noise(40, 30).save(images / "captions.png")
@@ -196,6 +196,7 @@ def test_every_kind_of_broken_input_is_a_row_and_the_rest_is_there(tmp_path):
     assert "root:" not in json.dumps(rows, default=str)
     captions = {row["id"]: row["caption"] for row in rows}
     assert captions["cut.jpg#1"] == CAPTIONS[1]
+    assert captions["link.png#0"] == captions["../../etc/passwd#0"] == "x"
     assert any("not read" in w or "cut" in w or "dropped" in w for w in _row(rows, "captions.png#2")["warnings"])
     good = {row["id"]: row for row in rows if row["status"] == "ok"}
     assert all(row["gradcam"] is not None for row in good.values())
@@ -274,7 +275,7 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path):
             assert re.search(rf"(in|;) {name}[:;]", str(error.value))
         return str(error.value)
 
-    assert "weights: " in differs("weights", load=Counting(tiny.clip_adapter(seed=1)))
+    assert "differs in weights; " in differs("weights", load=Counting(tiny.clip_adapter(seed=1)))
     assert "captions" not in differs("methods", what=work(folder, methods=("gradcam",)))
     differs("methods", what=work(folder, options={"gradcam.threshold": "0.2"}))
     differs("captions", what=work(folder, captions="first"))

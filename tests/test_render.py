@@ -107,9 +107,9 @@ def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count
         assert r0 * DPI <= width + 1
         assert all(r0 <= l1 or r1 <= l0 or b0 <= t1 or b1 <= t0 for l1, r1, b1, t1 in boxes[:i])
     text = words(made)
-    assert "and 4 more warnings: see the JSON" in text
+    assert "and 4 more warnings, stored with the maps" in text
     assert text.count("Warning:") == 8
-    assert text.count("… (see the JSON)") == 8
+    assert text.count("… (whole with the maps)") == 8
 
 
 @pytest.mark.parametrize("layout", ["rows", "panels"])
