@@ -80,10 +80,11 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
         raise
     finally:
         bar.close()
-    if rank.index == 0:
-        if args.random is not None:
-            _draw(args, run, dataset, None)
-        print_status(run, args.format, quiet=args.quiet)
+    if rank.index:  # a launcher ends the others as soon as one process says that all is not well
+        return exit_code(run) if exit_code(run) == 1 else 0
+    if args.random is not None:
+        _draw(args, run, dataset, None)
+    print_status(run, args.format, quiet=args.quiet)
     return exit_code(run)
 
 

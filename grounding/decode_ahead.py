@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import pickle
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,9 +24,9 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from grounding.decoding import MAX_PIXELS, ImageError
+from grounding.decoding import MAX_PIXELS, ImageError, show
 from grounding.errors import GroundingError
 from grounding.images import Picture, open_image
 
@@ -32,6 +34,8 @@ from grounding.images import Picture, open_image
 DEATHS = 2
 # Processes in a row that died before they were ready for a picture after which none will be.
 STARTS = 4
+# Seconds: for one picture; between looks whether the process is there; for the end of one that was killed.
+PATIENCE, POLL, GRACE = 600.0, 1.0, 5.0
 T = TypeVar("T")
 # None: nothing to open, for items that only keep their place.
 Source = Path | bytes | None
@@ -62,6 +66,9 @@ class Opening:
             return open_image(source, max_pixels=self.max_pixels, root=self.root)
         except ImageError as error:
             return error
+        except MemoryError:
+            name = "a picture of the data set" if isinstance(source, bytes) else show(source)
+            return ImageError(f"{name}: there is not enough memory to open it", "failed_oom")
 
 
 class Decoders(Generic[T]):
@@ -83,11 +90,16 @@ class Decoders(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._closed = True
-            for worker in self._alive:
-                worker.kill()
-        self._threads.shutdown(cancel_futures=True)
+        # A signal in between would leave workers behind, and threads that wait for them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            with self._lock:
+                self._closed = True
+                for worker in self._alive:
+                    worker.kill()
+            self._threads.shutdown(cancel_futures=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     @property
     def pids(self) -> list[int]:
@@ -127,7 +139,7 @@ class Decoders(Generic[T]):
                 raise found
             return found
         name = "a picture of the data set" if isinstance(source, bytes) else repr(str(source))
-        return CrashError(f"{name}: {DEATHS} processes that decoded it died")
+        return CrashError(f"{name}: {DEATHS} processes that decoded it died or did not come back")
 
     def _worker(self) -> _Worker:
         """This thread's worker, ready for a picture."""
@@ -151,6 +163,7 @@ class Decoders(Generic[T]):
 
     def _bury(self, worker: _Worker) -> None:
         worker.kill()
+        worker.join()
         self._own.worker = None
         with self._lock:
             self._alive.discard(worker)
@@ -184,19 +197,31 @@ class _Worker:
     def wait(self) -> None:
         """Until it is ready for a picture. Raises EOFError or OSError where it died."""
         if not self._ready:
-            self._pipe.recv()
+            self._answer()
             self._ready = True
 
     def open(self, source: Source) -> Picture | Exception:
         """What opening gave or raised. Raises EOFError or OSError where the worker died."""
         self._pipe.send(source)
-        found: Picture | Exception = self._pipe.recv()
+        found: Picture | Exception = self._answer()
         return found
+
+    def _answer(self) -> Any:
+        # Not `recv` alone: a process that another library forked meanwhile may hold the other end, too, so that it does
+        # not end with the worker; and a file system that is gone lets a worker wait for ever.
+        end = time.monotonic() + PATIENCE
+        while not self._pipe.poll(POLL):
+            if not self._process.is_alive() or time.monotonic() > end:
+                raise EOFError
+        return self._pipe.recv()
 
     def kill(self) -> None:
         """End it at once: a worker holds nothing that has to be put away."""
         self._process.kill()
-        self._process.join()
+
+    def join(self) -> None:
+        """Wait until it is gone; not for one that the system cannot end (a file system that does not answer)."""
+        self._process.join(GRACE)
 
 
 def _work(pipe: Connection, opening: Opening) -> None:
@@ -204,12 +229,17 @@ def _work(pipe: Connection, opening: Opening) -> None:
     with suppress(EOFError, OSError):
         pipe.send(None)
         while True:
-            pipe.send(_tried(opening, pipe.recv()))
+            found = _tried(opening, pipe.recv())
+            try:
+                pipe.send(found)
+            except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+                pipe.send(ImageError(f"the picture cannot be handed over: {error}", "failed_decode"))
 
 
 def _tried(opening: Opening, source: Source) -> Picture | Exception:
     try:
         return opening(source)
     except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked gets it
-        error.add_note(traceback.format_exc())  # the place is lost between processes
-        return error
+        told = RuntimeError(f"{type(error).__name__}: {error}")  # of a type that every process knows
+        told.add_note(traceback.format_exc())
+        return told

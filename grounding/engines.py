@@ -27,6 +27,8 @@ LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 # Deaths of workers after which a shard is given up.
 DEATHS = 3
 POLL_SECONDS = 0.5
+# Seconds that a cluster may take to find a place for the first worker.
+PATIENCE = 900
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,9 @@ class Worker:
         self.here = Here(load, work, lambda _rows, _pictures: None)
         self.checked = False
 
+    def ready(self) -> None:
+        """Answers when it is there."""
+
     def describe(self, ids: Sequence[str]) -> Description:
         """The run as this process sees it."""
         return self.here.describe(ids)
@@ -166,11 +171,13 @@ class Cluster:
         except ImportError:
             raise OptionError("--engine ray needs Ray: pip install 'grounding[ray]'") from None
         self.ray, self.load, self.work = ray, load, work
-        self.budget, self.idle = work.budget(), list[Any]()
-        where = {"include_dashboard": False} if address == "local" else {"address": address}
+        self.budget = work.budget()
+        self.idle, self.starting = list[Any](), dict[Any, Any]()
+        # Not left out: Ray would look for a cluster in the environment, and in what others left in its folder.
+        where: dict[str, Any] = {"address": address} | ({"include_dashboard": False} if address == "local" else {})
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise GroundingError(f"Ray does not answer at {address!r}: {' '.join(str(error).split())}") from None
         try:
             self.places, self.resources = places(
@@ -186,47 +193,96 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.ray.shutdown()
 
-    def worker(self) -> Any:
-        """A new worker."""
+    def start(self) -> None:
+        """Start a worker; it is idle once it answers, for it may have to wait for a place, and load a model."""
         made = self.ray.remote(Worker).options(max_restarts=0, **self.resources)
-        return made.remote(self.load, self.work, str(Path.cwd()))
+        worker: Any = made.remote(self.load, self.work, str(Path.cwd()))
+        self.starting[worker.ready.remote()] = worker
 
     def describe(self, ids: Sequence[str]) -> Description:
         """The run as a worker sees it: the driver may have neither model nor accelerator."""
-        self.idle.append(self.worker())
+        self.start()
+        deaths = 0
+        while not self.idle:
+            deaths += self._wait({})
+            self._check_starts(deaths)
         found: Description = self._get(self.idle[0].describe.remote(list(ids)))
         return found
 
     def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:
         """Sidecars as they come. Raises GroundingError for a shard that kills its workers, and what a worker raises."""
-        left, deaths = deque(shards), Counter[int]()
+        left, deaths, starts = deque(shards), Counter[int](), 0
         busy: dict[Any, tuple[int, Any]] = {}
-        idle = self.idle  # workers stay for the next call: each holds a CPU or GPU of the cluster
-        idle += [self.worker() for _ in range(min(self.places, len(left)) - len(idle))]
+        # Workers stay for the next call: each holds a CPU or GPU of the cluster.
+        for _ in range(min(self.places, len(left)) - len(self.idle) - len(self.starting)):
+            self.start()
         folder = str(run.path.resolve())
         while left or busy:
-            while left and idle:
-                shard, worker = left.popleft(), idle.pop()
+            while left and self.idle:
+                shard, worker = left.popleft(), self.idle.pop()
                 busy[worker.compute.remote(folder, shard, list(retry))] = (shard, worker)
-            ready, _ = self.ray.wait(list(busy), num_returns=1)
-            shard, worker = busy.pop(ready[0])
+            starts += self._wait(busy)
+            self._check_starts(starts)
+            for reference in self.ray.wait(list(busy), timeout=0)[0] if busy else []:
+                shard, worker = busy.pop(reference)
+                try:
+                    said = self._get(reference)
+                except self._died as error:
+                    deaths[shard] += 1
+                    if deaths[shard] == DEATHS:
+                        why = f"shard {shard}: {DEATHS} workers that computed it died ({_line(error)})"
+                        raise GroundingError(why) from None
+                    left.appendleft(shard)  # for whoever is idle: a new one may find no place any more
+                    self.start()
+                else:
+                    self.idle.append(worker)
+                    if said:
+                        self.budget.add_shard(said)
+                        yield said
+
+    def _wait(self, busy: Mapping[Any, Any]) -> int:
+        """Until a worker is ready, or one that is busy has an answer; how many died before they were ready.
+
+        Raises GroundingError where nobody is busy and nobody gets ready.
+        """
+        ready, _ = self.ray.wait([*busy, *self.starting], timeout=None if busy else PATIENCE)
+        if not ready:
+            raise GroundingError(
+                f"no worker of the Ray cluster was ready after {PATIENCE / 60:.0f} minutes: each takes "
+                f"{self.resources}, which others may hold (`ray status` says who)"
+            )
+        died = 0
+        for reference in ready:
+            if (worker := self.starting.pop(reference, None)) is None:
+                continue
             try:
-                said = self._get(ready[0])
-                idle.append(worker)
-            except self.ray.exceptions.RayActorError as error:
-                deaths[shard] += 1
-                if deaths[shard] == DEATHS:
-                    raise GroundingError(f"shard {shard}: {DEATHS} workers that computed it died ({error})") from None
-                left.appendleft(shard)
-                idle.append(self.worker())
-            else:
-                if said:
-                    self.budget.add_shard(said)
-                    yield said
+                self._get(reference)
+                self.idle.append(worker)
+            except self._died:
+                died += 1
+                self.start()
+        return died
+
+    def _check_starts(self, deaths: int) -> None:
+        if deaths >= DEATHS:
+            raise GroundingError(f"{deaths} workers of the Ray cluster died before they were ready; see Ray's logs")
+
+    @property
+    def _died(self) -> tuple[type[Exception], ...]:
+        """What Ray raises where a worker is gone, or was ended for its memory."""
+        return self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError
 
     def _get(self, reference: Any) -> Any:
         """The result; what a worker raised is raised here as it was."""
         try:
             return self.ray.get(reference)
+        except self._died:
+            raise
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, GroundingError) else error) from None
+        except self.ray.exceptions.RayError as error:
+            raise GroundingError(f"Ray: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

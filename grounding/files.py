@@ -91,7 +91,8 @@ def try_writing(folder: Path) -> None:
         place = place.parent
     trial = place / (STAGING + secrets.token_hex(8))
     trial.mkdir()
-    trial.rmdir()
+    with suppress(FileNotFoundError):  # another process tidied up
+        trial.rmdir()
 
 
 def is_ours(path: Path) -> bool:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from grounding.errors import GroundingError
-from grounding.files import PART, OutputError, show, try_writing, write_whole
+from grounding.files import PART, STAGING, OutputError, show, try_writing, write_whole
 from grounding.records import DataError
 from grounding.run_tables import About, Row, about_of, doubts_of, maps_bytes, to_table
 
@@ -150,6 +150,9 @@ class RunFolder:
         for name in ("part-*", MANIFEST + "*", FAILURES + "*", MERGED + "*"):
             for path in self.path.glob(f"{name}{PART}*"):
                 path.unlink(missing_ok=True)
+        for path in self.path.glob(f"{STAGING}*"):
+            with suppress(OSError):  # not empty: somebody else's
+                path.rmdir()
 
     # ------------------------------------------------------------------ reading
 
@@ -167,7 +170,9 @@ class RunFolder:
     def stamp(self, shard: int) -> int:
         """Another number after each commit of a shard; 0 where there was none."""
         try:
-            return self.sidecar(shard).stat().st_mtime_ns
+            found = self.sidecar(shard).stat()
+            # Of two commits within one tick of the clock the second is another file, made while the first was there.
+            return hash((found.st_mtime_ns, found.st_ino))
         except OSError:
             return 0
 
@@ -243,7 +248,9 @@ def check_folder(path: str | Path) -> Path:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{show(folder)} is a file, not a folder; choose another --output")
         if folder.is_dir() and not (folder / MANIFEST).exists():
-            foreign = [p.name for p in folder.iterdir() if p.name != LOCK and PART not in p.name]
+            names = [p.name for p in folder.iterdir()]
+            # STAGING: another process of this run is trying whether it can write here, or was killed while it did.
+            foreign = [n for n in names if n != LOCK and PART not in n and not n.startswith(STAGING)]
             if foreign:
                 raise OutputError(f"{show(folder)} holds other files and no run of grounding; choose another folder")
         if (folder / MANIFEST).exists():

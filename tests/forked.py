@@ -1,7 +1,7 @@
 """Runs `ground_flickr30k.py` again and again, each time in a fork of one process that has everything imported.
 
 A request is a line of JSON on stdin: `argv`, `out` and `err` (files), `die` (moment, number), `worker` (number) and
-`after` (seconds). The process answers with the fork's pid, then with its exit code. At the given occurrence of the
+`after` (seconds). The process answers `pid` with the fork's, then `exit` with its code. At the given occurrence of the
 moment, or after so many seconds, the fork kills itself with SIGKILL; at the given picture it kills a decode worker.
 """
 
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ground_flickr30k.py"
@@ -38,9 +39,10 @@ def nth(owner, name, number, act, *, after=False):
 
 
 def kill_worker(decoders, *_):
-    """Kill one of the processes that decode, whichever."""
-    for pid in decoders.pids[:1]:
-        os.kill(pid, signal.SIGKILL)
+    """Kill one of the processes that decode, whichever, as soon as there is one."""
+    while not (pids := decoders.pids):
+        time.sleep(0.001)
+    os.kill(pids[0], signal.SIGKILL)
 
 
 def arm(script, moment, number):
@@ -95,8 +97,8 @@ def main():
         pid = os.fork()
         if not pid:
             child(script, json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("pid", pid, flush=True)
+        print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from grounding.run_folder import RunFolder
 from grounding.samples import picked
 from tests import batches, tiny
 from tests.batches import data
+from tests.conftest import noise
 from tests.forked import SCRIPT
 from tests.test_cli import answer, script
 
@@ -52,6 +53,9 @@ def made(command, tmp_path):
     folder = data(tmp_path / "data", 5)
     assert command("--data", folder, "--output", "run", *FAST)[0] == 0
     return folder
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def process(*argv, **options):
@@ -227,6 +231,22 @@ def test_figures_are_drawn_from_stored_maps(command, made, tmp_path):
     assert err.startswith("warning: no figure of 1.png: ")
 
 
+def test_a_figure_is_never_overwritten_by_that_of_another_picture(command, tmp_path):
+    names = ["a b.png", "a_b.png", "A b.png", "c.png", f"{'d' * 70}1.png", f"{'d' * 70}2.png"]
+    (tmp_path / "data").mkdir()
+    for seed, name in enumerate(names):
+        noise(40, 30, seed).save(tmp_path / "data" / name)
+    batches.listing(tmp_path / "data", [(name, text) for name in names for text in ("a man", "a dog")])
+    assert command("--data", "data", "--output", "run", *FAST)[0] == 0
+    assert command("--render", "png", "--output", "run")[1] == "wrote 12 figures into run/figures\n"
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()}
+    assert len(whole) == 12
+    assert {"c_png_0.png", "c_png_1.png"} < whole.keys()
+    for seed in range(4):
+        assert command("--render", "png", "--output", "run", "--random", "1", "--seed", seed)[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()} == whole
+
+
 def test_random_pictures_are_drawn_by_the_seed_and_get_figures(command, tmp_path):
     folder = data(tmp_path / "data", 9, ["a man"])
     code, out, _ = command("--data", folder, "--random", "2", "--seed", "3", *FAST)
@@ -282,6 +302,57 @@ def test_looking_needs_neither_torch_nor_a_model(made, tmp_path):
     argv = [sys.executable, "-c", LOOK, str(SCRIPT.parent), str(tmp_path / "run")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == ["0", "0", "0 torch"]  # figures: the classes of maps name its types
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full_cost_nothing(tmp_path, closed):
+    folder = data(tmp_path / "data", 2)
+    command = [sys.executable, str(SCRIPT), "--data", str(folder), "--output", str(tmp_path / "run"), *FAST]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "bash", *command], capture_output=True, text=True, check=False, env=ENV
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert RunFolder.open(tmp_path / "run").counts().total() == 4
+
+
+def test_reading_a_run_in_python_ends_well(made, tmp_path):
+    """Whether or not all of it is read."""
+    script = "from grounding.run_folder import RunFolder\nfor rows in RunFolder.open('run').pictures(): break"
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=ENV, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', no number of processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "says WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT: start the processes"),
+    ],
+)
+def test_half_a_launcher_is_told(command, tmp_path, monkeypatch, env, words):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = command("--data", data(tmp_path / "data", 2), "--output", "run", *FAST)
+    assert (code, out) == (2, "")
+    assert words in err
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert command("--data", tmp_path / "data", "--output", "run", *FAST)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_script_without_the_usual_guard_begins_no_run_in_its_workers(tmp_path):
+    folder = data(tmp_path / "data", 2)
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from pathlib import Path\nfrom tests.batches import run, work\n"
+        f"print(run(Path({str(tmp_path / 'run')!r}), work({str(folder)!r}, workers=1)))\n"
+    )
+    env = ENV | {"PYTHONPATH": str(SCRIPT.parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 1
+    assert 'a run begins while a script is imported: put it under `if __name__ == "__main__":`' in done.stderr
+    assert "4 processes for decoding pictures died before they had one" in done.stderr.splitlines()[-1]
 
 
 def test_a_reader_that_leaves_and_an_ascii_terminal(made, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grounding import decode_ahead
 from grounding.decode_ahead import CrashError, Decoders, Opening
 from grounding.decoding import ImageError
 from grounding.errors import GroundingError
@@ -30,18 +31,26 @@ def alive(pid):
         return False
 
 
+def gone(pids, seconds=20):
+    """Wait until the processes are no more."""
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        assert time.monotonic() < end, "workers are still there"
+        time.sleep(0.02)
+
+
 def test_pictures_come_in_order_from_workers_and_without(tmp_path):
     items = [*write(tmp_path, *(f"{i}.png" for i in range(7))), ("none", None), ("bytes", b"no picture")]
     here = list(Decoders(Opening(), 0, 3).opened(iter(items)))
     with Decoders(Opening(), 2, 3) as decoders:
         there = list(decoders.opened(iter(items)))
         pids = decoders.pids
+    gone(pids)
     for found in (here, there):
         assert [name for name, _ in found] == [name for name, _ in items]
         assert [p.width for _, p in found[:7]] == list(range(20, 27))
         assert [p.status for _, p in found[7:]] == ["failed_input", "failed_decode"]
     assert [p.sha256 for _, p in here[:7]] == [p.sha256 for _, p in there[:7]]
-    assert not any(map(alive, pids))
 
 
 def test_no_more_than_asked_for_is_drawn_ahead(tmp_path):
@@ -67,7 +76,7 @@ def test_a_picture_that_kills_its_workers_is_given_up_and_the_others_are_unharme
     crashed = found.pop("deadly.png")
     assert isinstance(crashed, CrashError)
     assert crashed.status == "failed_crash"
-    assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes that decoded it died"
+    assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes that decoded it died or did not come back"
     assert all(isinstance(one, Picture) for one in found.values())
 
 
@@ -99,7 +108,7 @@ def test_workers_that_die_at_any_moment_hold_nothing_up(tmp_path, pause, dying):
                 os.kill(pid, signal.SIGKILL)
             assert [name for name, _ in [*found, *stream]] == [name for name, _ in items], turn
         pids = decoders.pids
-    assert not any(map(alive, pids))
+    gone(pids)
 
 
 def test_who_leaves_early_does_not_wait_for_pictures(tmp_path):
@@ -109,19 +118,75 @@ def test_who_leaves_early_does_not_wait_for_pictures(tmp_path):
         decoders._submit(path), decoders._submit(path), decoders._submit(path)
         while len(decoders.pids) < 2:
             time.sleep(0.01)
+        pids = decoders.pids
     assert time.monotonic() - started < 30
-    assert decoders.pids == []
+    gone(pids)
+
+
+def test_a_worker_that_does_not_come_back_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_ahead, "PATIENCE", 1.0)
+    monkeypatch.setattr(decode_ahead, "POLL", 0.05)
+    items = write(tmp_path, "0.png", "1.png")
+    with Decoders(Opening(), 1, 1) as decoders:
+        stream = decoders.opened(iter(items * 3))
+        found = [next(stream)]
+        [pid] = decoders.pids
+        os.kill(pid, signal.SIGSTOP)
+        found += stream
+        assert decoders.pids != [pid]
+    assert [name for name, _ in found] == ["0.png", "1.png"] * 3
+    assert all(isinstance(one, Picture) for _, one in found)
+    gone([pid])
+
+
+def test_a_picture_that_cannot_be_opened_for_want_of_memory_is_one_row(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(decode_ahead, "open_image", full)
+    found = Opening()(tmp_path / "a.png")
+    assert (found.status, "not enough memory" in str(found)) == ("failed_oom", True)
+
+
+def test_a_signal_while_workers_are_ended_leaves_none(tmp_path, monkeypatch):
+    """The second Ctrl-C comes when the workers were ended, and all of them are."""
+    [(_, path)] = write(tmp_path, "a.png")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    real = decode_ahead._Worker.kill
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self)
+
+    def start_and_leave():
+        with Decoders(Stuck(), 2, 3) as decoders:
+            decoders._submit(path), decoders._submit(path)
+            while len(decoders.pids) < 2:
+                time.sleep(0.01)
+            pids.extend(decoders.pids)
+
+    pids = []
+    monkeypatch.setattr(decode_ahead._Worker, "kill", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_and_leave()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gone(pids)
 
 
 def test_ctrl_c_reaches_no_worker(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker would inherit that it is ignored
     items = write(tmp_path, "0.png", "1.png", "2.png")
     with Decoders(Opening(), 1, 1) as decoders:
         stream = decoders.opened(iter(items))
         found = [next(stream)]
         [pid] = decoders.pids
         os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
         found += stream
         assert decoders.pids == [pid]
+    signal.signal(signal.SIGINT, before)
     assert [name for name, _ in found] == ["0.png", "1.png", "2.png"]
 
 

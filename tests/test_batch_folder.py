@@ -12,7 +12,7 @@ from filelock import FileLock
 from grounding.batch_report import status_of
 from grounding.driver import exit_code
 from grounding.errors import GroundingError
-from grounding.files import OutputError
+from grounding.files import STAGING, OutputError
 from grounding.records import DataError
 from grounding.run_folder import LOCK, MANIFEST, RunFolder, check_folder, locked
 from grounding.run_tables import about_of
@@ -192,7 +192,10 @@ def test_another_tools_folder_is_refused_and_left_alone(tmp_path, content, words
 def test_folders_that_a_killed_run_left_are_ours(tmp_path):
     for name in (LOCK, f"{MANIFEST}.tmp-00"):
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / f"{STAGING}0a").mkdir()  # killed while it tried whether it could write, or about to go on
     assert check_folder(tmp_path) == tmp_path
+    RunFolder(tmp_path, {}).clear_parts()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_file_or_a_read_only_parent_is_no_folder(tmp_path, monkeypatch):

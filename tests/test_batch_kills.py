@@ -20,7 +20,13 @@ from tests import batches
 from tests.forked import SCRIPT
 
 ROOT = SCRIPT.parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+    # Two workers wherever this runs, and sockets whose paths are short enough.
+    "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}', "RAY_TMPDIR": "/tmp",
+}  # fmt: skip
+for name in ("RAY_ADDRESS", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    ENV.pop(name, None)
 FORKED = ENV | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own has a thread, and what is forked must have none
 PICTURES = 14
 RUN = ["--limit", str(PICTURES), "--shard-size", "1", "--threads", "1", "--no-tokens", "--workers", "2", "--device"]
@@ -29,27 +35,54 @@ pytestmark = pytest.mark.slow
 
 
 class Forks:
-    """`tests.forked`, answering; see there."""
+    """`tests.forked`, answering; see there. Use as a context manager: whatever becomes of a test, nothing is left."""
 
     def __init__(self, folder):
         self.out, self.err = folder / "out", folder / "err"
+        self.running = None
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
-            cwd=ROOT, env=FORKED, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=FORKED, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def end(self):
+        """End what a test that failed left running."""
+        if self.running is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.running, signal.SIGKILL)
+            self.answer("exit")
+            self.running = None
+
+    def answer(self, label):
+        """The number behind a label; another label would be the answer to something else."""
+        found, number = self.process.stdout.readline().split()
+        assert found == label
+        return int(number)
+
     def start(self, output, *argv, **request):
+        self.end()
         for path in (self.out, self.err):
             path.write_bytes(b"")
         what = {"argv": [*RUN, "--output", str(output), *argv], "out": str(self.out), "err": str(self.err), **request}
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        self.running = self.answer("pid")
+        assert self.running > 1
+        return self.running
 
     def wait(self, pid):
         """The exit code; and nothing that the run started is left."""
-        code = int(self.process.stdout.readline())
+        code = self.answer("exit")
+        self.running = None
         assert "Traceback" not in self.err.read_text(), self.err.read_text()
         until(lambda: not session(pid), "processes of a run that is gone are still there")
         return code
@@ -70,7 +103,7 @@ def processes():
     """(pid, parent, session, state) of all processes."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent, _, own, *_ = path.read_text().rpartition(")")[2].split()
+            state, parent, _, own, *_ = path.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         yield int(path.parent.name), int(parent), int(own), state
@@ -111,8 +144,7 @@ def equal(path, whole):
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    made = Forks(tmp_path_factory.mktemp("forks"))
-    with made.process:
+    with Forks(tmp_path_factory.mktemp("forks")) as made:
         yield made
 
 
@@ -179,11 +211,13 @@ def test_a_second_run_refuses_and_the_first_goes_on(forks, uninterrupted, tmp_pa
     pid = forks.start(folder)
     until((folder / "part-00000.json").exists, "no shard was done")
     os.kill(pid, signal.SIGSTOP)
-    second = subprocess.run(
-        [sys.executable, str(SCRIPT), *RUN, "--output", str(folder)],
-        env=ENV, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    os.kill(pid, signal.SIGCONT)
+    try:
+        second = subprocess.run(
+            [sys.executable, str(SCRIPT), *RUN, "--output", str(folder)],
+            env=ENV, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert (second.returncode, second.stdout) == (1, "")
     assert second.stderr.startswith(f"error: another run is writing into {folder}: wait for it")
     assert forks.wait(pid) == 0
@@ -195,12 +229,20 @@ def test_ray_goes_on_without_a_worker_that_was_killed(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(SCRIPT), *RUN, "--output", str(folder), "--engine", "ray"]
     with (tmp_path / "err").open("w") as err:
-        driver = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=err, text=True)
-        until((folder / "part-00000.json").exists, "no shard was done", 180)
+        driver = subprocess.Popen(
+            command, env=ENV, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True
+        )
+    try:
+        done = (folder / "part-00000.json").exists
+        until(lambda: done() or driver.poll() is not None, "no shard was done", 180)
         workers = [pid for pid in below(driver.pid) if name_of(pid).startswith("ray::Worker")]
         os.kill(random.Random(1).choice(sorted(workers)), signal.SIGKILL)
         there = below(driver.pid)
         out, _ = driver.communicate(timeout=180)
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.communicate(timeout=30)
     assert driver.returncode == 0, (tmp_path / "err").read_text()
     assert f"pictures  {PICTURES} of {PICTURES} done" in out
     equal(folder, uninterrupted[0])

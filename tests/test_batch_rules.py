@@ -219,12 +219,10 @@ def test_a_worker_that_fits_nowhere_is_an_error_and_no_wait(machines, most):
 
 def test_a_rank_waits_for_what_the_others_compute_again(tmp_path):
     import threading
-    import time
 
     run = batches.driven(tmp_path)()
     stamps = {shard: run.stamp(shard) for shard in run.shards}
-    time.sleep(0.02)
-    waiting = threading.Thread(target=Rank(0, 2).wait_for, args=(run, stamps))
+    waiting = threading.Thread(target=Rank(0, 2).wait_for, args=(run, stamps), daemon=True)
     waiting.start()
     for shard in run.shards:
         assert waiting.is_alive()

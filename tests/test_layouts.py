@@ -547,3 +547,21 @@ def test_only_data_with_boxes_are_scored(tmp_path):
         evaluation_of(tmp_path)
     assert "\n" not in str(caught.value)
     assert not PHRASES.recognises(tmp_path)
+
+
+def test_a_line_without_a_caption_beside_others_of_its_picture_is_told(tmp_path):
+    lines = [{"image": "a.jpg", "caption": "one"}, {"image": "a.jpg"}, {"image": "b.jpg"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = open_dataset(tmp_path)
+    assert data.broken == {"list.jsonl:2": "no caption of 'a.jpg'"}
+    assert texts(data.read("a.jpg")) == [(0, "one")]
+    assert texts(data.read("b.jpg")) == []  # a row of its own: it has none at all
+
+
+def test_pictures_in_a_folder_of_any_name_are_found(tmp_path):
+    pictures(tmp_path / "img", "a.jpg")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.csv").write_text("image,caption\na.jpg,one\n")
+    data = open_dataset(tmp_path)
+    assert data.root == tmp_path / "img"
+    assert data.read("a.jpg").picture.is_file()
