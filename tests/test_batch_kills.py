@@ -249,6 +249,50 @@ def test_ray_goes_on_without_a_worker_that_was_killed(uninterrupted, tmp_path):
     until(lambda: not any(name_of(pid).startswith("ray::") for pid in there), "workers are still there")
 
 
+LEAVING = """
+import functools, sys, threading
+from pathlib import Path
+import ray.cluster_utils
+import adapters
+from grounding.driver import drive
+from grounding.engines import Cluster
+from tests import batches
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1])
+    machines = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    leaving = machines.add_node(num_cpus=1)
+
+    class Watch(batches.Watch):
+        done = 0
+
+        def shard(self, said):
+            Watch.done += 1
+            if Watch.done == 1:
+                threading.Timer(0.2, machines.remove_node, [leaving]).start()
+
+    what = batches.work(batches.data(home / "data", 240), threads=1)
+    data = what.dataset()
+    load = functools.partial(adapters.load, None, device="cpu")
+    with Cluster(load, what, machines.address) as cluster:
+        run = drive(home / "run", what, data, data.ids, cluster, watch=Watch())
+    print("rows", run.counts().total(), "machines", len(machines.list_all_nodes()))
+    machines.shutdown()
+"""
+
+
+def test_a_cluster_goes_on_when_a_machine_leaves(tmp_path):
+    pytest.importorskip("ray")
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=ENV, capture_output=True, text=True, check=False, timeout=240, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rows 480 machines 1" in done.stdout
+
+
 def test_processes_of_accelerate_divide_the_shards(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     with socket.socket() as free:
