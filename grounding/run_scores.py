@@ -162,7 +162,8 @@ def _silence(run: RunFolder, tally: Tally, problems: Sequence[str]) -> str:
             f"ground_flickr30k.py makes them with --protocols {name}"
         )
     first = f"; first of all: {problems[0]}" if problems else ""
-    why = f"phrases: {_listed(tally.skipped)}; pictures: {_listed(tally.skipped_pictures)}"
+    skipped = {"phrases": tally.skipped, "pictures": tally.skipped_pictures}
+    why = "; ".join(f"{what}: {_listed(counts)}" for what, counts in skipped.items() if counts)
     return f"{name} scored nothing of {show(run.path)} ({why}){first}"
 
 

@@ -152,9 +152,14 @@ def maps_bytes(rows: Sequence[Row], about: About) -> int:
 
 
 def doubts_of(rows: Sequence[Row], about: About) -> Counter[str]:
-    """Rows by warning; what methods say of their own maps stands in the rows alone."""
+    """Rows by warning, and by method that has no evidence for the caption; what else methods say stands in the rows."""
     titles = tuple(f"{method['title']} " for method in about.methods.values())
-    return Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
+    said = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
+    for key, method in about.methods.items():
+        where = f" at {method['layer']}" if method["layer"] else ""
+        blank = sum(1 for row in rows if row.get(key) and row[key]["status"][0] != "ok")
+        said.update({f"{method['title']}{where} has no evidence for the caption": blank} if blank else {})
+    return said
 
 
 def about_of(table: pa.Table | pa.Schema) -> About:

@@ -205,6 +205,8 @@ def test_a_foreign_table_is_refused(tmp_path):
 
 
 def test_warnings_are_counted_by_row_without_what_methods_say_of_their_maps():
-    about = About({"gradcam": {"title": "Grad-CAM"}}, "similarity", None, {}, {})
+    about = About({"gradcam": {"title": "Grad-CAM", "layer": "b.1"}}, "similarity", None, {}, {})
     rows = [{"warnings": ["cropped", "cropped", "Grad-CAM of 'a' is no evidence"]}, {"warnings": ["cropped", "blue"]}]
     assert doubts_of([*rows, {"warnings": None}, {}], about) == {"cropped": 2, "blue": 1}
+    blank = [{"gradcam": {"status": one}} for one in (["degenerate", "ok"], ["degenerate"], ["ok", "degenerate"])]
+    assert doubts_of(blank, about) == {"Grad-CAM at b.1 has no evidence for the caption": 2}
