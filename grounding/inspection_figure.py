@@ -160,7 +160,8 @@ class _Section:
 
     def _histogram(self) -> Cell:
         weights = self.inspection.weights
-        reach = float(np.abs(weights).max()) or 1.0
+        # A little further than the largest: its tick would lie under the panel's frame.
+        reach = 1.05 * float(np.abs(weights).max()) or 1.0
         counts, _ = np.histogram(weights, BINS, (-reach, reach))
         marked = weights[list(self.inspection.strongest(self.channels))]
         size = round(HISTOGRAM[1] * DPI * OVERSAMPLING), round(HISTOGRAM[0] * DPI * OVERSAMPLING)
