@@ -37,7 +37,8 @@ class Terminated(KeyboardInterrupt):
 def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     """Do what the options say; `load(id, device=..., dtype=..., revision=...)` makes an adapter. The exit code."""
     from grounding.batch_report import print_status
-    from grounding.run_folder import RunFolder, check_folder
+    from grounding.run_folder import RunFolder
+    from grounding.run_place import check_folder
 
     looking = [name for name in ("status", "merge", "render") if getattr(args, name)]
     if len(looking) > 1:

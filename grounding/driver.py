@@ -15,7 +15,8 @@ from grounding.errors import GroundingError, OptionError
 from grounding.records import Dataset
 from grounding.registry import did_you_mean
 from grounding.rows import STATUSES
-from grounding.run_folder import RunFolder, locked
+from grounding.run_folder import RunFolder
+from grounding.run_place import locked
 from grounding.work import Description, Work, begin, check_same
 
 EXIT_FAILURES = 3

@@ -16,7 +16,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -24,16 +24,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from grounding.errors import GroundingError
-from grounding.files import PART, STAGING, OutputError, show, try_writing, write_whole
+from grounding.files import PART, STAGING, OutputError, show, write_whole
 from grounding.records import DataError
 from grounding.run_tables import About, Row, about_of, doubts_of, maps_bytes, to_table
 
 FORMAT = "grounding.run"
 SCHEMA_VERSION = 1
-MANIFEST, LOCK, FAILURES, MERGED = "manifest.json", "run.lock", "failures.jsonl", "merged.parquet"
+MANIFEST, FAILURES, MERGED = "manifest.json", "failures.jsonl", "merged.parquet"
 ASIDE = ".damaged-"
 # Distinct warnings that a sidecar counts: those of most rows.
 WARNINGS = 20
@@ -171,8 +170,7 @@ class RunFolder:
         """Another number after each commit of a shard; 0 where there was none."""
         try:
             found = self.sidecar(shard).stat()
-            # Of two commits within one tick of the clock the second is another file, made while the first was there.
-            return hash((found.st_mtime_ns, found.st_ino))
+            return hash((found.st_mtime_ns, found.st_ino))  # another file, even within one tick of the clock
         except OSError:
             return 0
 
@@ -192,8 +190,7 @@ class RunFolder:
             raise DataError(f"{show(self.part(shard))}: {error.strerror or error}") from None
         if said is None or hashlib.sha256(data).hexdigest() != said["sha256"]:
             raise DataError(f"{show(self.part(shard))} is damaged (it does not fit its sidecar): run again to renew it")
-        # Threads of Arrow that still run when Python ends abort the process (pyarrow 26).
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
+        table = pq.read_table(io.BytesIO(data), use_threads=False)  # pyarrow 26: threads left at the end abort Python
         about_of(table)
         return table
 
@@ -234,59 +231,6 @@ class RunFolder:
         finally:
             part.unlink(missing_ok=True)
         return target
-
-
-# ---------------------------------------------------------------- folders
-
-
-def check_folder(path: str | Path) -> Path:
-    """The folder, if a run can be written into it: made, empty, or holding a run of ours. Raises OutputError."""
-    folder = Path(path)
-    try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            folder.lstat()  # a name that no file can have says so here
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{show(folder)} is a file, not a folder; choose another --output")
-        if folder.is_dir() and not (folder / MANIFEST).exists():
-            names = [p.name for p in folder.iterdir()]
-            # STAGING: another process of this run is trying whether it can write here, or was killed while it did.
-            foreign = [n for n in names if n != LOCK and PART not in n and not n.startswith(STAGING)]
-            if foreign:
-                raise OutputError(f"{show(folder)} holds other files and no run of grounding; choose another folder")
-        if (folder / MANIFEST).exists():
-            RunFolder.open(folder)
-        try_writing(folder)
-    except OutputError:
-        raise
-    except DataError as error:
-        raise OutputError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write into {show(folder)}: {getattr(error, 'strerror', None) or error}") from None
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it when the process ends, however. A folder that was made for it and
-    in which no run began is gone afterwards. Raises OutputError."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(
-            f"another run is writing into {show(folder)}: wait for it, or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        if missing and [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            for place in missing:
-                with suppress(OSError):  # somebody else uses it by now
-                    place.rmdir()
-        lock.release()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

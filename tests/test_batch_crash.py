@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from grounding.files import OutputError
-from grounding.run_folder import LOCK, MANIFEST
+from grounding.run_folder import MANIFEST
+from grounding.run_place import LOCK
 from tests import batches
 from tests.batches import Hands
 

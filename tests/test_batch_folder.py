@@ -14,7 +14,8 @@ from grounding.driver import exit_code
 from grounding.errors import GroundingError
 from grounding.files import STAGING, OutputError
 from grounding.records import DataError
-from grounding.run_folder import LOCK, MANIFEST, RunFolder, check_folder, locked
+from grounding.run_folder import MANIFEST, RunFolder
+from grounding.run_place import LOCK, check_folder, locked
 from grounding.run_tables import about_of
 from grounding.work import DifferentRunError
 from tests import batches
