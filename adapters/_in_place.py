@@ -26,7 +26,8 @@ def changes(
     model: nn.Module, run: Callable[[Tensor], object], like: Tensor, known: Mapping[str, Layout | None]
 ) -> dict[str, Tensor]:
     """How much each layer changes when the middle of one quarter of the picture does: path -> (4, rows, columns) of
-    maps, (4, N) of tokens (no layout). `like` is a picture as the model takes it."""
+    maps, (4, N) of tokens (no layout). `like` is a picture as the model takes it. Weights between tokens are left out.
+    """
     height, width = like.shape[-2:]
     steps = torch.arange(like.numel(), device=like.device).reshape(like.shape)
     picture = steps.sin().to(like.dtype)
@@ -36,7 +37,9 @@ def changes(
             run(pixels.clone())
         return recorder.outputs
 
-    before, found = outputs(picture), {path: list[Tensor]() for path in known}
+    before = outputs(picture)
+    known = {path: layout for path, layout in known.items() if not _are_weights(before[path])}
+    found = {path: list[Tensor]() for path in known}
     for lower, right in QUARTERS:
         rows, columns = _middle(height, lower), _middle(width, right)
         changed = picture.clone()
@@ -46,6 +49,12 @@ def changes(
             change = (after[path].float() - before[path].float()).abs()
             found[path].append((layout.fold(change) if layout else change)[0].sum(-1))
     return {path: torch.stack(own).cpu() for path, own in found.items()}
+
+
+def _are_weights(output: Tensor) -> bool:
+    """Whether (1, N, N) or (1, heads, N, N) are the weights by which N tokens are mixed."""
+    square = output.shape[-1] == output.shape[-2]
+    return bool(square and (output >= 0).all() and (output.float().sum(-1) - 1).abs().max() < 1e-2)
 
 
 def in_place(change: Tensor, least: float = CLEARLY) -> bool:
@@ -63,8 +72,7 @@ def in_place(change: Tensor, least: float = CLEARLY) -> bool:
     down = (moved[:, :, 1] - moved[:, :, 0]).mean(-1)  # how much more the lower cells change, by quarter
     right = (moved[..., 1] - moved[..., 0]).mean(-1)
     return bool(
-        change.any()
-        and (rows == 1 or (down[1] - down[0]).mean() > least)
+        (rows == 1 or (down[1] - down[0]).mean() > least)
         and (columns == 1 or (right[:, 1] - right[:, 0]).mean() > least)
     )
 

@@ -109,7 +109,11 @@ class SpatialLayers:
         """Path -> (rows, columns) of the layers that give maps of the picture, of more than one cell."""
         adaptive = {path for path, module in self.model.named_modules() if isinstance(module, ADAPTIVE)}
         found = {path: one.cells(self.size) for path, one in self.ran.items() if path not in adaptive}
-        return {path: cells for path, cells in found.items() if cells and self._is_map(path, cells)}
+        return {
+            path: cells
+            for path, cells in found.items()
+            if cells and path in self._changes and self._is_map(path, cells)
+        }
 
     def _is_map(self, path: str, cells: tuple[int, int]) -> bool:
         """Whether cells change with the picture, and lie as it does where they might be attention weights between the
@@ -178,7 +182,7 @@ class SpatialLayers:
     def _counts(self) -> dict[str, int]:
         """How many tokens the layers have over that give one for each cell of the last map, row by row."""
         count, least = prod(self.last), self._prefix or 0
-        over = {path: one.tokens - count for path, one in self.ran.items() if one.tokens}
+        over = {path: one.tokens - count for path, one in self.ran.items() if one.tokens and path in self._changes}
         over = {path: number for path, number in over.items() if least <= number <= max(MOST_PREFIX, least)}
         before = {path: number if self._prefix is None else self._prefix for path, number in over.items()}
         return {
@@ -189,15 +193,14 @@ class SpatialLayers:
 
     def _finer(self) -> frozenset[str]:
         """Layers of tokens before they were merged."""
-        others = [path for path, one in self.ran.items() if one.tokens and path not in self._counts]
+        others = [path for path in self._changes if self.ran[path].tokens and path not in self._counts]
         layouts = {path: find_layout(self.ran[path].shape, self.last, self.before, pyramid=True) for path in others}
         return frozenset(path for path, layout in layouts.items() if layout and self._by_rows(path, layout))
 
     def _like_them(self) -> frozenset[str]:
         """Layers that mix tokens so much that their order cannot be told, with as many as others that have one."""
         count = prod(self.last) + self.over
-        alike = (one for one in self.ran.values() if one.tokens == count and one.shape[2] != count)
-        return frozenset(one.path for one in alike if self._changes[one.path].any())
+        return frozenset(path for path in self._changes if self.ran[path].tokens == count and self._changes[path].any())
 
     def _by_rows(self, path: str, layout: Layout) -> bool:
         """Whether tokens go row by row over the picture."""

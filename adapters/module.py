@@ -135,7 +135,7 @@ class ModuleAdapter(ClassAdapter):
 
     def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
         """How the patches lie in a layer's output. Raises LayerError where they do not lie as the picture does."""
-        if path in self._found.strays:
+        if path in self._found.flats:
             raise self._found.flat(path)
         return super().layout(hidden, grid, path)
 

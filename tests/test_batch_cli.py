@@ -232,15 +232,15 @@ def test_figures_are_drawn_from_stored_maps(command, made, tmp_path):
 
 
 def test_a_figure_is_never_overwritten_by_that_of_another_picture(command, tmp_path):
-    names = ["a b.png", "a_b.png", "A b.png", "c.png", f"{'d' * 70}1.png", f"{'d' * 70}2.png"]
+    names = ["a b.png", "a_b.png", "A b.png", "c.png", f"{'d' * 70}1.png", f"{'d' * 70}2.png", f"{'e' * 70}.png"]
     (tmp_path / "data").mkdir()
     for seed, name in enumerate(names):
         noise(40, 30, seed).save(tmp_path / "data" / name)
     batches.listing(tmp_path / "data", [(name, text) for name in names for text in ("a man", "a dog")])
     assert command("--data", "data", "--output", "run", *FAST)[0] == 0
-    assert command("--render", "png", "--output", "run")[1] == "wrote 12 figures into run/figures\n"
+    assert command("--render", "png", "--output", "run")[1] == "wrote 14 figures into run/figures\n"
     whole = {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()}
-    assert len(whole) == 12
+    assert len(whole) == 14
     assert {"c_png_0.png", "c_png_1.png"} < whole.keys()
     for seed in range(4):
         assert command("--render", "png", "--output", "run", "--random", "1", "--seed", seed)[0] == 0
@@ -315,12 +315,12 @@ def test_streams_that_are_closed_or_full_cost_nothing(tmp_path, closed):
     assert RunFolder.open(tmp_path / "run").counts().total() == 4
 
 
-def test_reading_a_run_in_python_ends_well(made, tmp_path):
-    """Whether or not all of it is read."""
-    script = "from grounding.run_folder import RunFolder\nfor rows in RunFolder.open('run').pictures(): break"
-    for _ in range(4):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=ENV, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, b"")
+def test_reading_a_run_leaves_no_threads_of_arrow(made, monkeypatch):
+    """Those of pyarrow 26 that are still there when Python ends abort it, now and then."""
+    asked, real = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda *args, **options: asked.append(options) or real(*args, **options))
+    assert sum(1 for _ in RunFolder.open("run").pictures()) == 5
+    assert asked == [{"use_threads": False}] * 3
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import ViTImageProcessor
+from transformers import AutoModelForImageClassification, ResNetConfig, SwiftFormerConfig, ViTImageProcessor
 
 import adapters
 from adapters.classifier import ClassifierAdapter
@@ -295,3 +295,42 @@ def test_as_many_names_as_scores(monkeypatch):
 def test_available_methods_follow_the_family():
     assert "rollout" in available(tiny.classifier_adapter("dinov2"))
     assert not {"rollout", "relevance", "attention"} & set(available(tiny.classifier_adapter("swin")))
+
+
+def small(config, size=64):
+    """A random classifier of a configuration, with an image processor that squashes."""
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(config)
+    return ClassifierAdapter(tiny.shaken(model).eval(), ViTImageProcessor(size={"height": size, "width": size}))
+
+
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "measures"),
+    [
+        ({"num_labels": 1}, True),  # as transformers trains it where nothing else is said
+        ({"num_labels": 3, "problem_type": "regression"}, True),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, False),
+        ({"num_labels": 3}, False),
+    ],
+)
+def test_a_measured_quantity_has_no_probability(settings, measures):
+    found = explain(small(ResNetConfig(**RESNET, **settings)), PICTURES[0], target=0)
+    assert found[0].entry.probability is None if measures else 0 < found[0].entry.probability < 1
+    assert ("most probable" in explanation_table(found)) != measures
+
+
+def test_pictures_with_other_channels_than_the_processor_gives():
+    adapter = small(ResNetConfig(**RESNET, num_labels=3, num_channels=1))
+    with pytest.raises(
+        ModelError, match=r"gives 3 channels, .* takes 1: load the model yourself and use .*ModuleAdapter"
+    ):
+        explain(adapter, PICTURES[0], target=0)
+
+
+def test_the_last_stage_is_the_one_that_ends_last():
+    """A list of the stem's layers stands as deep in a SwiftFormer as that of its stages."""
+    config = SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], num_labels=3)
+    assert small(config).sites.tap == "swiftformer.encoder.network.6"

@@ -86,6 +86,19 @@ class Weights(nn.Module):
         return self.head((weights @ tokens)[:, 0].mean(1))
 
 
+class Scores(nn.Module):
+    """The same before the softmax, where rows sum to anything."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.patch, self.scaled, self.head = nn.Conv2d(3, 8, 8, 8), nn.Identity(), nn.Linear(8, classes)
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).transpose(1, 2)[:, None]
+        weights = self.scaled(tokens @ tokens.transpose(-1, -2)).softmax(-1)
+        return self.head((weights @ tokens)[:, 0].mean(1))
+
+
 class Channels(nn.Module):
     """(B, channels, cells) with as many channels as cells: the shape of tokens."""
 
@@ -114,7 +127,7 @@ class Table(nn.Module):
 
     def __init__(self, classes=3):
         super().__init__()
-        self.conv, self.table, self.head = nn.Conv2d(3, 8, 8, 8), nn.Softmax(-1), nn.Linear(8, classes)
+        self.conv, self.table, self.head = nn.Conv2d(3, 8, 8, 8), nn.Tanh(), nn.Linear(8, classes)
         self.bias = nn.Parameter(torch.randn(1, 1, 16, 16))
 
     def forward(self, x):
@@ -133,18 +146,28 @@ class Segments(nn.Module):
         return {"logits": self.head(features.mean((2, 3))), "mask": self.up(features)}
 
 
+class Pairs(nn.Module):
+    """Weights without heads, (B, N, N), beside tokens: as many tokens as they are."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.patch, self.norm, self.softmax = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8), nn.Softmax(-1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        tokens = self.norm(self.patch(x).flatten(2).transpose(1, 2))
+        return self.head((self.softmax(tokens @ tokens.transpose(1, 2)) @ tokens).relu().mean(1))
+
+
 @pytest.mark.parametrize(
     ("net", "live", "other", "words"),
     [
-        (
-            Weights,
-            "patch",
-            "softmax",
-            r"\(64 x 64; a changed quarter of the picture does not change that quarter of it",
-        ),
+        (Weights, "patch", "softmax", r"\(64 x 64\)"),
+        (Scores, "patch", "scaled", r"\(64 x 64; a changed quarter of the picture does not change that quarter of it"),
         (Channels, "conv", "flat", r"\(its output is \(1, 64, 64\); a changed quarter"),
         (Windows, "conv", "norm", r"\(its output is \(1, 64, 8\); a changed quarter"),
         (Table, "conv", "table", r"\(16 x 16; a changed quarter"),
+        (Pairs, "norm", "softmax", r"\(its output is \(1, 64, 64\)\)"),
     ],
 )
 def test_what_only_looks_like_a_map_is_no_tap(net, live, other, words):
