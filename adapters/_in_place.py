@@ -38,7 +38,7 @@ def changes(
         return recorder.outputs
 
     before = outputs(picture)
-    known = {path: layout for path, layout in known.items() if not _are_weights(before[path])}
+    known = {path: known[path] for path, output in before.items() if not _are_weights(output)}
     found = {path: list[Tensor]() for path in known}
     for lower, right in QUARTERS:
         rows, columns = _middle(height, lower), _middle(width, right)

@@ -218,6 +218,11 @@ class SpatialLayers:
         waves = torch.arange(sample.numel(), device=sample.device).sin().reshape(sample.shape).to(sample.dtype)
         with Recorder(self.model, dict.fromkeys(paths, True)) as recorder:
             total = self.run(waves).sum()
+        if not total.requires_grad:
+            raise ModelError(
+                f"no gradient passes {self.name}: its forward runs under torch.no_grad, or its scores are detached "
+                "from what the layers give"
+            )
         outputs = [recorder.outputs[path] for path in paths]
         gradients = dict(zip(paths, torch.autograd.grad(total, outputs, allow_unused=True), strict=True))
         for path in reversed(paths):

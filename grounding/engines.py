@@ -206,7 +206,12 @@ class Cluster:
         while not self.idle:
             deaths += self._wait({})
             self._check_starts(deaths)
-        found: Description = self._get(self.idle[0].describe.remote(list(ids)))
+        try:
+            found: Description = self._get(self.idle[0].describe.remote(list(ids)))
+        except self._died as error:
+            raise GroundingError(
+                f"a worker of the Ray cluster died while it loaded the model ({_line(error)})"
+            ) from None
         return found
 
     def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -201,6 +201,29 @@ def test_what_cannot_be_used_says_why(model, preprocess, words):
         ModuleAdapter(model, preprocess=preprocess)
 
 
+class NoGrad(Fixed):
+    """As models are written that are only ever used."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Detached(Fixed):
+    """A head that is trained by itself."""
+
+    def forward(self, x):
+        return self.head(self.conv(x).detach().flatten(1))
+
+
+@pytest.mark.parametrize("net", [NoGrad, Detached])
+def test_models_that_no_gradient_passes_say_so(net):
+    with pytest.raises(
+        ModelError, match=f"no gradient passes {net.__name__}: its forward runs under torch.no_grad, or"
+    ):
+        ModuleAdapter(net(), preprocess=tiny.to_pixels(32, 32))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_traced_module_cannot_be_watched():
     with pytest.raises(ModelError, match="give the module it was made of"):
