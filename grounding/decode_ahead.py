@@ -19,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -90,16 +90,12 @@ class Decoders(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A signal in between would leave workers behind, and threads that wait for them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _signals_later():
             with self._lock:
                 self._closed = True
                 for worker in self._alive:
                     worker.kill()
             self._threads.shutdown(cancel_futures=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     @property
     def pids(self) -> list[int]:
@@ -173,6 +169,25 @@ def _uninterrupted() -> None:
     """Ctrl-C is the main thread's to answer; what this thread starts has it blocked from its first moment on."""
     resource_tracker.ensure_running()  # which would be started with the first worker, and unblock it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM have their effect afterwards: in between they would leave workers, and threads that wait for
+    them. (To block them is not enough: any other thread of the process would take them.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    asked = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda found, _frame: came.append(found)) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _finished(item: T, future: Future[Opened]) -> tuple[T, Opened]:
