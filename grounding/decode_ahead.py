@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -22,7 +23,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -241,6 +242,9 @@ class _Worker:
 
 def _work(pipe: Connection, opening: Opening) -> None:
     """What a worker does until the pipe ends: the process that started it is gone, or has no more pictures."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    threading.Thread(target=_leave_with, args=(driver.sentinel,), daemon=True).start()
     with suppress(EOFError, OSError):
         pipe.send(None)
         while True:
@@ -249,6 +253,12 @@ def _work(pipe: Connection, opening: Opening) -> None:
                 pipe.send(found)
             except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
                 pipe.send(ImageError(f"the picture cannot be handed over: {error}", "failed_decode"))
+
+
+def _leave_with(sentinel: int) -> None:
+    """End this process with the other one, also in the middle of a picture that takes for ever."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _tried(opening: Opening, source: Source) -> Picture | Exception:

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -173,6 +175,26 @@ def test_a_signal_while_workers_are_ended_leaves_none(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     gone(pids)
+
+
+def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
+    [(_, path)] = write(tmp_path, "a.png")
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, signal, time\nfrom pathlib import Path\n"
+        "from grounding.decode_ahead import Decoders\nfrom tests.deadly import Stuck\n"
+        "if __name__ == '__main__':\n"
+        "    decoders = Decoders(Stuck(), 1, 1)\n"
+        f"    decoders._submit(Path({str(path)!r}))\n"
+        "    while not decoders.pids: time.sleep(0.01)\n"
+        "    time.sleep(1.5)\n"
+        "    print(decoders.pids[0], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    gone([int(done.stdout)])
 
 
 def test_ctrl_c_reaches_no_worker(tmp_path):
