@@ -84,8 +84,7 @@ class ModuleAdapter(ClassAdapter):
         self._moves = None if geometry is None else partial(_moved, geometry)
         self.info = info or ModelInfo(type(model).__name__, "nn.Module", processor={"type": repr(preprocess)})
         sample = self._sample()
-        self._channels, *size = sample.shape[1:]
-        self._size = (size[0], size[1])
+        self._channels = sample.shape[1]
         self._found = SpatialLayers(model, lambda pixels: scores_of(model(pixels)), sample, self.info.id, prefix)
         count = self._found.scores
         self.labels = Labels(_names(labels, count), self.info.id)
