@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests import tiny
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("GROUNDING_TEST_THREADS", "1")))
 
 
 @pytest.fixture(params=sorted(tiny.FACTORIES))

@@ -24,6 +24,7 @@ from tests.batches import data
 from tests.conftest import noise
 from tests.forked import SCRIPT
 from tests.test_cli import answer, script
+from tests.tolerances import HALF_BATCH, TUTORIAL, close, close_each
 
 FAST = ["--workers", "0", "--threads", "1", "--no-tokens", "--shard-size", "2", "--batch-size", "2"]
 
@@ -404,10 +405,7 @@ def test_a_run_equals_the_command_for_single_pictures(command, tmp_path):
             e.label for e in wanted.entries
         ]
         scores = [e.score for e, kept in zip(one.entries, place, strict=True) if kept]
-        assert np.allclose(scores, [e.score for e in wanted.entries], rtol=0, atol=1e-5)
+        assert close(scores, [e.score for e in wanted.entries], TUTORIAL)
         for key in ("gradcam", "rollout"):
             a, b = one.columns[key].maps, wanted.columns[key].maps
-            a = a[place] if len(a) > 1 else a
-            size = np.abs(b).max(axis=(1, 2), keepdims=True)
-            # float16, and sums of float32 in another order in a batch of another size.
-            assert (np.abs(a - b) <= (2.0**-11 + 1e-4) * size).all(), (name, key)
+            assert close_each(a[place] if len(a) > 1 else a, b, HALF_BATCH), (name, key)

@@ -17,6 +17,7 @@ from grounding.errors import GroundingError
 from grounding.images import Picture
 from tests.conftest import noise
 from tests.deadly import Deadly, Faulty, Stuck, Unloadable
+from tests.tolerances import COMMAND, SOON, WORKER
 
 
 def write(folder, *names):
@@ -33,9 +34,9 @@ def alive(pid):
         return False
 
 
-def gone(pids, seconds=20):
+def gone(pids):
     """Wait until the processes are no more."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SOON
     while any(map(alive, pids)):
         assert time.monotonic() < end, "workers are still there"
         time.sleep(0.02)
@@ -121,12 +122,12 @@ def test_who_leaves_early_does_not_wait_for_pictures(tmp_path):
         while len(decoders.pids) < 2:
             time.sleep(0.01)
         pids = decoders.pids
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < SOON
     gone(pids)
 
 
 def test_a_worker_that_does_not_come_back_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_ahead, "PATIENCE", 1.0)
+    monkeypatch.setattr(decode_ahead, "PATIENCE", WORKER)
     monkeypatch.setattr(decode_ahead, "POLL", 0.05)
     items = write(tmp_path, "0.png", "1.png")
     with Decoders(Opening(), 1, 1) as decoders:
@@ -192,7 +193,9 @@ def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True, check=False, timeout=COMMAND
+    )
     assert done.returncode == -signal.SIGKILL
     gone([int(done.stdout)])
 

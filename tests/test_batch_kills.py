@@ -18,6 +18,7 @@ import pytest
 from grounding.run_folder import RunFolder
 from tests import batches
 from tests.forked import SCRIPT
+from tests.tolerances import COMMAND, SOON
 
 ROOT = SCRIPT.parent.parent
 ENV = os.environ | {
@@ -52,7 +53,7 @@ class Forks:
     def __exit__(self, *_):
         self.end()
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=SOON)
 
     def end(self):
         """End what a test that failed left running."""
@@ -91,7 +92,7 @@ class Forks:
         return self.wait(self.start(*args, **request))
 
 
-def until(happened, otherwise, seconds=60):
+def until(happened, otherwise, seconds=SOON):
     """Wait until it has."""
     end = time.monotonic() + seconds
     while not happened():
@@ -214,7 +215,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(forks, uninterrupted, tmp_pa
     try:
         second = subprocess.run(
             [sys.executable, str(SCRIPT), *RUN, "--output", str(folder)],
-            env=ENV, capture_output=True, text=True, check=False, timeout=120,
+            env=ENV, capture_output=True, text=True, check=False, timeout=COMMAND,
         )  # fmt: skip
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -234,15 +235,15 @@ def test_ray_goes_on_without_a_worker_that_was_killed(uninterrupted, tmp_path):
         )
     try:
         done = (folder / "part-00000.json").exists
-        until(lambda: done() or driver.poll() is not None, "no shard was done", 180)
+        until(lambda: done() or driver.poll() is not None, "no shard was done", COMMAND)
         workers = [pid for pid in below(driver.pid) if name_of(pid).startswith("ray::Worker")]
         os.kill(random.Random(1).choice(sorted(workers)), signal.SIGKILL)
         there = below(driver.pid)
-        out, _ = driver.communicate(timeout=180)
+        out, _ = driver.communicate(timeout=COMMAND)
     finally:
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
-            driver.communicate(timeout=30)
+            driver.communicate(timeout=SOON)
     assert driver.returncode == 0, (tmp_path / "err").read_text()
     assert f"pictures  {PICTURES} of {PICTURES} done" in out
     equal(folder, uninterrupted[0])
@@ -287,7 +288,7 @@ def test_a_cluster_goes_on_when_a_machine_leaves(tmp_path):
     script.write_text(LEAVING)
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
-        env=ENV, capture_output=True, text=True, check=False, timeout=240, start_new_session=True,
+        env=ENV, capture_output=True, text=True, check=False, timeout=COMMAND, start_new_session=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "rows 480 machines 1" in done.stdout
@@ -303,7 +304,7 @@ def test_processes_of_accelerate_divide_the_shards(uninterrupted, tmp_path):
     argv = [*RUN, "--output", str(folder)]
     argv[argv.index("cpu")] = "auto"
     done = subprocess.run(
-        [*launch, str(SCRIPT), *argv], env=ENV, capture_output=True, text=True, check=False, timeout=300
+        [*launch, str(SCRIPT), *argv], env=ENV, capture_output=True, text=True, check=False, timeout=COMMAND
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("shards ") == 1  # one process speaks

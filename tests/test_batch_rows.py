@@ -16,9 +16,7 @@ from grounding.run_folder import encode
 from grounding.run_tables import About, about_of, doubts_of, maps_bytes, to_table
 from tests.batches import ABOUT, about
 from tests.made import column, explanation, noise, whole
-
-# A value between two neighbours of float16 is at most half their distance away: 2^-11 of the map's largest.
-HALF = 2.0**-11
+from tests.tolerances import HALF, close_each
 
 
 def stored(rows, what=ABOUT, tmp_path=None):
@@ -54,8 +52,7 @@ def equal(found, wanted):
         for name in ("method", "title", "layer", "options", "signed", "text_conditioned", "status"):
             assert getattr(column, name) == getattr(made, name), (key, name)
         assert column.maps.dtype == np.float32
-        size = np.abs(made.maps).max(axis=(1, 2), keepdims=True)
-        assert (np.abs(column.maps - made.maps) <= HALF * size).all()
+        assert close_each(column.maps, made.maps, HALF)
 
 
 def test_an_explanation_comes_back_from_a_table(through):
@@ -81,8 +78,8 @@ def test_float16_with_a_scale_keeps_maps_of_any_size(through, size):
     what = about(made)
     [row] = through([explained("a", 0, made, {})], what)
     found = back(row, made.picture, what).columns["gradcam"].maps
+    assert close_each(found, maps, HALF)
     for one, wanted in zip(found, maps, strict=True):
-        assert np.abs(one - wanted).max() <= HALF * np.abs(wanted).max()
         assert np.abs(one).max() == np.abs(wanted).max()  # the largest is exact
         assert one.argmax() == wanted.argmax()
     assert (found[2] == 0).all()

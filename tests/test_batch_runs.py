@@ -8,7 +8,6 @@ import shutil
 import struct
 import zlib
 
-import numpy as np
 import pytest
 
 from grounding import explain
@@ -26,18 +25,15 @@ from grounding.work import DifferentRunError
 from tests import batches, tiny
 from tests.batches import CAPTIONS, Counting, Heard, data, listing, run, statuses, work
 from tests.conftest import noise
-from tests.test_batch_rows import HALF
 from tests.test_evaluate import PICTURES, write_data
+from tests.tolerances import HALF, close, close_each
 
 LONG = "the quick brown fox jumps over the lazy dog and two dogs playing on the green grass again and again"
 
 
 def equal_maps(found, wanted, columns):
     for key in columns:
-        a, b = found.columns[key].maps, wanted.columns[key].maps
-        size = np.abs(b).max(axis=(1, 2), keepdims=True)
-        # Batches of another size add up in another order, in the last digits of float64.
-        assert (np.abs(a - b) <= (HALF + 1e-6) * size).all(), key
+        assert close_each(found.columns[key].maps, wanted.columns[key].maps, HALF), key
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "FlavaForPreTraining", "VisionEncoderDecoderModel"])
@@ -58,7 +54,7 @@ def test_rows_of_a_run_equal_explain_one_by_one(tmp_path, kind):
         assert [(e.label, e.kind, e.start, e.end, e.token_id) for e in one.entries] == [
             (e.label, e.kind, e.start, e.end, e.token_id) for e in wanted.entries
         ]
-        assert np.allclose([e.score for e in one.entries], [e.score for e in wanted.entries], rtol=0, atol=1e-5)
+        assert close([e.score for e in one.entries], [e.score for e in wanted.entries])
         assert (one.geometry, one.target, one.token_target) == (wanted.geometry, wanted.target, wanted.token_target)
         assert (one.warnings, one.origin) == (wanted.warnings, wanted.origin)
         equal_maps(one, wanted, ("gradcam", "rollout"))
@@ -83,11 +79,8 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
     found = explanation_of(rows[0], run_folder.about, picture, run_folder.shared(rows), prompts=True)
     alone = explain(load.adapter, picture.path, "image of a red car", methods=what.methods)
     place = next(i for i, entry in enumerate(found.entries) if entry.kind == PROMPT)
-    assert found.entries[place].score == pytest.approx(alone.entries[0].score, abs=1e-5)
-    assert (
-        np.abs(found.columns["gradcam"].maps[place] - alone.columns["gradcam"].maps[0]).max()
-        <= (HALF + 1e-6) * np.abs(alone.columns["gradcam"].maps[0]).max()
-    )
+    assert close(found.entries[place].score, alone.entries[0].score)
+    assert close(found.columns["gradcam"].maps[place], alone.columns["gradcam"].maps[0], HALF)
     bare = run(tmp_path / "bare", work(tmp_path / "data", select=Selection(tokens=False), protocols=()))
     assert {e["kind"] for row in batches.rows(bare) for e in row["entries"]} == {"caption"}
 

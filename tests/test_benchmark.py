@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.test_cli import ROOT, script
+from tests.tolerances import TUTORIAL, within
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def test_json_has_the_documented_cases(benchmark, capsys):
     gradcam = [c for c in cases if (c["case"], c["method"], c["variant"]) == ("maps", "gradcam", None)]
     assert [c["pictures"] for c in gradcam] == [1, 2]
     assert gradcam[1]["targets"] == 2 * gradcam[0]["targets"]
-    assert all(c["speedup"] == pytest.approx(c["naive_ratio"] / c["ratio_to_forward"], rel=0.05) for c in gradcam)
+    for case in gradcam:  # the speed-up and the naive ratio have one decimal place
+        ratio = case["ratio_to_forward"]
+        assert case["speedup"] == pytest.approx(case["naive_ratio"] / ratio, abs=0.06 + 0.06 / ratio)
 
 
 def test_json_has_the_documented_cases_of_lines(benchmark, capsys):
@@ -54,7 +57,7 @@ def test_json_has_the_documented_cases_of_lines(benchmark, capsys):
     for found in by_size.values():
         looped = found["gradcam @ last encoder block"]
         assert looped["naive_ratio"] == pytest.approx(found["tutorial loop"]["ratio_to_forward"], abs=0.06)
-        assert looped["difference"] < 1e-3  # float32
+        assert within(looped["difference"], TUTORIAL)
         assert [c["method"] for c in found.values() if c["speedup"] is not None] == [looped["method"]]
         assert found["generate"]["ratio_to_generate"] == 1
 
@@ -66,7 +69,7 @@ def test_json_has_the_documented_cases_of_a_fusion_encoder(benchmark, capsys):
     assert all(list(case) == [*keys, "difference"] for case in cases)
     looped = [case for case in cases if case["speedup"] is not None]
     assert [(case["target"], case["tap"]) for case in looped] == [("logit", "fusion"), ("logit", "vision")]
-    assert all(case["difference"] < 1e-3 for case in looped)  # float32
+    assert all(within(case["difference"], TUTORIAL) for case in looped)
     assert {case["target"] for case in cases} == {"logit", "matching", "similarity"}
 
 

@@ -162,7 +162,7 @@ def test_of_a_channel_that_is_bright_everywhere_the_elementwise_maps_show_what_i
     adapter = ClassAdapter(Quadrants([[1.0, 1.0, 1.0]]), "features")
     white = Image.new("RGB", (48, 32), "white")
     plain, found = explain(adapter, white, "1", methods=["gradcam", name], select=WHOLE).columns.values()
-    assert np.ptp(plain.maps) == 0
+    assert np.ptp(plain.maps) <= ORACLE * np.abs(plain.maps).max()
     inside = np.zeros((ROWS, COLUMNS), bool)
     inside[quadrant(1)] = True
     assert np.array_equal(found.maps[0] > 0, inside)

@@ -16,6 +16,7 @@ from tests import tiny
 from tests.conftest import noise
 from tests.test_cli import ground, photo  # noqa: F401  (fixtures)
 from tests.test_wording import said
+from tests.tolerances import TUTORIAL, close
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_crop_is_the_picture(ground, tmp_path, photo, checkpoint):  # noqa: F8
     assert np.array_equal(np.asarray(again.picture.image), np.asarray(part))
     assert (again.geometry.width, again.geometry.height, again.picture.crop) == (60, 60, (30, 10, 90, 70))
     expected = explain(tiny.classifier_adapter(dtype=torch.float32), part, target=1)
-    assert np.allclose(again.columns["gradcam"].maps, expected.columns["gradcam"].maps, atol=1e-6)
+    assert close(again.columns["gradcam"].maps, expected.columns["gradcam"].maps, TUTORIAL)
     again.figure()
     assert open_image(photo, crop=(0, 0, 120, 80)).crop == (0, 0, 120, 80)
 

@@ -16,7 +16,7 @@ from grounding.tables import explanation_table, headline
 from grounding.text import Classes
 from tests import oracles, tiny
 from tests.conftest import noise
-from tests.tolerances import close
+from tests.tolerances import TUTORIAL, close
 
 PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 ASKED = [2, "crane, BIRD", "two dogs"]
@@ -273,7 +273,8 @@ def test_checkpoints_are_loaded_by_the_end_of_their_architecture(kind, tmp_path)
     assert type(loaded) is ClassifierAdapter
     assert type(loaded.model) is type(adapter.model)
     assert loaded.labels.names == tuple(tiny.CLASSES)
-    assert close(explain(loaded, PICTURES[0], target=1)[0].raw, explain(adapter, PICTURES[0], target=1)[0].raw, 1e-4)
+    found, expected = (explain(one, PICTURES[0], target=1)[0].raw for one in (loaded, adapter))
+    assert close(found, expected, TUTORIAL)
 
 
 def test_a_model_without_a_known_read_out_is_refused():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grounding.axes import positive_int
 from grounding.geometry import Geometry, GeometryError, grid_of
+from tests.tolerances import SAMPLED, close
 
 SIDE = st.integers(1, 600)
 GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -101,7 +102,7 @@ def test_a_squashed_picture_is_torch_interpolation(width, height, grid, seed):
     geometry = Geometry.from_steps(width, height, resized=(224, 160), grid=grid)
     for size in (None, (31, 17)):
         expected = torch.nn.functional.interpolate(maps[None], size or (height, width), mode="bilinear")[0]
-        np.testing.assert_allclose(geometry.to_original(maps, size), expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert close(geometry.to_original(maps, size), expected, SAMPLED)
 
 
 @settings(max_examples=30, deadline=None)

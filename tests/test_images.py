@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import time
 
 import numpy as np
 import pytest
@@ -225,13 +224,13 @@ def test_damage_never_raises_anything_else(data):
     assert picture.image.mode == "RGB"
 
 
-def test_a_huge_picture_is_refused_from_its_header():
+def test_a_huge_picture_is_refused_from_its_header(monkeypatch):
     before = Image.MAX_IMAGE_PIXELS
     data = encode(Image.new("1", (20000, 20000)))
-    start = time.monotonic()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # decoding takes seconds
     with refused("failed_input", r"20000 x 20000 = 400000000 pixels, more than the limit max_pixels = 100000000"):
         open_bytes(data)
-    assert time.monotonic() - start < 0.2, "decoding takes seconds"
+    monkeypatch.undo()
     with refused("failed_input", "80 x 60 = 4800 pixels"):
         open_bytes(encode(noise()), max_pixels=4799)
     with refused("failed_input", "80 x 60 = 4800 pixels"):

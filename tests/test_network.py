@@ -11,12 +11,13 @@ from huggingface_hub import constants
 
 from grounding.demo import demo_line, demo_picture
 from tests.test_cli import SCRIPT
+from tests.tolerances import COMMAND, HUB
 
 
 @pytest.fixture
 def hub():
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+        urllib.request.urlopen(constants.ENDPOINT, timeout=HUB).close()
     except OSError as error:
         pytest.skip(f"no model hub answers: {error}")
 
@@ -25,7 +26,7 @@ def run(script, argv, folder):
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     found = subprocess.run(
         [sys.executable, str(script), *argv, "--format", "json"],
-        capture_output=True, text=True, check=False, cwd=folder, env=environment,
+        capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=COMMAND,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
