@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "explain": "grounding.engine",
-    "Explanation": "grounding.explanation",
-    "inspect": "grounding.inspection",
+    "explain": "grounding.engine.explain",
+    "Explanation": "grounding.explanation.explanation",
+    "inspect": "grounding.engine.inspect",
     "METHODS": "grounding.methods",
-    "Selection": "grounding.plan",
-    "GroundingError": "grounding.errors",
+    "Selection": "grounding.engine.plan",
+    "GroundingError": "grounding.core.errors",
 }
 __all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "explain", "inspect"]
 

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import LayerError
-from grounding.method import Fraction, Reading, method
+from grounding.adapter.inputs import Sites
+from grounding.core.errors import LayerError
+from grounding.methods.base import Fraction, Reading, method
 from grounding.methods.chains import through
-from grounding.trace import Trace
-from grounding.types import Sites
+from grounding.methods.trace import Trace
 
 
 def _readout(sites: Sites) -> dict[str, Reading]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from grounding.trace import Trace
+    from grounding.methods.trace import Trace
 
 
 def through(

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import OptionError
-from grounding.method import Reading, method
+from grounding.adapter.inputs import Sites
+from grounding.core.errors import OptionError
 from grounding.methods.attention import index_of
+from grounding.methods.base import Reading, method
 from grounding.methods.chains import normalised, normalised_relevance_row, relevance_row, through
-from grounding.trace import Trace
-from grounding.types import Sites
+from grounding.methods.trace import Trace
 
 
 def _reads(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:

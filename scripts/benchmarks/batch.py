@@ -24,11 +24,11 @@ from PIL import Image
 
 from benchmarks import clip
 from benchmarks.meter import Peak, quietly, say
-from grounding.adapter import Adapter
-from grounding.batch_report import Watch
-from grounding.driver import drive
-from grounding.engines import Here
-from grounding.work import BATCH_SIZE, Work
+from grounding.adapter.base import Adapter
+from grounding.batch.config import BATCH_SIZE, Work
+from grounding.batch.executors import Here
+from grounding.batch.progress import Watch
+from grounding.batch.run import drive
 
 SIZES = "dataset"
 UNIT = "the bare image tower on the same pixels"

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from adapters.classifier import ClassifierAdapter
+from adapters.classifier.adapter import ClassifierAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute, explain
-from grounding.plan import columns
-from grounding.text import Asked, Classes
-from grounding.tracing import look
+from grounding.core.text import Asked, Classes
+from grounding.engine.explain import compute, explain
+from grounding.engine.passes import look
+from grounding.engine.plan import columns
 
 SIZES = "images"
 UNIT = "one bare forward pass over the same pictures"

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from adapters.clip import ClipAdapter
+from adapters.clip.adapter import ClipAdapter
 from benchmarks.meter import Cost, cost, quietly, say
-from grounding.engine import compute, explain
-from grounding.images import open_image
-from grounding.plan import columns
+from grounding.core.images import open_image
+from grounding.engine.explain import compute, explain
+from grounding.engine.plan import columns
 
 SIZES = "pictures"
 UNIT = "one bare image-tower forward pass on the same pictures"

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import FlavaConfig, FlavaForPreTraining, PreTrainedTokenizerFast
 from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
-from adapters.flava import FlavaAdapter
+from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute
-from grounding.plan import columns
+from grounding.engine.explain import compute
+from grounding.engine.plan import columns
 
 SIZES = "words"
 UNIT = "one bare forward pass of FlavaModel over the same picture and text"

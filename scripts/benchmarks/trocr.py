@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from adapters.trocr import TrOcrAdapter
+from adapters.trocr.adapter import TrOcrAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute, explain
-from grounding.images import open_image
-from grounding.plan import columns
-from grounding.text import Generate
+from grounding.core.images import open_image
+from grounding.core.text import Generate
+from grounding.engine.explain import compute, explain
+from grounding.engine.plan import columns
 
 SIZES = "tokens"
 UNIT = "one bare forward pass of encoder and decoder over the same tokens"

@@ -1,0 +1,36 @@
+"""What vision transformers have in common: their stack is found in the model, not hard-coded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from grounding.adapter.inputs import Stack
+from grounding.core.errors import ModelError
+
+# What enters a block's attention, and what computes its weights, by the names the families give them.
+_INPUTS = ("layer_norm1", "layernorm_before", "norm1")
+_ATTENTION = ("self_attn", "attention.attention", "attention")
+
+
+def find_stack(model: nn.Module, prefix: str) -> Stack:
+    """The attention blocks below `prefix`: the longest ModuleList there. Raises ModelError where there is none."""
+    lists = {
+        path: module
+        for path, module in model.get_submodule(prefix).named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and len(module) and _child(module[0], _ATTENTION)
+    }
+    if not lists:
+        raise ModelError(f"{type(model).__name__}.{prefix} has no attention blocks that could be recorded")
+    path = max(lists, key=lambda p: len(lists[p]))
+    blocks = tuple(f"{path}.{i}" for i in range(len(lists[path])))
+    entry, attention = _child(lists[path][0], _INPUTS), _child(lists[path][0], _ATTENTION)
+    return Stack(
+        blocks=blocks,
+        inputs=tuple(f"{block}.{entry}" for block in blocks) if entry else (),
+        attention=tuple(f"{block}.{attention}" for block in blocks),
+    )
+
+
+def _child(block: nn.Module, names: tuple[str, ...]) -> str | None:
+    known = dict(block.named_modules())
+    return next((name for name in names if name in known), None)

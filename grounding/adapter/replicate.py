@@ -1,0 +1,86 @@
+"""Inputs repeated: a picture per target (for shifts of a tap, the slow and right way), or versions of one picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.recorder import Recorder, find_module
+
+if TYPE_CHECKING:
+    from grounding.adapter.base import Adapter
+
+
+def shifted_scores(
+    adapter: Adapter, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
+) -> Float[Tensor, "K"]:
+    """The scores with one vector per target added to all patches of the tap, differentiable in `shift`."""
+    inputs, targets = one_picture_per_target(inputs, targets)
+    module = find_module(adapter.model, tap)
+    grid = adapter.grid(inputs)
+
+    def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        # The targets' own sequences come first; others that a score is compared with stay as they are.
+        hidden = adapter.layout(hidden, grid, tap).shifted(hidden, shift)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with Recorder(adapter.model, rule=rule):
+        handle = module.register_forward_hook(shifted)
+        try:
+            with torch.enable_grad():
+                return adapter.forward(inputs, targets)
+        finally:
+            handle.remove()
+
+
+def one_picture_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Targets]:
+    """Inputs whose k-th picture and text are those of target k, and the targets so renumbered."""
+    image, text = targets.image.tolist(), targets.text.tolist()
+    per_text = set(inputs.per_text)
+    tensors = {
+        name: tensor[image] if name in inputs.per_picture else tensor[text] if name in per_text else tensor
+        for name, tensor in inputs.tensors.items()
+    }
+    own = torch.arange(len(targets))
+    repeated = Inputs(
+        pictures=tuple(inputs.pictures[b] for b in image),
+        geometry=tuple(inputs.geometry[b] for b in image),
+        tokens=tuple(inputs.tokens[t] for t in text),
+        text_image=tuple(range(len(targets))),
+        tensors=tensors,
+        per_picture=inputs.per_picture,
+        per_text=inputs.per_text,
+    )
+    unit = None if targets.unit is None else own
+    return repeated, replace(targets, image=own, text=own, unit=unit, other=None)
+
+
+def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
+    """Inputs with `count` pictures in place of the one that there is, each with all texts, and K x count targets:
+    those of the first target on every picture, then those of the second."""
+    texts = range(len(inputs.tokens))
+    tensors = {
+        name: tensor[[0] * count] if name in inputs.per_picture
+        else tensor.repeat_interleave(count, 0) if name in inputs.per_text
+        else tensor
+        for name, tensor in inputs.tensors.items()
+    }  # fmt: skip
+    repeated = Inputs(
+        pictures=inputs.pictures * count,
+        geometry=inputs.geometry * count,
+        tokens=tuple(inputs.tokens[t] for t in texts for _ in range(count)),
+        text_image=tuple(s for _ in texts for s in range(count)),
+        tensors=tensors,
+        per_picture=inputs.per_picture,
+        per_text=inputs.per_text,
+    )
+    every = targets.select([k for k in range(len(targets)) for _ in range(count)])
+    version = torch.arange(count).repeat(len(targets))
+    unit = None if every.unit is None else every.unit * count + version
+    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit, other=None)

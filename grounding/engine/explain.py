@@ -1,0 +1,224 @@
+"""One pass, all methods: `explain` is the way through the house; `tracing` is its middle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grounding.adapter.base import Adapter
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.recorder import random_state
+from grounding.core.errors import GroundingError, LayerError, OptionError
+from grounding.engine.passes import look, trace
+from grounding.engine.plan import Column, Selection, columns
+from grounding.engine.warnings import (
+    cancelled,
+    doubts,
+    entry_of,
+    flatten,
+    map_column,
+    provenance_of,
+    selections_of,
+    unasked,
+)
+from grounding.explanation.explanation import Explanation
+
+BATCH_SIZE = 8
+SEED = 0
+
+
+def explain(
+    adapter: Adapter,
+    images: Any,
+    texts: Any = None,
+    *,
+    methods: Sequence[str] | None = None,
+    select: Selection | Sequence[Any] | None = None,
+    target: Any = None,
+    token_target: str | None = None,
+    layers: str | int | Sequence[str | int] = (),
+    average_layers: bool = False,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = SEED,
+) -> Any:
+    """Explain why the model connects pictures and texts.
+
+    Parameters
+    ----------
+    adapter: a model and its processor, e.g. `adapters.load("openai/clip-vit-base-patch16")`.
+    images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
+        (`adapter.see([...])`), whose pass is then reused for every later text.
+    texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture. A model
+        that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own. Of a
+        model that knows classes: names of classes, each of which then gets an Explanation; better say them by `target`.
+    methods: names in `grounding.METHODS`; default `adapter.default_methods`, as does the name "default".
+    select: which entries of a caption are explained; default the caption and each token. One `Selection` for all texts,
+        or lists of them, one list per picture with one per text.
+    target: what is explained, one of `adapter.kinds`; of a model that knows classes, also one of them by name or index,
+        or a list of them, which share an Explanation (default: the predicted one). `token_target`: how a part of a
+        caption is scored, one of `adapter.token_targets`. Default the first of each.
+    layers: the taps of methods that have one, as `Adapter.resolve` takes them; several give one column each, or with
+        `average_layers` one joint column.
+    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option", where there are.
+    batch_size: pictures per forward pass.
+
+    Returns
+    -------
+    One Explanation for one picture and one text; lists give lists of the same nesting.
+
+    Raises
+    ------
+    GroundingError (a ValueError, one line): unusable picture, text, layer, option or target; a dead layer; NaN or Inf.
+    """
+    if not isinstance(adapter, Adapter):
+        raise GroundingError(
+            f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
+        )
+    target, texts = adapter.asked_by(target, texts)
+    adapter, options = aim(adapter, target, options)
+    pictures, captions, rebuild = flatten(images, texts, adapter.asked)
+    if batch_size < 1:
+        raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
+    plan = columns(adapter, methods, layers, options, average_layers)
+    selections = selections_of(select, captions)
+    if any(s.where or s.contrast for own in selections for s in own) and not adapter.generates:
+        raise OptionError(f"where and contrast ask what a model could have written; {adapter.info.type} writes no text")
+    results: list[list[Explanation]] = []
+    # The model's own precision, whatever the caller stands in: gradients of autocast are of mixed types.
+    with (
+        torch.inference_mode(False),
+        torch.autocast(adapter.device.type, enabled=False),
+        random_state(adapter.model, seed),
+    ):
+        for seen, part in _batches(adapter, images, pictures, batch_size):
+            if adapter.looks_first(captions[part]):
+                look(adapter, seen, plan)
+            chosen = [selection for own in selections[part] for selection in own]
+            inputs = adapter.read(seen, captions[part])
+            results += _explain_batch(adapter, inputs, plan, chosen, target, token_target, seed)
+    return rebuild(results)
+
+
+def aim(adapter: Adapter, target: str | None, options: Mapping[str, Any] | None) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter for this kind of target with the options of targets, and the options of methods that are left."""
+    settings = {key: value for key, value in (options or {}).items() if key.partition(".")[0] in adapter.kinds}
+    rest = {key: value for key, value in (options or {}).items() if key not in settings}
+    return adapter.aimed(target, settings), rest
+
+
+def _batches(adapter: Adapter, images: Any, pictures: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+    """Seen pictures and which they are, `batch_size` at a time; pictures that came seen stay together."""
+    if isinstance(images, Inputs):
+        yield images, slice(None)
+        return
+    for first in range(0, len(pictures), batch_size):
+        part = slice(first, first + batch_size)
+        yield adapter.see(pictures[part]), part
+
+
+def _explain_batch(
+    adapter: Adapter,
+    inputs: Inputs,
+    plan: Sequence[Column],
+    select: Sequence[Selection],
+    target: str | None,
+    token_target: str | None,
+    seed: int,
+) -> list[list[Explanation]]:
+    """One list of explanations per picture of the batch."""
+    spans = [one.spans(tokens) for one, tokens in zip(select, inputs.tokens, strict=True)]
+    for tokens, chosen in zip(inputs.tokens, spans, strict=True):
+        if not chosen:
+            raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
+    targets = adapter.targets(inputs, spans, target, token_target)
+    found = compute(adapter, inputs, targets, plan)
+    chances = adapter.alternatives(inputs, targets)
+    provenance = provenance_of(adapter, seed)
+    results: list[list[Explanation]] = [[] for _ in inputs.pictures]
+    by_text: dict[int, list[int]] = defaultdict(list)
+    for k, text in enumerate(targets.text.tolist()):
+        by_text[text].append(k)
+    for text, members in by_text.items():
+        image = inputs.text_image[text]
+        entries = tuple(entry_of(targets.spans[k], float(found.scores[k]), chances[k]) for k in members)
+        made = {
+            column.key: map_column(
+                adapter, column, targets, inputs, image, found.maps[column.key], members, found.orthogonal
+            )
+            for column in plan
+        }
+        own = (*inputs.warnings[image], *inputs.text_warnings[text])
+        warnings = (*own, *cancelled(plan, found.orthogonal), *unasked(plan, entries), *doubts(made, entries))
+        results[image].append(
+            Explanation(
+                picture=inputs.pictures[image],
+                caption=inputs.tokens[text].text,
+                entries=entries,
+                columns=made,
+                geometry=inputs.geometry[image],
+                target=targets.kind,
+                token_target=targets.token_target,
+                model={"id": adapter.info.id, "type": adapter.info.type},
+                warnings=warnings,
+                provenance=provenance,
+                origin=inputs.origins[text] if inputs.origins else "given",
+                truncated=bool(inputs.tokens[text].dropped) or inputs.tokens[text].stopped,
+            )
+        )
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
+
+    `orthogonal`: the taps whose gradient is at right angles to their features, to rounding.
+    """
+
+    scores: Tensor
+    maps: dict[str, np.ndarray]
+    orthogonal: frozenset[str]
+
+
+def compute(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Computed:
+    """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
+    static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+    made: dict[str, np.ndarray] = {}
+    sizes: dict[str, float] = defaultdict(float)
+    scores, orthogonal = torch.zeros(0), frozenset[str]()
+    # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
+    with contextlib.closing(trace(adapter, inputs, targets, plan)) as chunks:
+        for chunk in chunks:
+            scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
+            for column in chunk.columns:
+                # No text can change a static one: the first chunk, which has a target of every picture, says it all.
+                if column in static and column.key in made:
+                    continue
+                maps = column.maps(chunk.trace)
+                count = len(inputs.pictures) if column in static else len(targets)
+                places = chunk.trace.targets.image.tolist() if column in static else chunk.members
+                made.setdefault(column.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
+            for path, size in chunk.trace.gradient_sizes().items():
+                sizes[path] = max(sizes[path], size)
+    _refuse_dead_taps(adapter, sizes)
+    return Computed(scores, made, orthogonal)
+
+
+def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
+    """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
+    for path, size in sizes.items():
+        if size == 0:
+            known = getattr(adapter, "live_tap", adapter.sites.tap)
+            live = "" if path == known else f"use {known!r}, or "
+            raise LayerError(
+                f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
+                f"maps would be blank; {live}see --list-layers for the live ones"
+            )

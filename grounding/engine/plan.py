@@ -1,0 +1,220 @@
+"""What is to be computed: entries of a caption, columns of the figure. Decided before the model runs, so that a wrong
+name or option costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from grounding.adapter.base import Adapter
+from grounding.core.errors import LayerError, OptionError, TextError, UnknownNameError
+from grounding.core.text import Span, Tokens
+from grounding.explanation.maps import join_layers
+from grounding.methods import METHODS
+from grounding.methods.base import Method
+from grounding.methods.trace import TAP_SIGNALS, Trace
+
+# Among the names of methods: those that the architecture shows when nothing is asked for.
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), phrases.
+
+    With `words`, words stand in for tokens, also where they are named; with `special`, special tokens of a text that
+    the model wrote are entries, too (its end, above all). `where` asks at each chosen token for evidence of another
+    one in its place, `contrast` for evidence of the first rather than the second: at the tokens chosen by name, else
+    where the text has the first (or the second). Both stand in for the tokens. A phrase is named by its words (its
+    first occurrence) or by its characters (start, end); of the latter, those that the model does not read are left out.
+    """
+
+    caption: bool = True
+    tokens: bool | Sequence[str | int] = True
+    words: bool = False
+    phrases: Sequence[str | tuple[int, int]] = ()
+    special: bool = False
+    where: str = ""
+    contrast: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        # A text alone would be taken for a list of letters.
+        for name in ("tokens", "phrases"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
+        if not isinstance(self.tokens, bool):
+            named = [f"@{name}" if isinstance(name, int) else name for name in self.tokens]
+            object.__setattr__(self, "tokens", named)
+        if (self.where or self.contrast) and (self.words or self.phrases):
+            raise OptionError("where and contrast ask about single tokens: not with words or phrases")
+
+    def spans(self, tokens: Tokens) -> tuple[Span, ...]:
+        """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
+        if tokens.classes:
+            return self._classes(tokens)
+        if self.where or self.contrast:
+            return tuple(self._asked(tokens))
+        chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
+        parts = tokens.words() if self.words and tokens.visible else self._single(tokens)
+        if isinstance(self.tokens, bool):
+            chosen += parts if self.tokens else ()
+        else:
+            chosen += tokens.choose(self._named, parts)
+        for phrase in self.phrases:
+            found = tokens.phrase(phrase) if isinstance(phrase, str) else tokens.phrase_at(*phrase)
+            chosen += [] if found is None else [found]
+        return tuple(chosen)
+
+    def _classes(self, tokens: Tokens) -> tuple[Span, ...]:
+        """Classes have no parts."""
+        if self.words or self.phrases or not isinstance(self.tokens, bool):
+            raise OptionError("a class has no tokens, words or phrases to choose: it is explained as a whole")
+        return tokens.class_spans() if self.caption else ()
+
+    @property
+    def _named(self) -> list[str]:
+        return [] if isinstance(self.tokens, bool) else [str(name) for name in self.tokens]
+
+    def _single(self, tokens: Tokens) -> tuple[Span, ...]:
+        """Tokens; of a text that has none but special ones, those."""
+        return tokens.tokens(special=self.special or not tokens.visible)
+
+    def _asked(self, tokens: Tokens) -> Iterator[Span]:
+        """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
+        places = self._single(tokens)
+        named = places if isinstance(self.tokens, bool) else tokens.choose(self._named, places)
+        if self.where:
+            yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)
+        if self.contrast:
+            first, second = self.contrast
+            if isinstance(self.tokens, bool):
+                named = next((found for name in (first, second) if (found := tokens.labelled(name, places))), ())
+            if not named:
+                raise TextError(f"neither {first!r} nor {second!r} is in {tokens.text!r}: choose the place by --tokens")
+            label = f"{first} \u2212 {second}"
+            yield from (replace(p, kind="contrast", asked=first, against=second, label=label) for p in named)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One method with its options at its layers: one column of the figure, one key in every file."""
+
+    key: str
+    name: str
+    method: Method
+    options: Mapping[str, Any]
+    layer: str | None = None
+    paths: tuple[str, ...] = ()
+
+    def maps(self, trace: Trace) -> Float[np.ndarray, "k rows columns"]:
+        """Raw maps of a chunk of targets; those of several layers are joined."""
+        options = {k: v for k, v in self.options.items() if k in self.method.own_options}
+        if not self.paths:
+            return self.method(trace.at(None, self.method.needs), **options).cpu().numpy()
+        layers = [self.method(trace.at(path, self.method.needs), **options).cpu().numpy() for path in self.paths]
+        if len({maps.shape for maps in layers}) > 1:
+            sizes = ", ".join(f"{path} {m.shape[1]} x {m.shape[2]}" for path, m in zip(self.paths, layers, strict=True))
+            raise LayerError(f"layers of different grids cannot be averaged ({sizes}): ask for one column each")
+        return layers[0] if len(layers) == 1 else join_layers(layers)
+
+
+def columns(
+    adapter: Adapter,
+    methods: str | Sequence[str] | None = None,
+    layers: str | int | Sequence[str | int] = (),
+    options: Mapping[str, Any] | None = None,
+    average_layers: bool = False,
+) -> tuple[Column, ...]:
+    """The columns of an explanation; the name "default" stands for the architecture's default methods.
+
+    `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
+    Raises UnknownNameError, OptionError, LayerError.
+    """
+    asked = [methods] if isinstance(methods, str) else methods or [DEFAULT]
+    usual = [name for name in adapter.default_methods if not _missing(adapter, METHODS[name], METHODS[name].defaults)]
+    names = list(dict.fromkeys(n for name in asked for n in (usual if name == DEFAULT else [name])))
+    named = [str(layer) for layer in ([layers] if isinstance(layers, str | int) else layers)]
+    given = _options_by_method(options or {}, names)
+    if named and not any(METHODS[name].reads_tap for name in names):
+        raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
+    taps = _taps(adapter, named)
+    if average_layers and len(taps) < 2:
+        raise OptionError(f"averaging needs at least two different layers, got {len(taps)}")
+    made: list[Column] = []
+    for name in names:
+        method: Method = METHODS[name]
+        chosen = method.options(given.get(name, {}), name)
+        if not method.reads_tap:
+            made.append(Column(name, name, method, chosen))
+            continue
+        if average_layers:
+            key = f"{name}@{'+'.join(taps)}"
+            made.append(Column(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values())))
+            continue
+        for layer, path in taps.items():
+            key = f"{name}@{layer}" if len(taps) > 1 else name
+            made.append(Column(key, name, method, chosen, path, (path,)))
+    _check_stacks(adapter, made)
+    return tuple(made)
+
+
+def _taps(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
+    """Name as given -> path; a layer named twice, in whatever form, counts once."""
+    taps: dict[str, str] = {}
+    for layer in layers or [""]:
+        path = adapter.resolve(layer or None)
+        if path not in taps.values():
+            taps[layer] = path
+    return taps
+
+
+def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Taps and attention modules to record -> whether their gradient is needed: the union over all columns."""
+    taps: dict[str, bool] = {}
+    attention: dict[str, bool] = {}
+    for column in plan:
+        needs = column.method.needs
+        gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
+        taps |= {path: taps.get(path, False) or gradient for path in column.paths}
+        for stack, reading in column.method.reads(column.options, adapter.sites).items():
+            for path in adapter.stack(stack).attention[reading.blocks]:
+                attention[path] = attention.get(path, False) or reading.gradient
+    return taps, attention
+
+
+def available(adapter: Adapter) -> tuple[str, ...]:
+    """The names of all methods that this architecture has the attention for."""
+    return tuple(name for name in METHODS if not _missing(adapter, METHODS[name], METHODS[name].defaults))
+
+
+def _missing(adapter: Adapter, method: Method, options: Mapping[str, Any]) -> list[str]:
+    return [stack for stack in method.reads(options, adapter.sites) if not adapter.sites.attention(stack)]
+
+
+def _check_stacks(adapter: Adapter, made: Sequence[Column]) -> None:
+    """Raises OptionError for a method that reads attention the architecture does not have."""
+    for column in made:
+        if missing := _missing(adapter, column.method, column.options):
+            why = f": {adapter.sites.unrecorded}" if missing[0] in adapter.sites.stacks else ""
+            raise OptionError(
+                f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have{why} "
+                f"(methods it has: {', '.join(available(adapter))})"
+            )
+
+
+def _options_by_method(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    split: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        name, dot, option = key.partition(".")
+        if not dot or not option:
+            raise OptionError(f"option {key!r}: expected method.option=value, e.g. gradcam.threshold=0.1")
+        if name not in METHODS:
+            raise UnknownNameError(f"option {key!r}: no method {name!r} (there are: {', '.join(METHODS)})")
+        if name not in names:
+            raise OptionError(f"option {key!r}: method {name!r} is not among those asked for ({', '.join(names)})")
+        split.setdefault(name, {})[option] = value
+    return split
