@@ -17,11 +17,10 @@ from adapters.module.spatial_layers import SpatialLayers
 from adapters.shared.images import pixels_of, prepare_images
 from grounding.adapter.base import ModelInfo
 from grounding.adapter.classification import ClassAdapter, Labels
-from grounding.adapter.geometry_probe import ProbeError
 from grounding.adapter.inputs import Inputs, Sites, Stack
 from grounding.adapter.patch_layout import Layout
 from grounding.adapter.recorder import Recorder
-from grounding.core.errors import GroundingError, LayerError, ModelError
+from grounding.core.errors import GroundingError, LayerError, ModelError, ProbeError
 
 # Side of the blank picture that layers are found with; `preprocess` makes of it what it makes of any.
 SIDE = 256

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grounding.adapter.geometry_probe import ProbeError, measure_geometry
-from grounding.core.errors import ModelError
+from grounding.adapter.geometry_probe import measure_geometry
+from grounding.core.errors import ModelError, ProbeError
 from grounding.core.geometry import Geometry
 
 # Whoever overrides one of these has a geometry of its own.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from grounding.core.errors import ModelError
+from grounding.core.errors import ProbeError
 from grounding.core.geometry import Geometry
 
 # A filter needs pixels on both sides of a point; with fewer there is no line left to fit.
@@ -24,10 +24,6 @@ SMALLEST = 8
 # their two passes: without the noise a plain 2 : 1 reduction was measured 0.1 to 0.25 pixels off.)
 DARKEST, BRIGHTEST, TILT, NOISE = 19, 236, 6, 12
 Preprocess = Callable[[Image.Image], Any]
-
-
-class ProbeError(ModelError):
-    """A preprocessing whose answers to ramps fit no axis-aligned affine map."""
 
 
 def measure_geometry(preprocess: Preprocess, width: int, height: int, mode: str = "RGB") -> Geometry:

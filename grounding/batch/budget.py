@@ -8,16 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grounding.batch.run_tables import Row
-from grounding.core.errors import GroundingError
+from grounding.core.errors import BudgetError
 
-EXIT_BUDGET = 4
 SHARE, IN_A_ROW = 0.05, 100
-
-
-class BudgetError(GroundingError):
-    """Too much failed."""
-
-    exit_code = EXIT_BUDGET
 
 
 @dataclass

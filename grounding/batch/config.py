@@ -16,7 +16,7 @@ from grounding.batch.budget import IN_A_ROW, SHARE, Budget
 from grounding.batch.requests import PROTOCOLS, Captions
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
 from grounding.batch.run_tables import About
-from grounding.core.errors import GroundingError, OptionError
+from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset
@@ -28,12 +28,6 @@ from grounding.engine.warnings import provenance_of
 Load = Callable[[], Adapter]
 SHARD_SIZE, BATCH_SIZE = 64, 8
 METHODS = ("gradcam", "rollout")
-
-
-class DifferentRunError(GroundingError):
-    """The folder holds a run that computes something else."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

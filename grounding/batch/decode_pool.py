@@ -27,8 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from grounding.core.errors import GroundingError
-from grounding.core.image_decoding import MAX_PIXELS, ImageError, show
+from grounding.core.errors import CrashError, GroundingError, ImageError
+from grounding.core.image_decoding import MAX_PIXELS, show
 from grounding.core.images import Picture, open_image
 
 # Deaths of processes that were opening it after which a picture is given up.
@@ -41,13 +41,6 @@ T = TypeVar("T")
 # None: nothing to open, for items that only keep their place.
 Source = Path | bytes | None
 Opened = Picture | ImageError
-
-
-class CrashError(ImageError):
-    """A picture that killed the processes that decoded it."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "failed_crash")
 
 
 @dataclass(frozen=True)

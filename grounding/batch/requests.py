@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from grounding.core.errors import OptionError, TextError
+from grounding.core.errors import DataError, OptionError, TextError
 from grounding.core.text import Generate, check_text
-from grounding.datasets.records import Caption, DataError, Dataset, Failure, normal
+from grounding.datasets.records import Caption, Dataset, Failure, normal
 
 Captions = Literal["first", "all", "none"]
 CAPTIONS: tuple[Captions, ...] = ("first", "all", "none")

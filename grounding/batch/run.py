@@ -8,14 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from grounding.batch.budget import EXIT_BUDGET, BudgetError
 from grounding.batch.config import Description, Work, begin, check_same
 from grounding.batch.executors import Rank
 from grounding.batch.progress import Watch, failures
 from grounding.batch.rows import STATUSES
 from grounding.batch.run_folder import RunFolder
 from grounding.batch.run_place import locked
-from grounding.core.errors import GroundingError, OptionError
+from grounding.core.errors import EXIT_BUDGET, BudgetError, GroundingError, OptionError
 from grounding.core.registry import did_you_mean
 from grounding.datasets.records import Dataset
 

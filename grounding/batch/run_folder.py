@@ -26,9 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grounding.batch.run_tables import About, Row, about_of, doubts_of, maps_bytes, to_table
-from grounding.core.errors import GroundingError
-from grounding.core.files import PART, STAGING, OutputError, show, write_whole
-from grounding.datasets.records import DataError
+from grounding.core.errors import DataError, GroundingError, OutputError
+from grounding.core.files import PART, STAGING, show, write_whole
 
 FORMAT = "grounding.run"
 SCHEMA_VERSION = 1

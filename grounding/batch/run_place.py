@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from grounding.batch.run_folder import MANIFEST, RunFolder
-from grounding.core.files import PART, STAGING, OutputError, show, try_writing
-from grounding.datasets.records import DataError
+from grounding.core.errors import DataError, OutputError
+from grounding.core.files import PART, STAGING, show, try_writing
 
 LOCK = "run.lock"
 

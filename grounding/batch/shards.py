@@ -18,7 +18,7 @@ from grounding.batch.requests import Sample, sample_of
 from grounding.batch.rows import INPUT, failed, share_maps
 from grounding.batch.run_folder import RunFolder
 from grounding.batch.run_tables import Row
-from grounding.core.image_decoding import ImageError
+from grounding.core.errors import ImageError
 from grounding.core.images import Picture
 from grounding.datasets.records import Dataset
 

@@ -62,8 +62,7 @@ class Report:
         What was asked for and does not exist, no other picture will have: that error goes on, unless every picture has
         a text of its own (`own_text`) and it is that which does not hold it.
         """
-        from grounding.core.errors import GroundingError, TextError
-        from grounding.core.images import CropError
+        from grounding.core.errors import CropError, GroundingError, TextError
 
         try:
             yield

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grounding.core.errors import GroundingError
+from grounding.core.errors import OutputError
 from grounding.core.text import visible_text
 
 # Every file of a result folder says in its own way who wrote it; only such files are ever replaced or removed.
@@ -24,10 +24,6 @@ STAGING = ".grounding-"
 # In the name of a file that is being written.
 PART = ".tmp-"
 NAME_BYTES = 64
-
-
-class OutputError(GroundingError, OSError):
-    """A folder that results cannot be written into."""
 
 
 def slug(text: str, fallback: str = "entry", longest: int = NAME_BYTES) -> str:

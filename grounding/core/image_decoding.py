@@ -12,7 +12,7 @@ import struct
 import numpy as np
 from PIL import Image, ImageFile
 
-from grounding.core.errors import GroundingError
+from grounding.core.errors import ImageError
 
 # About 100 megapixels: 300 MB of RGB.
 MAX_PIXELS = 100_000_000
@@ -30,18 +30,6 @@ UPRIGHT = {
 }
 # What Pillow's plug-ins raise on broken files; a warning where the caller turned warnings into errors.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, Warning)
-
-
-class ImageError(GroundingError):
-    """A picture that cannot be used. `status` is `failed_read`, `failed_decode` or `failed_input`."""
-
-    def __init__(self, message: str, status: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # From one process to another: an exception is made anew from what it was made of.
-        return ImageError, (str(self), self.status)
 
 
 def show(name: object, limit: int = 200) -> str:

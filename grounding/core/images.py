@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from grounding.core.image_decoding import BROKEN, MAX_PIXELS, ImageError, check_size, decode, show, upright_rgb
+from grounding.core.errors import CropError, ImageError
+from grounding.core.image_decoding import BROKEN, MAX_PIXELS, check_size, decode, show, upright_rgb
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageError", "Picture", "open_image", "show"]
 
@@ -27,12 +28,6 @@ MAX_BYTES = 512 * 2**20
 MAX_URL_BYTES = 32 * 2**20
 URL_SECONDS = 30.0
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-
-class CropError(ImageError):
-    """A part of a picture that it does not have."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from grounding.core.errors import DataError
 from grounding.core.geometry import Box
 from grounding.core.image_decoding import BROKEN, EXIF_ORIENTATION, show
-from grounding.datasets.records import DataError
 from grounding.datasets.text_files import decoded, read_bytes
 
 # Boxes that reach further than this over the picture's edge are reported, pixels.

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
 from grounding.datasets.caption_lists import Entry, Found
-from grounding.datasets.records import DataError
 from grounding.datasets.text_files import lines_of
 
 # Column names, in lower case; the first that a header has is taken.

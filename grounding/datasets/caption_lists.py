@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from grounding.core.errors import TextError
+from grounding.core.errors import DataError, TextError
 from grounding.core.image_decoding import show
 from grounding.core.text import check_text
 from grounding.datasets.image_folder import picture_path
-from grounding.datasets.records import Caption, DataError, Failure, Record
+from grounding.datasets.records import Caption, Failure, Record
 
 # The split that is all of them.
 ALL = "all"

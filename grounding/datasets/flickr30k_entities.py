@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
 from grounding.datasets.annotations import fitted, read_annotation, upright_size
 from grounding.datasets.caption_lists import ALL, sha256
 from grounding.datasets.image_folder import FOLDERS, SUFFIXES, picture_path, picture_root
-from grounding.datasets.records import Caption, DataError, Failure, Phrase, Record, normal
+from grounding.datasets.records import Caption, Failure, Phrase, Record, normal
 from grounding.datasets.text_files import read_bytes, read_lines
 
 # `[/EN#6729/vehicles/scene the subway]`: chain, one or more types, phrase.

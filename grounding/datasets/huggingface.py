@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
 from grounding.datasets.caption_files import CAPTIONS, captions_of
 from grounding.datasets.caption_lists import Entry, Found, Listing, sha256
 from grounding.datasets.image_folder import picture_path
-from grounding.datasets.records import DataError
 
 PREFIX = "hf:"
 # `owner/name`, or with a revision `owner/name@refs/convert/parquet`.

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
-from grounding.datasets.records import DataError
 
 # As the copies in circulation name it; the nested one first, its outer folder holds nothing else.
 FOLDERS = (

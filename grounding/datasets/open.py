@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
 from grounding.datasets import huggingface
 from grounding.datasets.caption_files import header_of, json_lines, read_listing
 from grounding.datasets.caption_lists import Entry, FolderPictures, Found, Listing, sha256
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.image_folder import has_pictures, picture_root, pictures_of
-from grounding.datasets.records import DataError, Dataset
+from grounding.datasets.records import Dataset
 from grounding.datasets.text_files import decoded, read_bytes
 
 # Files that are known by their names, in the order in which they are looked for.

@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from grounding.core.errors import GroundingError
 from grounding.core.geometry import Box
-
-
-class DataError(GroundingError):
-    """A data set, or one record of it, that cannot be read."""
 
 
 @dataclass(frozen=True)

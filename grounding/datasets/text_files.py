@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
-from grounding.datasets.records import DataError
 
 
 def read_bytes(path: Path) -> bytes:

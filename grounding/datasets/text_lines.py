@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grounding.core.errors import DataError
 from grounding.core.geometry import Box
 from grounding.core.image_decoding import show
 from grounding.core.text import check_text
 from grounding.datasets.annotations import OVERHANG
-from grounding.datasets.records import DataError
 
 LABELS = "labels.jsonl"
 NEEDS = f"<split>/{LABELS}, or {LABELS} where there are no splits"

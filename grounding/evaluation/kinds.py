@@ -12,11 +12,10 @@ from typing import Any
 
 from grounding.adapter.base import Adapter
 from grounding.core.demo import demo_lines, demo_scenes
-from grounding.core.errors import OptionError
+from grounding.core.errors import DataError, OptionError
 from grounding.core.image_decoding import show
 from grounding.datasets import flickr30k_entities, text_lines
 from grounding.datasets import open as flickr30k
-from grounding.datasets.records import DataError
 from grounding.evaluation import line_report, ocr, phrases, report
 
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from grounding.adapter.base import Adapter
 from grounding.core.demo import data_name
-from grounding.core.errors import GroundingError, OptionError
+from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.core.images import ImageError, Picture, open_image
-from grounding.datasets.records import DataError
 from grounding.datasets.text_lines import Line, Lines, open_lines, splits_of
 from grounding.engine.explain import explain
 from grounding.engine.plan import Selection, available, columns

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from grounding.adapter.base import Adapter
 from grounding.batch.requests import PHRASE_ALONE
 from grounding.core.demo import data_name
-from grounding.core.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
+from grounding.core.errors import DataError, GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.datasets.caption_lists import ALL
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import DataError, Dataset, Record
+from grounding.datasets.records import Dataset, Record
 from grounding.engine.explain import aim, explain
 from grounding.engine.plan import columns
 from grounding.engine.warnings import doubts, provenance_of

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grounding.core.files import OutputError, write_together
+from grounding.core.errors import OutputError
+from grounding.core.files import write_together
 from grounding.core.image_decoding import show
 from grounding.core.text import visible_text
 

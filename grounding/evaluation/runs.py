@@ -21,11 +21,11 @@ from grounding.batch.rows import PROMPT, explanation_of
 from grounding.batch.run_folder import RunFolder
 from grounding.batch.run_tables import About, Row
 from grounding.core.demo import data_name
-from grounding.core.errors import GroundingError
+from grounding.core.errors import DataError, GroundingError
 from grounding.core.files import show
 from grounding.core.images import Picture
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import Caption, DataError, Dataset, Record
+from grounding.datasets.records import Caption, Dataset, Record
 from grounding.evaluation.config import FEW, PointingRules
 from grounding.evaluation.pointing import BASELINES, MISSING, Captions, MapScores, mention_of, score_maps
 from grounding.evaluation.protocols import TABLE, Protocol, Told

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grounding.adapter.base import Adapter
+from grounding.core.errors import DataError
 from grounding.core.image_decoding import show
-from grounding.datasets.records import Caption, DataError, Record, normal
+from grounding.datasets.records import Caption, Record, normal
 
 FILE = "swaps.json"
 # Texts that are scored in one pass.

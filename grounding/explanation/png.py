@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from grounding.core.files import MARK, OutputError, is_ours, show, slug
+from grounding.core.errors import OutputError
+from grounding.core.files import MARK, is_ours, show, slug
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.labels import entry_title
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from grounding.core import files
-from grounding.core.errors import GroundingError, OptionError
-from grounding.core.files import OutputError, show, slug
+from grounding.core.errors import GroundingError, OptionError, OutputError
+from grounding.core.files import show, slug
 from grounding.core.images import ADDRESS, ImageError, Picture, open_image
 from grounding.core.registry import did_you_mean
 from grounding.explanation import png, serialization

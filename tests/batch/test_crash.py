@@ -11,7 +11,7 @@ import pytest
 
 from grounding.batch.run_folder import MANIFEST
 from grounding.batch.run_place import LOCK
-from grounding.core.files import OutputError
+from grounding.core.errors import OutputError
 from tests.support import batch
 from tests.support.batch import Hands
 

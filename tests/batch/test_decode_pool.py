@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from grounding.batch import decode_pool
-from grounding.batch.decode_pool import CrashError, Decoders, Opening
-from grounding.core.errors import GroundingError
-from grounding.core.image_decoding import ImageError
+from grounding.batch.decode_pool import Decoders, Opening
+from grounding.core.errors import CrashError, GroundingError, ImageError
 from grounding.core.images import Picture
 from tests.conftest import noise
 from tests.support.deadly import Deadly, Faulty, Stuck, Unloadable

@@ -9,15 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from grounding.batch.config import DifferentRunError
 from grounding.batch.progress import status_of
 from grounding.batch.run import exit_code
 from grounding.batch.run_folder import MANIFEST, RunFolder
 from grounding.batch.run_place import LOCK, check_folder, locked
 from grounding.batch.run_tables import about_of
-from grounding.core.errors import GroundingError
-from grounding.core.files import STAGING, OutputError
-from grounding.datasets.records import DataError
+from grounding.core.errors import DataError, DifferentRunError, GroundingError, OutputError
+from grounding.core.files import STAGING
 from tests.support import batch
 from tests.support.batch import Hands, Heard
 

@@ -11,16 +11,13 @@ import zlib
 import pytest
 
 from grounding import explain
-from grounding.batch.budget import BudgetError
-from grounding.batch.config import DifferentRunError
 from grounding.batch.decode_pool import Opening
 from grounding.batch.figures import explanations
 from grounding.batch.rows import PROMPT, explanation_of
 from grounding.batch.run import exit_code
 from grounding.batch.run_folder import MANIFEST, RunFolder
-from grounding.core.errors import LayerError, OptionError
+from grounding.core.errors import BudgetError, DataError, DifferentRunError, LayerError, OptionError
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import DataError
 from grounding.engine.plan import Selection
 from tests.conftest import noise
 from tests.evaluation.test_phrases import PICTURES, write_data

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grounding.core.axes import positive_int
-from grounding.core.geometry import Geometry, GeometryError, grid_of
+from grounding.core.geometry import Geometry, GeometryError, grid_of, positive_int
 from tests.support.tolerances import SAMPLED, close
 
 SIDE = st.integers(1, 600)

@@ -9,9 +9,10 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from grounding.core.errors import DataError
 from grounding.datasets import huggingface
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import DataError, Dataset
+from grounding.datasets.records import Dataset
 
 TEXT = datasets.Value("string")
 

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from grounding.core.demo import demo_lines, demo_scenes
+from grounding.core.errors import DataError
 from grounding.core.images import ImageError, open_image
 from grounding.datasets.caption_files import token
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import Caption, DataError, Dataset, Record
+from grounding.datasets.records import Caption, Dataset, Record
 from grounding.evaluation.kinds import LINES, PHRASES, evaluation_of
 
 SIGN = "A man stands behind a sign that says \" Mark ' Mom ' Finley \" ."

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from grounding.core.demo import demo_lines
-from grounding.core.errors import GroundingError, NumericError, OptionError, UnknownNameError
+from grounding.core.errors import DataError, GroundingError, NumericError, OptionError, UnknownNameError
 from grounding.core.text import Tokens
-from grounding.datasets.records import DataError
 from grounding.datasets.text_lines import Line, open_lines
 from grounding.evaluation import ocr as evaluation
 from grounding.evaluation.kinds import LINES, PHRASES, evaluation_of, suited

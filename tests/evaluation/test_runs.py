@@ -11,10 +11,9 @@ from adapters import load
 from grounding.batch.rows import explained, failed, share_maps
 from grounding.batch.run_folder import RunFolder, write_manifest
 from grounding.batch.run_tables import About
-from grounding.core.errors import GroundingError, OptionError
+from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.open import open_dataset
-from grounding.datasets.records import DataError
 from grounding.engine.explain import explain
 from grounding.engine.plan import Selection, columns
 from grounding.evaluation.phrases import Rules, evaluate

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from grounding.datasets.records import Caption, DataError, Phrase, Record
+from grounding.core.errors import DataError
+from grounding.datasets.records import Caption, Phrase, Record
 from grounding.evaluation.word_swaps import FILE, Swaps, beaten, changed_captions
 from tests.conftest import noise
 from tests.support.linear import LinearAdapter

@@ -8,8 +8,7 @@ from torch import nn
 
 from adapters.module.adapter import ModuleAdapter, scores_of
 from grounding import explain
-from grounding.adapter.geometry_probe import ProbeError
-from grounding.core.errors import LayerError, ModelError, OptionError, TargetError
+from grounding.core.errors import LayerError, ModelError, OptionError, ProbeError, TargetError
 from grounding.engine.layers import list_layers
 from tests.adapter.test_recorder_state import disturb, snapshot, unchanged
 from tests.conftest import noise

@@ -10,8 +10,7 @@ from torch import nn
 from adapters.module.adapter import ModuleAdapter
 from grounding import explain
 from grounding.adapter.classification import Labels
-from grounding.adapter.geometry_probe import ProbeError
-from grounding.core.errors import LayerError, ModelError, TargetError
+from grounding.core.errors import LayerError, ModelError, ProbeError, TargetError
 from grounding.core.images import open_image
 from grounding.engine.warnings import doubts
 from grounding.explanation.maps import Status

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from adapters.shared.processors import ProcessorError, _centre_offset, geometry_of, known_steps
-from grounding.adapter.geometry_probe import ProbeError, measure_geometry
+from grounding.adapter.geometry_probe import measure_geometry
+from grounding.core.errors import ProbeError
 from grounding.core.geometry import GeometryError
 
 PROCESSORS = {
