@@ -20,7 +20,7 @@ from adapters.table import ADAPTERS, ENDINGS, MODEL_TYPES
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.core.demo import demo_folder, demo_model
 from grounding.core.errors import ModelError
-from grounding.core.text import visible_text
+from grounding.core.printable import escape, one_line
 
 HUB_PATIENCE = 5.0  # seconds
 UNREACHABLE = "no hub could be reached and it is not in the local cache; give the folder of a checkpoint instead"
@@ -49,13 +49,13 @@ class Checkpoint:
 
     def config(self) -> Any:
         """The model's configuration."""
-        with _one_line(self.id, "configuration"):
+        with _as_model_error(self.id, "configuration"):
             return AutoConfig.from_pretrained(self.id, **self.options)
 
     def model(self, model_class: Any, unused: tuple[str, ...] = ()) -> Any:
         """The model with its weights, on its device. Raises ModelError also where weights are missing, save for those
         that begin with one of `unused`: nothing that is computed reads them."""
-        with _one_line(self.id, "weights"):
+        with _as_model_error(self.id, "weights"):
             loaded: Any = model_class.from_pretrained(
                 self.id, dtype=self.dtype, output_loading_info=True, **self.options
             )
@@ -70,12 +70,12 @@ class Checkpoint:
 
     def image_processor(self) -> Any:
         """The image processor."""
-        with _one_line(self.id, "image processor"):
+        with _as_model_error(self.id, "image processor"):
             return AutoImageProcessor.from_pretrained(self.id, **self.options)
 
     def tokenizer(self) -> Any:
         """The tokenizer."""
-        with _one_line(self.id, "tokenizer"):
+        with _as_model_error(self.id, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.id, **self.options)
 
     def info(self, model: PreTrainedModel, image_processor: Any) -> ModelInfo:
@@ -154,7 +154,7 @@ def find_adapter(config: Any, name: str) -> Any:
             return ADAPTERS[architecture]
     what = ", ".join(config.architectures or []) or f"model type {config.model_type!r}"
     raise ModelError(
-        f"{visible_text(name)}: {what} is not supported (there are: {', '.join(ADAPTERS)}); "
+        f"{escape(name)}: {what} is not supported (there are: {', '.join(ADAPTERS)}); "
         "an architecture is one file and one line, see CONTRIBUTING.md"
     )
 
@@ -169,7 +169,7 @@ def choose_device(device: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)[:100]}") from None
+        raise ModelError(f"device {device!r} cannot be used: {one_line(error, 100)}") from None
     return chosen
 
 
@@ -186,11 +186,11 @@ def _check_folder(name: str) -> None:
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
     if path.exists() and not path.is_dir():
-        raise ModelError(f"model {visible_text(name)!r} is a file: give the folder it lies in")
+        raise ModelError(f"model {escape(name)!r} is a file: give the folder it lies in")
     if looks_local and not path.is_dir():
-        raise ModelError(f"no model folder {visible_text(name)!r}")
+        raise ModelError(f"no model folder {escape(name)!r}")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"model folder {visible_text(name)!r} holds no config.json")
+        raise ModelError(f"model folder {escape(name)!r} holds no config.json")
 
 
 def _hub_answers() -> bool:
@@ -202,7 +202,7 @@ def _hub_answers() -> bool:
 
 
 @contextlib.contextmanager
-def _one_line(name: str, part: str) -> Iterator[None]:
+def _as_model_error(name: str, part: str) -> Iterator[None]:
     """Loading errors of many kinds as one ModelError; the hub client's retries do not chatter meanwhile."""
     loggers = [logging.getLogger(n) for n in ("huggingface_hub", "huggingface_hub.utils._http", "httpx")]
     levels = [logger.level for logger in loggers]
@@ -215,7 +215,7 @@ def _one_line(name: str, part: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load the {part} of {visible_text(name)!r}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the {part} of {escape(name)!r}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         for logger, level in zip(loggers, levels, strict=True):
@@ -239,9 +239,4 @@ def _reason(error: BaseException) -> str:
     for sign, words in known.items():
         if sign in text:
             return words
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return visible_text(text[:300])
+    return one_line(error)

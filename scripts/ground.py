@@ -35,7 +35,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.core.text import check_text
     from grounding.engine.explain import explain
     from grounding.engine.layers import list_layers
-    from grounding.explanation.figures.overlays import check_options
+    from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
 
     if args.caption is None and not args.list_layers and not args.model:

@@ -36,7 +36,7 @@ def inspect(args: argparse.Namespace) -> int:
     from grounding.core.images import open_image
     from grounding.engine.explain import explain
     from grounding.engine.layers import list_layers
-    from grounding.explanation.figures.overlays import check_options
+    from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
 
     if args.revision and not args.model:

@@ -20,10 +20,10 @@ from adapters.shared.stacks import find_stack
 from adapters.shared.unmodified import around_is_plain
 from grounding.adapter.base import ModelInfo
 from grounding.adapter.classification import ClassAdapter, Labels
-from grounding.adapter.inputs import Inputs, Sites, Stack
+from grounding.adapter.inputs import Inputs
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites, Stack
 from grounding.core.errors import LayerError, ModelError
-from grounding.methods.trace import Trace
 
 # Side of the blank picture that layers are found with where a configuration names none.
 USUAL_SIDE = 224
@@ -97,15 +97,14 @@ class ClassifierAdapter(ClassAdapter):
         """What the model gives."""
         return self._run_on(inputs.tensors["pixel_values"]).logits
 
-    def readout_row(self, trace: Trace) -> Float[Tensor, "K N"]:
+    def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
         """CLS (of a DeiT with a teacher CLS and distillation token); with DINOv2 the CLS and the mean over patches."""
         assert self._read_out is not None
-        tokens, patches = self._read_out
-        row = torch.zeros(len(trace.targets), trace.tokens, dtype=torch.float32, device=self.device)
-        row[:, list(tokens)] = 1 / (len(tokens) + patches)
-        if patches:
-            count = trace.tokens - self.sites.prefix
-            row[:, self.sites.prefix :] = 1 / (count * (len(tokens) + patches))
+        pooled, mean = self._read_out
+        row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
+        row[:, list(pooled)] = 1 / (len(pooled) + mean)
+        if mean:
+            row[:, self.sites.prefix :] = 1 / ((tokens - self.sites.prefix) * (len(pooled) + mean))
         return row
 
     @property

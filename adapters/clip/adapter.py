@@ -21,8 +21,9 @@ from adapters.shared.text_targets import directions, piece, read_texts
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import around_is_plain, is_plain
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Targets
+from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites
 from grounding.core.errors import TextError
 from grounding.core.text import Asked, Span
 

@@ -23,11 +23,11 @@ from adapters.shared.text_targets import Flat, directions, piece, read_texts, wi
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import around_is_plain
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Targets
+from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites
 from grounding.core.errors import LayerError, OptionError, TargetError
 from grounding.core.text import Asked, Span
-from grounding.methods.trace import Trace
 
 FUSED = ("matching", "logit")
 
@@ -227,9 +227,9 @@ class FlavaAdapter(Adapter):
             [made[mine]] = torch.autograd.grad(score, shift)
         return made
 
-    def text_rows(self, trace: Trace) -> Float[Tensor, "K Q"]:
+    def chain_start(self, targets: Targets) -> Float[Tensor, "K Q"]:
         """The text's own places."""
-        return trace.targets.data["start"]
+        return targets.data["start"]
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
         """Normalised text embeddings: the projected CLS."""

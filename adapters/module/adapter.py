@@ -17,10 +17,12 @@ from adapters.module.spatial_layers import SpatialLayers
 from adapters.shared.images import pixels_of, prepare_images
 from grounding.adapter.base import ModelInfo
 from grounding.adapter.classification import ClassAdapter, Labels
-from grounding.adapter.inputs import Inputs, Sites, Stack
+from grounding.adapter.inputs import Inputs
 from grounding.adapter.patch_layout import Layout
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites, Stack
 from grounding.core.errors import GroundingError, LayerError, ModelError, ProbeError
+from grounding.core.printable import one_line
 
 # Side of the blank picture that layers are found with; `preprocess` makes of it what it makes of any.
 SIDE = 256
@@ -171,7 +173,7 @@ class ModuleAdapter(ClassAdapter):
                 f"preprocess gives {channels} channels, the first convolution of {self.info.id} takes "
                 f"{first.in_channels}{hint}"
             )
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         return (
             f"{self.info.id} fails on a blank picture of {SIDE} x {SIDE}, {tuple(pixels.shape)} after preprocess: "
             f"{type(error).__name__}: {why}"

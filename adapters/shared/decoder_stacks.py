@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from grounding.adapter.inputs import Stack
+from grounding.adapter.structure import Stack
 from grounding.core.errors import ModelError
 
 # Paths below a block, by the names the families give them: TrOCR and BART; BERT and RoBERTa; GPT-2.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from grounding.adapter.inputs import Stack
+from grounding.adapter.structure import Stack
 from grounding.core.errors import ModelError
 
 # What enters a block's attention, and what computes its weights, by the names the families give them.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from grounding.core.errors import ModelError, TextError
-from grounding.core.text import Tokens, check_text, quoted
+from grounding.core.printable import quote
+from grounding.core.text import Tokens, check_text
 
 WORDS_NAMED = 10
 
@@ -44,13 +45,13 @@ def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, 
     dropped = ""
     if len(ids) > limit:
         ids, offsets, special, dropped = _cut(text, ids, offsets, special, limit)
-        warnings.append(f"the text is longer than the model's {limit} tokens; not read: {quoted(dropped, 200)}")
+        warnings.append(f"the text is longer than the model's {limit} tokens; not read: {quote(dropped, 200)}")
     tokens = Tokens(text, tuple(ids), tuple(offsets), tuple(special), dropped)
     unknown = [text[slice(*offsets[i])] for i in tokens.visible if ids[i] == getattr(tokenizer, "unk_token_id", None)]
     if unknown:
         distinct = list(dict.fromkeys(unknown))
         more = f" and {len(distinct) - WORDS_NAMED} more" if len(distinct) > WORDS_NAMED else ""
-        words = ", ".join(quoted(word, 40) for word in distinct[:WORDS_NAMED])
+        words = ", ".join(quote(word, 40) for word in distinct[:WORDS_NAMED])
         warnings.append(f"words this model does not know: {words}{more}")
     return tokens, tuple(warnings)
 

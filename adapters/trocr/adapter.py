@@ -22,12 +22,12 @@ from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import around_is_plain
 from adapters.trocr.fast_decoder import FastDecoder
 from grounding.adapter.base import Adapter, Chance, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Targets
+from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites
 from grounding.adapter.vision_cache import encoded_of
 from grounding.core.errors import LayerError, ModelError, TextError
-from grounding.core.text import Asked, Generate, Span, Tokens, check_text
-from grounding.explanation.explanation import Alternative
+from grounding.core.text import Alternative, Asked, Generate, Span, Tokens, check_text
 
 # Prefix tokens of the encoders: CLS, and DeiT's distillation token.
 PREFIX = {"vit": 1, "deit": 2}

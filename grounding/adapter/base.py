@@ -19,29 +19,31 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.recorder import Recorder
-from grounding.adapter.replicate import shifted_scores
-from grounding.adapter.structure import ModelInfo, Places
-from grounding.core.errors import ModelError, OptionError, TargetError, TextError
+from grounding.adapter.patch_layout import Layout, find_layout
+from grounding.adapter.recorder import Recorder, find_module
+from grounding.adapter.replicate import one_picture_per_target
+from grounding.adapter.structure import ModelInfo, Sites
+from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.registry import did_you_mean
-from grounding.core.text import Asked, Generate, Span, check_text
-from grounding.explanation.explanation import Alternative
-from grounding.methods import DEFAULT_METHODS
+from grounding.core.text import Alternative, Asked, Generate, Span, check_text
 
 __all__ = ["TOKEN_TARGETS", "Adapter", "Chance", "ModelInfo"]
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
+DEFAULT_METHODS = ("gradcam", "rollout", "relevance")
 # The probability of a token at its place, and the next best ones.
 Chance = tuple[float, tuple[Alternative, ...]]
 
 
-class Adapter(Places, ABC):
+class Adapter(ABC):
     """Base of all adapters. `kinds` are the targets the architecture has, its default first; `token_targets` how it
     scores a part of a caption, likewise (none: by itself)."""
 
+    model: nn.Module
+    info: ModelInfo
     kinds: ClassVar[tuple[str, ...]]
     token_targets: ClassVar[tuple[str, ...]] = TOKEN_TARGETS
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
@@ -57,6 +59,11 @@ class Adapter(Places, ABC):
     fast_kinds: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------------ what an architecture answers
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sites:
+        """The structure of this model."""
 
     @abstractmethod
     def see(self, images: Sequence[Any]) -> Inputs:
@@ -136,6 +143,85 @@ class Adapter(Places, ABC):
         """The scores (K,), differentiable, in one pass."""
         return self.score(inputs, self.encode(inputs), targets)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model. Raises ModelError where weights have none (offloaded to disk, meta device)."""
+        found = list(dict.fromkeys(parameter.device for parameter in self.model.parameters()))
+        if any(device.type == "meta" for device in found):
+            raise ModelError("some weights are on the meta device (offloaded?): load the whole model onto one device")
+        return found[0] if found else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision the model computes in."""
+        return next((parameter.dtype for parameter in self.model.parameters()), torch.float32)
+
+    def sequence(self, path: str) -> tuple[int, bool]:
+        """Number of tokens before the patches in the output of a module, and whether other tokens follow them."""
+        del path
+        return self.sites.prefix, False
+
+    def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
+        """Weight of each of the `tokens` of the vision stack's output in what is read of it, for `count` targets.
+
+        None: the output is read by another stack, `cross` or `fusion`. An architecture that pools otherwise than by
+        CLS or mean must override this. Raises ModelError where it does not.
+        """
+        row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
+        if self.sites.readout == "cls":
+            row[:, 0] = 1
+        elif self.sites.readout == "mean":
+            row[:, self.sites.prefix :] = 1 / (tokens - self.sites.prefix)
+        elif self.sites.readout in ("cross", "fusion"):
+            return None
+        else:
+            raise ModelError(
+                f"{type(self).__name__} has pooling {self.sites.readout!r} and must override pooling_weights"
+            )
+        return row
+
+    def chain_start(self, targets: Targets) -> Float[Tensor, "K Q"]:
+        """Positions of the text side's sequence where chains of attention start, as weights that sum to 1.
+
+        Default: where the targets are read.
+        """
+        assert targets.rows is not None
+        return targets.rows
+
+    def resolve(self, layer: str | None) -> str:
+        """The module path of a layer as a user names it, see `Sites.find_layer`. Raises LayerError."""
+        return self.sites.find_layer(self.model, layer)
+
+    def to_grid(
+        self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = ""
+    ) -> Float[Tensor, "B rows columns D"]:
+        """The patches of the output of the module at `path` (default: of the vision stack), other tokens dropped.
+
+        `grid` is that of the default layer; with `Sites.pyramid` a layer's own may be another. Also takes the
+        (B, D, rows, columns) of a convolution. Raises LayerError with the numbers where the tokens are not
+        prefix + rows x columns.
+        """
+        return self.layout(hidden, grid, path).fold(hidden)
+
+    def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
+        """Positions of the patches in the output of the module at `path`. Raises LayerError as `to_grid`."""
+        prefix, tail = self.sequence(path)
+        pyramid = self.sites.pyramid
+        found = find_layout(tuple(hidden.shape), grid, prefix, tail=tail, pyramid=pyramid)
+        if found is not None:
+            return found
+        rows, columns = grid
+        if pyramid and not prefix:
+            expected = (
+                f"maps over the whole picture, as the {rows} x {columns} of {self.sites.tap!r}, and more than 1 x 1"
+            )
+        else:
+            expected = (
+                f"{prefix} prefix tokens + {rows} x {columns} patches = {prefix + rows * columns} tokens"
+                f"{' and a text' if tail else ''}"
+            )
+        raise LayerError(f"a layer output of shape {tuple(hidden.shape)} is no patch grid: expected {expected}")
+
     def activations(self, inputs: Inputs, layer: str | None = None) -> Float[Tensor, "B rows columns D"]:
         """Patch features of a layer (default: the default tap), prefix tokens dropped; of a layer on the text side one
         row per caption."""
@@ -150,7 +236,7 @@ class Adapter(Places, ABC):
 
         Those of a stack that sees the text have the texts first.
         """
-        found = self.stack(stack)
+        found = self.sites.stack(stack)
         if not found.attention:
             raise ModelError(f"no attention of {self.info.type} can be recorded: {self.sites.unrecorded}")
         with Recorder(self.model, attention=dict.fromkeys(found.attention, False)) as recorder:
@@ -161,7 +247,7 @@ class Adapter(Places, ABC):
     def _run(self, inputs: Inputs, path: str) -> None:
         """As much of the model as it takes for the module at `path` to run."""
         encoded = self.encode(inputs)
-        if self.axis(path) == "text":
+        if self.sites.axis(path) == "text":
             self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
 
     def scores(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
@@ -239,3 +325,26 @@ class Adapter(Places, ABC):
                     f"(it has: {', '.join(known) or 'none, a token is scored by itself'})"
                 )
         return kind, token_target
+
+
+def shifted_scores(
+    adapter: Adapter, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
+) -> Float[Tensor, "K"]:
+    """The scores with one vector per target added to all patches of the tap, differentiable in `shift`."""
+    inputs, targets = one_picture_per_target(inputs, targets)
+    module = find_module(adapter.model, tap)
+    grid = adapter.grid(inputs)
+
+    def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        # The targets' own sequences come first; others that a score is compared with stay as they are.
+        hidden = adapter.layout(hidden, grid, tap).shifted(hidden, shift)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with Recorder(adapter.model, rule=rule):
+        handle = module.register_forward_hook(shifted)
+        try:
+            with torch.enable_grad():
+                return adapter.forward(inputs, targets)
+        finally:
+            handle.remove()

@@ -20,8 +20,7 @@ from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.vision_cache import encoded_of
 from grounding.core.errors import ModelError, TargetError, TextError
 from grounding.core.registry import did_you_mean
-from grounding.core.text import Asked, Classes, Span, Tokens
-from grounding.explanation.explanation import Alternative
+from grounding.core.text import Alternative, Asked, Classes, Span, Tokens
 
 # Classes whose probabilities go with an explanation.
 TOP = 5

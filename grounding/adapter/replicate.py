@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.recorder import Recorder, find_module
 
 if TYPE_CHECKING:
-    from grounding.adapter.base import Adapter
-
-
-def shifted_scores(
-    adapter: Adapter, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
-) -> Float[Tensor, "K"]:
-    """The scores with one vector per target added to all patches of the tap, differentiable in `shift`."""
-    inputs, targets = one_picture_per_target(inputs, targets)
-    module = find_module(adapter.model, tap)
-    grid = adapter.grid(inputs)
-
-    def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        # The targets' own sequences come first; others that a score is compared with stay as they are.
-        hidden = adapter.layout(hidden, grid, tap).shifted(hidden, shift)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    with Recorder(adapter.model, rule=rule):
-        handle = module.register_forward_hook(shifted)
-        try:
-            with torch.enable_grad():
-                return adapter.forward(inputs, targets)
-        finally:
-            handle.remove()
+    pass
 
 
 def one_picture_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Targets]:

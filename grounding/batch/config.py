@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from grounding.adapter.base import Adapter
-from grounding.batch.budget import IN_A_ROW, SHARE, Budget
 from grounding.batch.requests import PROTOCOLS, Captions
+from grounding.batch.rows import About
+from grounding.batch.run import IN_A_ROW, SHARE, Budget
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
-from grounding.batch.run_tables import About
 from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset
 from grounding.engine.explain import SEED, aim
-from grounding.engine.plan import Selection, columns
-from grounding.engine.warnings import provenance_of
+from grounding.engine.plan import columns
+from grounding.engine.provenance import provenance_of
+from grounding.engine.selection import Selection
 
 # Makes the adapter, in whichever process.
 Load = Callable[[], Adapter]

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from grounding.core.errors import CrashError, GroundingError, ImageError
-from grounding.core.image_decoding import MAX_PIXELS, show
+from grounding.core.image_decoding import MAX_PIXELS
 from grounding.core.images import Picture, open_image
+from grounding.core.printable import quote
 
 # Deaths of processes that were opening it after which a picture is given up.
 DEATHS = 2
@@ -61,7 +62,7 @@ class Opening:
         except ImageError as error:
             return error
         except MemoryError:
-            name = "a picture of the data set" if isinstance(source, bytes) else show(source)
+            name = "a picture of the data set" if isinstance(source, bytes) else quote(source)
             return ImageError(f"{name}: there is not enough memory to open it", "failed_oom")
 
 

@@ -20,6 +20,7 @@ from grounding.batch.config import Description, Load, Work, check_same, describe
 from grounding.batch.run_folder import RunFolder
 from grounding.batch.shards import Runner, Tell
 from grounding.core.errors import GroundingError, OptionError
+from grounding.core.printable import one_line
 from grounding.datasets.records import Dataset
 
 # What launchers tell their processes.
@@ -210,7 +211,7 @@ class Cluster:
             found: Description = self._get(self.idle[0].describe.remote(list(ids)))
         except self._died as error:
             raise GroundingError(
-                f"a worker of the Ray cluster died while it loaded the model ({_line(error)})"
+                f"a worker of the Ray cluster died while it loaded the model ({one_line(error)})"
             ) from None
         return found
 
@@ -235,7 +236,7 @@ class Cluster:
                 except self._died as error:
                     deaths[shard] += 1
                     if deaths[shard] == DEATHS:
-                        why = f"shard {shard}: {DEATHS} workers that computed it died ({_line(error)})"
+                        why = f"shard {shard}: {DEATHS} workers that computed it died ({one_line(error)})"
                         raise GroundingError(why) from None
                     left.appendleft(shard)  # for whoever is idle: a new one may find no place any more
                     self.start()
@@ -286,8 +287,4 @@ class Cluster:
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, GroundingError) else error) from None
         except self.ray.exceptions.RayError as error:
-            raise GroundingError(f"Ray: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+            raise GroundingError(f"Ray: {one_line(error)}") from None

@@ -13,13 +13,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from grounding.adapter.base import Adapter
 from grounding.batch.requests import Ask
-from grounding.batch.rows import MODEL, OUT_OF_MEMORY, explained, failed
-from grounding.batch.run_tables import Row
+from grounding.batch.rows import MODEL, OUT_OF_MEMORY, Row, explained, failed
 from grounding.core.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.core.images import Picture
 from grounding.core.text import Generate
 from grounding.engine.explain import explain
-from grounding.engine.plan import Selection
+from grounding.engine.selection import Selection
 from grounding.explanation.explanation import Explanation
 
 # What was asked for is wrong for every picture alike.

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from grounding.batch.decode_pool import Opening
-from grounding.batch.rows import explanation_of
+from grounding.batch.rows import Row, explanation_of
 from grounding.batch.run_folder import RunFolder
-from grounding.batch.run_tables import Row
 from grounding.core.errors import GroundingError
 from grounding.core.files import NAME_BYTES, slug, write_whole
 from grounding.core.images import ImageError, Picture

@@ -12,11 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grounding.batch.rows import Row
 from grounding.batch.run_folder import RunFolder
-from grounding.batch.run_tables import Row
-from grounding.core.files import show
+from grounding.core.printable import escape
 from grounding.core.streams import say
-from grounding.core.text import visible_text
 
 # Failures that are printed one by one.
 SHOWN = 5
@@ -80,7 +79,7 @@ class Bar(Watch):
         self.meter = Meter(pictures, "picture", name=self.name, quiet=self.quiet, note=done)
         if not self.quiet and self.meter.bar is None:
             left = f"{pictures} pictures to do in {len(todo)} of {len(run.shards)} shards"
-            say(f"{show(run.path)}: {left}{f' ({self.name})' if self.name else ''}")
+            say(f"{escape(run.path)}: {left}{f' ({self.name})' if self.name else ''}")
 
     def rows(self, rows: Sequence[Row], pictures: int) -> None:
         """Rows were computed, and with them so many pictures finished."""
@@ -89,7 +88,7 @@ class Bar(Watch):
 
     def damaged(self, path: Path) -> None:
         """Say so."""
-        say(f"warning: a damaged shard was set aside as {show(path)} and is computed again")
+        say(f"warning: a damaged shard was set aside as {escape(path)} and is computed again")
 
     def shard(self, said: dict[str, Any]) -> None:
         """Where rows are not heard of, this is progress."""
@@ -143,10 +142,10 @@ def print_status(run: RunFolder, form: str, *, quiet: bool = False) -> None:
     done = [said for shard in run.shards if (said := run.said(shard)) is not None]
     warnings: Counter[str] = sum((Counter(said.get("warnings", {})) for said in done), Counter())
     for text, count in [] if quiet else warnings.most_common(SHOWN):
-        say(f"warning: {count} rows: {visible_text(text)}")
+        say(f"warning: {count} rows: {escape(text)}")
     failed = [one for said in done for one in said["failures"]]
     for one in [] if quiet else failed[:SHOWN]:
-        say(f"warning: {visible_text(one['id'])}: {one['status']}: {visible_text(one['error'])}")
+        say(f"warning: {escape(one['id'])}: {one['status']}: {escape(one['error'])}")
     if len(failed) > SHOWN and not quiet:
         say(f"warning: and {len(failed) - SHOWN} more, in failures.jsonl")
 
@@ -155,8 +154,8 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     per, maps = status["mb_per_1000_pictures"], status["maps_mb_per_1000_pictures"]
     statuses = ", ".join(f"{count} {name}" for name, count in status["statuses"].items())
     return [
-        ("run", visible_text(status["run"])),
-        ("model", visible_text(str(status["model"]))),
+        ("run", escape(status["run"])),
+        ("model", escape(str(status["model"]))),
         ("shards", f"{status['shards']['done']} of {status['shards']['of']} done"),
         ("pictures", f"{status['pictures']['done']} of {status['pictures']['of']} done"),
         ("rows", f"{status['rows']}: {statuses}" if status["rows"] else "0"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from grounding.core.errors import DataError, OptionError, TextError
+from grounding.core.errors import DataError, TextError
 from grounding.core.text import Generate, check_text
 from grounding.datasets.records import Caption, Dataset, Failure, normal
 
@@ -82,28 +81,3 @@ def _ask(caption: Caption, protocols: Sequence[str]) -> Ask:
         places if PHRASE_ALONE in protocols else (),
         about if UNION_BOX in protocols else {},
     )
-
-
-def chosen_ids(dataset: Dataset, limit: int | None, drawn: int | None, seed: int) -> tuple[str, ...]:
-    """The pictures of a run: all of them and then the broken rows, or the first `limit`, or `drawn` at random.
-
-    Raises OptionError for numbers below 1, DataError for a data set without pictures.
-    """
-    if not dataset.ids:
-        raise DataError(f"{dataset.layout}: there are no pictures in split {dataset.split!r}")
-    if limit is None and drawn is None:
-        return (*dataset.ids, *dataset.broken)
-    return picked(dataset.ids, limit, drawn, seed)
-
-
-def picked(names: Sequence[str], limit: int | None, drawn: int | None, seed: int) -> tuple[str, ...]:
-    """The first `limit` of the names, or `drawn` at random, in their order. Raises OptionError for numbers below 1."""
-    for name, value in (("limit", limit), ("random", drawn)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name} must be at least 1 picture, got {value}")
-    if limit is not None and drawn is not None:
-        raise OptionError("limit takes the first pictures, random draws them: choose one")
-    if drawn is None:
-        return tuple(names[:limit])
-    places = random.Random(seed).sample(range(len(names)), min(drawn, len(names)))
-    return tuple(names[place] for place in sorted(places))

@@ -16,7 +16,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -24,10 +24,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
-from grounding.batch.run_tables import About, Row, about_of, doubts_of, maps_bytes, to_table
+from grounding.batch.rows import About, Row, about_of, doubts_of, maps_bytes, to_table
 from grounding.core.errors import DataError, GroundingError, OutputError
-from grounding.core.files import PART, STAGING, show, write_whole
+from grounding.core.files import PART, STAGING, try_writing, write_whole
+from grounding.core.printable import escape
 
 FORMAT = "grounding.run"
 SCHEMA_VERSION = 1
@@ -53,14 +55,14 @@ class RunFolder:
         try:
             manifest = json.loads(file.read_bytes())
         except OSError as error:
-            raise DataError(f"{show(path)} holds no run: {MANIFEST}: {error.strerror or error}") from None
+            raise DataError(f"{escape(path)} holds no run: {MANIFEST}: {error.strerror or error}") from None
         except ValueError as error:
-            raise DataError(f"{show(file)} is damaged: {error}") from None
+            raise DataError(f"{escape(file)} is damaged: {error}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise DataError(f"{show(file)} was not written by a batch run")
+            raise DataError(f"{escape(file)} was not written by a batch run")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             version = manifest.get("schema_version")
-            raise DataError(f"{show(file)} has schema version {version!r}, this version reads {SCHEMA_VERSION}")
+            raise DataError(f"{escape(file)} has schema version {version!r}, this version reads {SCHEMA_VERSION}")
         return cls(path, manifest)
 
     @classmethod
@@ -125,7 +127,7 @@ class RunFolder:
             write_whole(self.sidecar(shard), _json(said))
         except OSError as error:
             raise OutputError(
-                f"cannot write {show(self.part(shard))}: {error.strerror or error}; resume later"
+                f"cannot write {escape(self.part(shard))}: {error.strerror or error}; resume later"
             ) from None
         return said
 
@@ -186,9 +188,11 @@ class RunFolder:
         try:
             data = self.part(shard).read_bytes()
         except OSError as error:
-            raise DataError(f"{show(self.part(shard))}: {error.strerror or error}") from None
+            raise DataError(f"{escape(self.part(shard))}: {error.strerror or error}") from None
         if said is None or hashlib.sha256(data).hexdigest() != said["sha256"]:
-            raise DataError(f"{show(self.part(shard))} is damaged (it does not fit its sidecar): run again to renew it")
+            raise DataError(
+                f"{escape(self.part(shard))} is damaged (it does not fit its sidecar): run again to renew it"
+            )
         table = pq.read_table(io.BytesIO(data), use_threads=False)  # pyarrow 26: threads left at the end abort Python
         about_of(table)
         return table
@@ -222,7 +226,7 @@ class RunFolder:
                     table = self.table(shard)
                     names.update(table["id"].to_pylist())
                     if set(table["image"].to_pylist()) != set(self.members(shard)):
-                        raise DataError(f"{show(self.part(shard))} has other pictures than the manifest says")
+                        raise DataError(f"{escape(self.part(shard))} has other pictures than the manifest says")
                     writer.write_table(table)
             if twice := next((name for name, count in names.items() if count > 1), None):
                 raise DataError(f"the id {twice!r} stands in the run twice")
@@ -246,3 +250,57 @@ def encode(table: pa.Table) -> bytes:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode("ascii")
+
+
+LOCK = "run.lock"
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder, if a run can be written into it: made, empty, or holding a run of ours. Raises OutputError."""
+    folder = Path(path)
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # a name that no file can have says so here
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{escape(folder)} is a file, not a folder; choose another --output")
+        if folder.is_dir() and not (folder / MANIFEST).exists() and not all(map(_is_left_over, folder.iterdir())):
+            raise OutputError(f"{escape(folder)} holds other files and no run of grounding; choose another folder")
+        if (folder / MANIFEST).exists():
+            RunFolder.open(folder)
+        try_writing(folder)
+    except OutputError:
+        raise
+    except DataError as error:
+        raise OutputError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write into {escape(folder)}: {getattr(error, 'strerror', None) or error}") from None
+    return folder
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a file may be of a run that has no manifest: it was killed, or another process is just beginning it."""
+    return path.name == LOCK or PART in path.name or path.name.startswith(STAGING)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it when the process ends, however. A folder that was made for it and
+    in which no run began is gone afterwards. Raises OutputError."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"another run is writing into {escape(folder)}: wait for it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        if missing and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            for place in missing:
+                with suppress(OSError):  # somebody else uses it by now
+                    place.rmdir()
+        lock.release()

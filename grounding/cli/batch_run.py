@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from grounding.cli import options
 from grounding.cli.batch import folder_of, work_of
 from grounding.core.errors import OptionError
+from grounding.core.printable import escape
 from grounding.core.streams import say
-from grounding.core.text import visible_text
 
 if TYPE_CHECKING:
     from grounding.batch.config import Work
@@ -37,8 +37,7 @@ class Terminated(KeyboardInterrupt):
 def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
     """Do what the options say; `load(id, device=..., dtype=..., revision=...)` makes an adapter. The exit code."""
     from grounding.batch.progress import print_status
-    from grounding.batch.run_folder import RunFolder
-    from grounding.batch.run_place import check_folder
+    from grounding.batch.run_folder import RunFolder, check_folder
 
     looking = [name for name in ("status", "merge", "render") if getattr(args, name)]
     if len(looking) > 1:
@@ -56,9 +55,9 @@ def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
 def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -> int:
     from grounding.batch.executors import Rank
     from grounding.batch.progress import Bar, print_status
-    from grounding.batch.requests import chosen_ids
     from grounding.batch.run import drive, exit_code
-    from grounding.explanation.figures.overlays import check_options
+    from grounding.datasets.subset import chosen_ids
+    from grounding.explanation.figures.options import check_options
 
     check_options(**options.figure_keywords(args))
     work = work_of(args)
@@ -118,7 +117,7 @@ def _terminable() -> Iterator[None]:
 
 def _warn(dataset: Dataset) -> None:
     for problem in dataset.problems[:PROBLEMS_SHOWN]:
-        say(f"warning: {visible_text(problem)}")
+        say(f"warning: {escape(problem)}")
     if len(dataset.problems) > PROBLEMS_SHOWN:
         say(f"warning: and {len(dataset.problems) - PROBLEMS_SHOWN} more, in manifest.json")
 
@@ -128,9 +127,9 @@ def _warn(dataset: Dataset) -> None:
 
 def _render(args: argparse.Namespace, run: RunFolder) -> int:
     """Figures of stored maps: of all pictures, the first ones or some at random."""
-    from grounding.batch.requests import picked
     from grounding.datasets.open import open_dataset
-    from grounding.explanation.figures.overlays import check_options
+    from grounding.datasets.subset import picked
+    from grounding.explanation.figures.options import check_options
 
     check_options(**options.figure_keywords(args))
     data = run.manifest["data"]
@@ -153,9 +152,9 @@ def _draw(args: argparse.Namespace, run: RunFolder, dataset: Dataset, images: se
     meter.close()
     count = meter.done
     for line in [] if args.quiet else lacking[:PROBLEMS_SHOWN]:
-        say(f"warning: no figure of {visible_text(line)}")
+        say(f"warning: no figure of {escape(line)}")
     if len(lacking) > PROBLEMS_SHOWN and not args.quiet:
         say(f"warning: and {len(lacking) - PROBLEMS_SHOWN} more without a figure")
     if args.format == "text":
-        print(f"wrote {count} figures into {visible_text(str(run.path / FIGURES))}")
+        print(f"wrote {count} figures into {escape(str(run.path / FIGURES))}")
     return 1 if lacking or not count else 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from grounding.batch.requests import PROTOCOLS
 from grounding.core.errors import OptionError
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 from grounding.evaluation import report
 
 __all__ = ["PROTOCOLS", "score_run", "tell"]
@@ -47,7 +47,7 @@ def tell(
     """Warnings to stderr, the document or a table for each of its parts to stdout, the document to `path`; then 0."""
     warnings = dict.fromkeys(line for part in parts for line in report.warnings_of(part))
     for line in () if args.quiet else warnings:
-        print(f"warning: {visible_text(line)}", file=sys.stderr)
+        print(f"warning: {escape(line)}", file=sys.stderr)
     print(report.as_json(document) if args.format == "json" else "\n\n".join(map(markdown, parts)))
     if path is not None:
         report.write_file(path, document)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grounding.core.printable import escape, one_line
 from grounding.core.streams import open_standard_streams
-from grounding.core.text import WORD_RULE, visible_text
+from grounding.core.text import WORD_RULE
 
 EXIT_INTERRUPTED = 130
 INSPECTED = 8  # channels
+LONGEST_ERROR = 2000  # characters
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +170,8 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
     Raises OptionError for a malformed `--option`.
     """
     from grounding.core.errors import OptionError
-    from grounding.engine.plan import DEFAULT, Selection
+    from grounding.engine.plan import DEFAULT
+    from grounding.engine.selection import Selection
 
     options: dict[str, Any] = {}
     for item in args.option:
@@ -292,6 +295,5 @@ def fail(error: BaseException, *, verbose: bool = False, about: str = "") -> int
     """Print one line about an error (or its traceback) and return the exit code that goes with it."""
     if verbose:
         traceback.print_exception(error)
-    words = " ".join(str(error).split()) or type(error).__name__
-    print(f"error: {visible_text(about + words)}", file=sys.stderr)
+    print(f"error: {escape(about)}{one_line(error, LONGEST_ERROR)}", file=sys.stderr)
     return int(getattr(error, "exit_code", 1))

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grounding.cli.options import fail, figure_keywords
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 
 if TYPE_CHECKING:
     from grounding.core.errors import GroundingError
-    from grounding.engine.inspect import Inspection
     from grounding.explanation.explanation import Explanation
+    from grounding.explanation.inspection import Inspection
 
 
 class Report:
@@ -110,6 +110,6 @@ def together_folder(args: argparse.Namespace) -> Path:
 
 def warn(explanation: Explanation, *, named: bool = False) -> None:
     """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
-    name = f"{visible_text(explanation.picture.path or 'picture')}: " if named else ""
+    name = f"{escape(explanation.picture.path or 'picture')}: " if named else ""
     for warning in explanation.warnings:
-        print(f"warning: {name}{visible_text(warning)}", file=sys.stderr)
+        print(f"warning: {name}{escape(warning)}", file=sys.stderr)

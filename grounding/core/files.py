@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from grounding.core.errors import OutputError
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 
 # Every file of a result folder says in its own way who wrote it; only such files are ever replaced or removed.
 MARK = "grounding"
@@ -38,11 +38,6 @@ def slug(text: str, fallback: str = "entry", longest: int = NAME_BYTES) -> str:
     return whole.decode("utf-8", "ignore").strip("_-") or fallback
 
 
-def show(path: Path) -> str:
-    """A path on one line, control characters escaped."""
-    return visible_text(str(path))
-
-
 def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
     """The folder, if results called `names` can be written into it: made, empty, or holding results of ours.
 
@@ -53,7 +48,7 @@ def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.lstat()  # a name that no file can have says so here
         if os.path.lexists(folder) and not folder.is_dir():
-            raise OutputError(f"{show(folder)} is a file, not a folder; choose another --output")
+            raise OutputError(f"{escape(folder)} is a file, not a folder; choose another --output")
         if folder.is_dir():
             _check_ours(folder, names)
         try_writing(folder)
@@ -61,7 +56,7 @@ def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write into {show(folder)}: {reason}") from None
+        raise OutputError(f"cannot write into {escape(folder)}: {reason}") from None
     return folder
 
 
@@ -70,9 +65,9 @@ def _check_ours(folder: Path, names: tuple[str, ...]) -> None:
     present = [entry for entry in found if entry.name in names]
     foreign = next((entry for entry in present if not is_ours(entry)), None)
     if foreign is not None:
-        raise OutputError(f"{show(foreign)} was not written by grounding and is not replaced; choose another folder")
+        raise OutputError(f"{escape(foreign)} was not written by grounding and is not replaced; choose another folder")
     if found and not present:
-        raise OutputError(f"{show(folder)} holds other files and no results of grounding; choose another folder")
+        raise OutputError(f"{escape(folder)} holds other files and no results of grounding; choose another folder")
 
 
 def try_writing(folder: Path) -> None:
@@ -83,7 +78,7 @@ def try_writing(folder: Path) -> None:
     place = folder
     while not place.is_dir():
         if os.path.lexists(place):
-            raise OutputError(f"cannot write into {show(folder)}: {show(place)} is a file, not a folder")
+            raise OutputError(f"cannot write into {escape(folder)}: {escape(place)} is a file, not a folder")
         place = place.parent
     trial = place / (STAGING + secrets.token_hex(8))
     trial.mkdir()

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from grounding.core.errors import ImageError
+from grounding.core.printable import one_line
 
 # About 100 megapixels: 300 MB of RGB.
 MAX_PIXELS = 100_000_000
@@ -30,14 +31,6 @@ UPRIGHT = {
 }
 # What Pillow's plug-ins raise on broken files; a warning where the caller turned warnings into errors.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, Warning)
-
-
-def show(name: object, limit: int = 200) -> str:
-    """`name` quoted for a message: control characters, quotes and undecodable bytes escaped, cut in the middle."""
-    text = str(name)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
-    return repr(text)
 
 
 def decode(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
@@ -102,7 +95,7 @@ def _identify(data: bytes, name: str) -> Image.Image:
         except BROKEN as error:
             # Without a signature of its own (TGA) any file would be a broken one.
             if accept is not None and not trouble:
-                trouble = f"a broken or truncated {kind} file ({_line(error)})"
+                trouble = f"a broken or truncated {kind} file ({one_line(error)})"
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         trouble = "HEIC pictures cannot be read; convert it to JPEG or PNG"
     trouble = trouble or f"not a picture that can be read ({', '.join(FORMATS)})"
@@ -121,15 +114,10 @@ def _frames(image: Image.Image) -> tuple[str, ...]:
 
 
 def _reason(error: BaseException) -> str:
-    text = _line(error)
+    text = one_line(error)
     if "truncated" in text or isinstance(error, EOFError):
         return f"the picture is truncated ({text})"
     return f"the picture cannot be decoded ({text})"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:

@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 from grounding.core.errors import CropError, ImageError
-from grounding.core.image_decoding import BROKEN, MAX_PIXELS, check_size, decode, show, upright_rgb
+from grounding.core.image_decoding import BROKEN, MAX_PIXELS, check_size, decode, upright_rgb
+from grounding.core.printable import one_line, quote
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageError", "Picture", "open_image", "show"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageError", "Picture", "open_image"]
 
 MAX_BYTES = 512 * 2**20
 MAX_URL_BYTES = 32 * 2**20
@@ -53,7 +54,7 @@ class Picture:
         CropError for a part that is empty or reaches beyond it."""
         x0, y0, x1, y1 = crop
         if not (0 <= x0 < x1 <= self.width and 0 <= y0 < y1 <= self.height):
-            name = f"{show(self.path)}: " if self.path else ""
+            name = f"{quote(self.path)}: " if self.path else ""
             raise CropError(
                 f"{name}crop {x0},{y0},{x1},{y1} is no part of a picture of {self.width} x {self.height} pixels: give "
                 f"x0,y0,x1,y1 with 0 <= x0 < x1 <= {self.width} and 0 <= y0 < y1 <= {self.height}",
@@ -112,7 +113,7 @@ def _open(source: Any, max_pixels: int, root: str | Path | None, allow_url: bool
 
 
 def _from_bytes(data: bytes, path: str | None, max_pixels: int) -> Picture:
-    name = "file object" if path is None else show(path)
+    name = "file object" if path is None else quote(path)
     image, warnings = decode(data, name, max_pixels)
     return Picture(image, *image.size, path, hashlib.sha256(data).hexdigest(), warnings)
 
@@ -162,7 +163,7 @@ def _limited(data: bytes, name: str, limit: int) -> bytes:
 
 
 def _read_path(path: str, root: str | Path | None) -> bytes:
-    name = show(path)
+    name = quote(path)
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     # A FIFO opened without this waits for a writer that may never come.
     flags |= getattr(os, "O_NONBLOCK", 0)
@@ -188,7 +189,7 @@ def _within(path: str, root: Path, name: str) -> str:
     except RuntimeError:
         raise ImageError(f"{name}: its links lead in a circle", "failed_read") from None
     if not resolved.is_relative_to(base):
-        raise ImageError(f"{name}: lies outside of {show(root)} and is not opened", "failed_input")
+        raise ImageError(f"{name}: lies outside of {quote(root)} and is not opened", "failed_input")
     return str(resolved)
 
 
@@ -204,14 +205,14 @@ def _why(error: Exception) -> str:
     known = {errno.ENOENT: "there is no such file", errno.EACCES: "the file may not be read (permission denied)"}
     if number in known:
         return known[number]
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 # ---------------------------------------------------------------- network
 
 
 def _fetch(address: str, allowed: bool) -> bytes:
-    name = show(address)
+    name = quote(address)
     if not address.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name}: only http and https addresses can be fetched", "failed_input")
     if not allowed:
@@ -222,7 +223,7 @@ def _fetch(address: str, allowed: bool) -> bytes:
         raise
     except urllib.error.HTTPError as error:
         error.close()
-        raise ImageError(f"{name}: the server answers {error.code} {show(error.reason)}", "failed_read") from None
+        raise ImageError(f"{name}: the server answers {error.code} {quote(error.reason)}", "failed_read") from None
     except TimeoutError:
         raise ImageError(f"{name}: no whole picture within {URL_SECONDS:g} seconds", "failed_read") from None
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import TYPE_CHECKING
 
 from grounding.core.errors import OptionError, TextError
+
+if TYPE_CHECKING:
+    pass
+if TYPE_CHECKING:
+    pass
 
 # More would fill the memory of most machines, and no reader wants them.
 MOST_BEAMS = 64
@@ -271,12 +278,28 @@ def check_text(text: object) -> str:
     return text
 
 
-def quoted(text: str, longest: int) -> str:
-    """The text in quotes, on one line, at most about `longest` characters of it."""
-    shown = visible_text(text if len(text) <= longest else text[: longest - 1] + "\u2026")
-    return f"'{shown}'"
+@dataclass(frozen=True)
+class Alternative:
+    """A token that could have stood in another's place, with the probability the model gave it there."""
+
+    label: str
+    token_id: int
+    probability: float
 
 
-def visible_text(text: str) -> str:
-    """`text` safe to print on one line: control characters, bidirectional controls and line ends are escaped."""
-    return "".join(c if c.isprintable() or c in "\u200d\ufe0f" else c.encode("unicode_escape").decode() for c in text)
+def find_label(which: int | str, labels: Sequence[str], occurrence: int = 0) -> int:
+    """The place of an entry among `labels`, by index or by label: as it is written, or else with case ignored.
+
+    Raises TextError listing what there is.
+    """
+    if not isinstance(which, str):
+        which = operator.index(which)
+        if -len(labels) <= which < len(labels):
+            return which % len(labels)
+        raise TextError(f"entry {which} is not in 0 to {len(labels) - 1}")
+    hits = [i for i, label in enumerate(labels) if label == which]
+    hits = hits or [i for i, label in enumerate(labels) if label.lower() == which.lower()]
+    if occurrence >= len(hits):
+        listing = ", ".join(f"{i}:{label!r}" for i, label in enumerate(labels))
+        raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")
+    return hits[occurrence]

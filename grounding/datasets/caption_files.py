@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.datasets.caption_lists import Entry, Found
 from grounding.datasets.text_files import lines_of
 
@@ -78,7 +78,7 @@ def delimited(text: str, name: str) -> Found:
     header = header_of(first)
     if header is None:
         raise DataError(
-            f"{show(name)} begins with {show(first, 80)}: expected a header with an image column "
+            f"{quote(name)} begins with {quote(first, 80)}: expected a header with an image column "
             f"({', '.join(IMAGES)}) and a caption column ({', '.join(CAPTIONS)}), separated by comma, "
             "semicolon, tab or |"
         )
@@ -132,7 +132,7 @@ def _one_by_one(
         if len(fields) == width:
             yield number, fields
         elif line.strip():
-            broken[f"{name}:{number}"] = f"its quotes are broken ({why}): {show(line.strip(), 80)}"
+            broken[f"{name}:{number}"] = f"its quotes are broken ({why}): {quote(line.strip(), 80)}"
 
 
 def _bare_fields(fields: list[str], header: Header, place: str, problems: list[str]) -> list[str]:
@@ -143,7 +143,7 @@ def _bare_fields(fields: list[str], header: Header, place: str, problems: list[s
         numbered = len(fields) == width - 1 and header.place(NUMBERS) == width - 2
         if numbered and (parts := UNSEPARATED.fullmatch(fields[-1])):
             fields = [*fields[:-1], *parts.groups()]
-            problems.append(f"{place}: no separator after the number; read as caption {parts[1]} of {show(fields[0])}")
+            problems.append(f"{place}: no separator after the number; read as caption {parts[1]} of {quote(fields[0])}")
     return [field.strip() for field in fields]
 
 
@@ -151,7 +151,7 @@ def _row(fields: list[str], header: Header, place: str) -> Entry:
     """Raises DataError for a row that does not fit the header."""
     if len(fields) != header.width:
         hint = "; a caption with the separator in it must be quoted" if len(fields) > header.width else ""
-        raise DataError(f"{len(fields)} fields, the header has {header.width}{hint}: {show(fields[0], 80)}")
+        raise DataError(f"{len(fields)} fields, the header has {header.width}{hint}: {quote(fields[0], 80)}")
 
     def cell(names: tuple[str, ...]) -> str:
         column = header.place(names)
@@ -159,7 +159,7 @@ def _row(fields: list[str], header: Header, place: str) -> Entry:
 
     number = cell(NUMBERS).strip()
     if number and not number.isdecimal():
-        raise DataError(f"{show(number, 40)} is no number of a caption")
+        raise DataError(f"{quote(number, 40)} is no number of a caption")
     return Entry(place, cell(IMAGES), _texts(cell(CAPTIONS)), int(number) if number else None, cell(SPLITS).strip())
 
 
@@ -171,7 +171,7 @@ def _texts(cell: str) -> tuple[object, ...]:
         return tuple(json.loads(cell))
     except (ValueError, RecursionError):
         # Taken as it stands, five captions would pass for one.
-        raise DataError(f"its captions look like a list, but are none in JSON: {show(cell, 80)}") from None
+        raise DataError(f"its captions look like a list, but are none in JSON: {quote(cell, 80)}") from None
 
 
 def _pick(columns: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -190,7 +190,7 @@ def token(text: str, name: str) -> Found:
         match = TOKEN_TAB.fullmatch(line) or TOKEN_BLANK.fullmatch(line)
         place = f"{name}:{number}"
         if match is None:
-            listing.broken[place] = f"expected <picture>#<number><TAB><caption>, got {show(line, 80)}"
+            listing.broken[place] = f"expected <picture>#<number><TAB><caption>, got {quote(line, 80)}"
         else:
             listing.entries.append(Entry(place, match[1], ((match[3] or "").strip(),), int(match[2])))
     return listing
@@ -205,7 +205,7 @@ def json_document(text: str, name: str) -> Found:
     karpathy = isinstance(document, dict)
     things = document.get("images") if karpathy else document
     if not isinstance(things, list):
-        raise DataError(f'{show(name)}: expected {{"images": [...]}} or a list of objects')
+        raise DataError(f'{quote(name)}: expected {{"images": [...]}} or a list of objects')
     listing = Found("karpathy-json" if karpathy else "json")
     for number, thing in enumerate(things):
         place = f"{name}:{'images' if karpathy else ''}[{number}]"
@@ -232,7 +232,7 @@ def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{show(name)} is no JSON that can be read ({error})") from None
+        raise DataError(f"{quote(name)} is no JSON that can be read ({error})") from None
 
 
 def _add(listing: Found, thing: Any, place: str, *, whole: bool = False, folder: str = "") -> None:

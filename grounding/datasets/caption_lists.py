@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from grounding.core.errors import DataError, TextError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.core.text import check_text
 from grounding.datasets.image_folder import picture_path
 from grounding.datasets.records import Caption, Failure, Record
@@ -95,7 +95,7 @@ class Listing:
         self.problems = tuple(found.problems)
         if not groups:
             why = next((f": {place}: {reason}" for place, reason in self.broken.items()), "")
-            raise DataError(f"{show(folder)} lists no pictures{why}")
+            raise DataError(f"{quote(folder)} lists no pictures{why}")
         self.split, self._groups = _selected(groups, split, folder)
         self.ids = tuple(self._groups)
 
@@ -105,7 +105,7 @@ class Listing:
         Raises DataError for one that is not listed.
         """
         if name not in self._groups:
-            raise DataError(f"{show(name)} is not listed in {show(self.folder)}")
+            raise DataError(f"{quote(name)} is not listed in {quote(self.folder)}")
         try:
             picture = self._pictures.picture(name)
         except DataError as error:
@@ -145,7 +145,7 @@ def grouped(entries: Iterable[Entry]) -> tuple[dict[str, _Group], dict[str, str]
         group.lines.update(enumerate(entry.texts, first))
         bare += [] if entry.texts else [entry]
     # A picture that has no caption at all is a row of its own.
-    broken |= {entry.place: f"no caption of {show(entry.picture)}" for entry in bare if groups[entry.picture].lines}
+    broken |= {entry.place: f"no caption of {quote(entry.picture)}" for entry in bare if groups[entry.picture].lines}
     return groups, broken
 
 
@@ -165,11 +165,11 @@ def _shown(text: object) -> str:
 
 def _misfit(group: _Group, entry: Entry) -> str | None:
     if group.whole or entry.whole:
-        return f"{show(entry.picture)} is listed already ({group.place})"
+        return f"{quote(entry.picture)} is listed already ({group.place})"
     if group.split != entry.split:
-        return f"{show(entry.picture)} is listed already, in split {group.split!r} ({group.place})"
+        return f"{quote(entry.picture)} is listed already, in split {group.split!r} ({group.place})"
     if entry.number in group.lines:
-        return f"{show(entry.picture)} has a caption number {entry.number} already ({group.place} or later)"
+        return f"{quote(entry.picture)} has a caption number {entry.number} already ({group.place} or later)"
     return None
 
 
@@ -182,7 +182,7 @@ def _selected(groups: dict[str, _Group], split: str | None, folder: Path) -> tup
     if not split or not chosen:
         named = ", ".join(filter(None, known))
         there = f"there are: {named}; or {ALL}" if named else f"it has no splits: leave it out, or say {ALL}"
-        raise DataError(f"no split {split!r} in {show(folder)} ({there})")
+        raise DataError(f"no split {split!r} in {quote(folder)} ({there})")
     return split, chosen
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import one_line, quote
 from grounding.datasets.caption_files import CAPTIONS, captions_of
 from grounding.datasets.caption_lists import Entry, Found, Listing, sha256
 from grounding.datasets.image_folder import picture_path
@@ -50,7 +50,7 @@ def open_local(path: Path, split: str | None) -> Listing:
     Parquet files are copied once into the cache of `datasets` (HF_DATASETS_CACHE), where rows can be read at random.
     """
     home = path if path.is_dir() else path.parent
-    with _one_line(show(path)):
+    with _as_data_error(quote(path)):
         import datasets
 
         if any((path / name).is_file() for name in SAVED):
@@ -88,9 +88,9 @@ def open_hub(name: str, split: str | None) -> Listing:
     match = NAME.fullmatch(name)
     if match is None:
         raise DataError(
-            f"{show(name)} is no name on the hub: expected {PREFIX}owner/name or {PREFIX}owner/name@revision"
+            f"{quote(name)} is no name on the hub: expected {PREFIX}owner/name or {PREFIX}owner/name@revision"
         )
-    with _one_line(f"data set {show(name)}"), _no_waiting():
+    with _as_data_error(f"data set {quote(name)}"), _no_waiting():
         import datasets
 
         tables = datasets.load_dataset(match[1], revision=match[2])
@@ -116,13 +116,13 @@ class TablePictures:
         try:
             cell = table[row][self.column] or {}
         except (OSError, ValueError) as error:  # the table was cut or removed since
-            raise DataError(f"the picture {show(name)} cannot be read from its table ({_line(error)})") from None
+            raise DataError(f"the picture {quote(name)} cannot be read from its table ({one_line(error)})") from None
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
         if not cell.get("path"):
-            raise DataError(f"{show(name)} has no picture in its table")
+            raise DataError(f"{quote(name)} has no picture in its table")
         if self.home is None:
-            raise DataError(f"{show(name)} has no picture in its table, only the path {show(cell['path'])}")
+            raise DataError(f"{quote(name)} has no picture in its table, only the path {quote(cell['path'])}")
         return picture_path(self.home, cell["path"])
 
 
@@ -203,12 +203,12 @@ def _no_waiting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _as_data_error(name: str) -> Iterator[None]:
     """Errors of many kinds as one DataError; the library prints nothing meanwhile, and bars only on a terminal."""
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{name}: the library datasets cannot be imported ({_line(error)})") from None
+        raise DataError(f"{name}: the library datasets cannot be imported ({one_line(error)})") from None
     verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
@@ -227,14 +227,10 @@ def _one_line(name: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The cause in the user's words where it is a known one."""
-    text = _line(error)
+    text = one_line(error)
     if NO_SCRIPTS in text:
         return "it is a script, and scripts are not run; add @refs/convert/parquet for its Parquet revision"
     if "OfflineModeIsEnabled" in text or "LocalEntryNotFoundError" in text or "Couldn't reach" in text:
         return "no answer from the hub, and it is not in the cache"
     cause = error.__cause__
-    return f"{text} ({_line(cause)})" if cause is not None and _line(cause) not in text else text
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return f"{text} ({one_line(cause)})" if cause is not None and one_line(cause) not in text else text

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 
 # As the copies in circulation name it; the nested one first, its outer folder holds nothing else.
 FOLDERS = (
@@ -65,9 +65,9 @@ def picture_path(root: Path, name: str) -> Path:
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{show(name)} cannot be a picture's name ({error})") from None
+        raise DataError(f"{quote(name)} cannot be a picture's name ({error})") from None
     if not inside:
-        raise DataError(f"{show(path)}: lies outside of {show(root)} and is not opened")
+        raise DataError(f"{quote(path)}: lies outside of {quote(root)} and is not opened")
     return path
 
 
@@ -76,7 +76,7 @@ def _pictures_in(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return [e.name for e in entries if e.name.lower().endswith(ALL_SUFFIXES) and not e.name.startswith(".")]
     except OSError as error:
-        raise DataError(f"{show(folder)}: {error.strerror or error}") from None
+        raise DataError(f"{quote(folder)}: {error.strerror or error}") from None
 
 
 def _is_file_in(root: Path, name: str) -> bool:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.datasets import huggingface
 from grounding.datasets.caption_files import header_of, json_lines, read_listing
 from grounding.datasets.caption_lists import Entry, FolderPictures, Found, Listing, sha256
@@ -60,7 +60,7 @@ def open_dataset(folder: str | Path, split: str | None = None, *, captions_file:
         return huggingface.open_hub(str(folder).removeprefix(huggingface.PREFIX), split)
     if captions_file is not None:
         if not _is(path, Path.is_dir):
-            raise DataError(f"{show(folder)}: there is no such folder for the pictures of {show(captions_file)}")
+            raise DataError(f"{quote(folder)}: there is no such folder for the pictures of {quote(captions_file)}")
         listed = Path(captions_file)
         return _open_file(path, listed if _is(listed, Path.is_file) else path / listed, split)
     if _is(path, Path.is_file):
@@ -73,7 +73,7 @@ def open_dataset(folder: str | Path, split: str | None = None, *, captions_file:
         return _open_missing(str(folder), split)
     layout = layout_of(path)
     if layout is None:
-        raise DataError(f"{show(path)} has no layout that can be read: {_seen(path)}; expected {NEEDS}")
+        raise DataError(f"{quote(path)} has no layout that can be read: {_seen(path)}; expected {NEEDS}")
     return layout.open(path, split)
 
 
@@ -91,19 +91,19 @@ def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
 
 def _open_missing(name: str, split: str | None) -> Dataset:
     if not huggingface.NAME.fullmatch(name) or name.startswith("."):
-        raise DataError(f"{show(name)}: there is no such folder; a data set is {NEEDS}")
+        raise DataError(f"{quote(name)}: there is no such folder; a data set is {NEEDS}")
     try:
         return huggingface.open_hub(name, split)
     except DataError as error:
         if str(error).startswith("no split"):
             raise
-        raise DataError(f"there is no folder {show(name)}, and {error}") from None
+        raise DataError(f"there is no folder {quote(name)}, and {error}") from None
 
 
 def _seen(folder: Path) -> str:
     names = sorted(path.name + "/" * path.is_dir() for path in islice(folder.iterdir(), 1000))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"there are {', '.join(map(show, names[:SHOWN]))}{more}" if names else "it is empty"
+    return f"there are {', '.join(map(quote, names[:SHOWN]))}{more}" if names else "it is empty"
 
 
 # ---------------------------------------------------------------- one file that lists
@@ -144,9 +144,9 @@ def _open_table(folder: Path, split: str | None) -> Dataset:
 
 def _open_only(folder: Path, found: list[Path], split: str | None) -> Dataset:
     if len(found) > 1:
-        names = ", ".join(show(path.name) for path in found)
+        names = ", ".join(quote(path.name) for path in found)
         raise DataError(
-            f"{show(folder)} has several files that list pictures ({names}): name one of them in place of the folder"
+            f"{quote(folder)} has several files that list pictures ({names}): name one of them in place of the folder"
         )
     return _open_file(folder, found[0], split)
 
@@ -180,9 +180,9 @@ def _open_labels(folder: Path, split: str | None) -> Dataset:
 
 def _open_pictures(folder: Path, split: str | None) -> Dataset:
     root, names = pictures_of(folder)
-    found = Found("pictures", [Entry(f"file {show(name)}", name) for name in names])
+    found = Found("pictures", [Entry(f"file {quote(name)}", name) for name in names])
     for path in (path for pattern in TABLES for path in _files(folder, pattern)):
-        found.problems.append(f"{show(path.name)} is not read: its first line names no image and caption columns")
+        found.problems.append(f"{quote(path.name)} is not read: its first line names no image and caption columns")
     return Listing(folder, split, found, FolderPictures(root), sha256(os.fsencode(name) for name in names))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 
 
 def read_bytes(path: Path) -> bytes:
@@ -13,10 +13,10 @@ def read_bytes(path: Path) -> bytes:
     try:
         # A FIFO would wait for a writer that may never come.
         if not path.is_file():
-            raise DataError(f"{show(path)}: there is no such file")
+            raise DataError(f"{quote(path)}: there is no such file")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{show(path)}: {error.strerror or error}") from None
+        raise DataError(f"{quote(path)}: {error.strerror or error}") from None
 
 
 def decoded(data: bytes, path: Path) -> str:
@@ -24,7 +24,7 @@ def decoded(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{show(path)} is not UTF-8 (byte {error.start})") from None
+        raise DataError(f"{quote(path)} is not UTF-8 (byte {error.start})") from None
 
 
 def lines_of(text: str) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any
 
 from grounding.core.errors import DataError
 from grounding.core.geometry import Box
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.core.text import check_text
-from grounding.datasets.annotations import OVERHANG
+from grounding.datasets.flickr30k_entities import OVERHANG
 
 LABELS = "labels.jsonl"
 NEEDS = f"<split>/{LABELS}, or {LABELS} where there are no splits"
@@ -71,7 +71,7 @@ class Lines:
 
     def place(self, line: Line) -> str:
         """Where a line stands, for messages."""
-        return f"{show(self.labels)} line {line.number}"
+        return f"{quote(self.labels)} line {line.number}"
 
 
 def recognises(folder: Path) -> bool:
@@ -93,13 +93,13 @@ def open_lines(folder: str | Path, split: str | None = None) -> Lines:
     known = splits_of(folder)
     if not known and (folder / LABELS).is_file():
         if split is not None:
-            raise DataError(f"no split {split!r} in {show(folder)} (it has no splits, its lines stand in {LABELS})")
+            raise DataError(f"no split {split!r} in {quote(folder)} (it has no splits, its lines stand in {LABELS})")
         return _read(folder, folder, None)
     if not known:
-        raise DataError(f"{show(folder)} has no lines that can be read; expected {NEEDS}")
+        raise DataError(f"{quote(folder)} has no lines that can be read; expected {NEEDS}")
     split = SPLIT if split is None else split
     if split not in known:
-        raise DataError(f"no split {split!r} in {show(folder)} (there are: {', '.join(known)})")
+        raise DataError(f"no split {split!r} in {quote(folder)} (there are: {', '.join(known)})")
     return _read(folder, folder / split, split)
 
 
@@ -113,12 +113,12 @@ def _read(folder: Path, home: Path, split: str | None) -> Lines:
         try:
             line = _line(home, number, content)
             if line.picture in found:
-                raise DataError(f"the file {show(line.picture.name)} stands in line {found[line.picture].number}, too")
+                raise DataError(f"the file {quote(line.picture.name)} stands in line {found[line.picture].number}, too")
         except ValueError as error:
-            raise DataError(f"{show(labels)} line {number}: {error}") from None
+            raise DataError(f"{quote(labels)} line {number}: {error}") from None
         found[line.picture] = line
     if not found:
-        raise DataError(f"{show(labels)} has no lines")
+        raise DataError(f"{quote(labels)} has no lines")
     return Lines(folder, split, labels, tuple(found.values()))
 
 
@@ -127,9 +127,9 @@ def _contents(labels: Path) -> Iterator[tuple[int, str]]:
     try:
         text = labels.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{show(labels)} is not UTF-8 (byte {error.start})") from None
+        raise DataError(f"{quote(labels)} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise DataError(f"{show(labels)}: {error.strerror or error}") from None
+        raise DataError(f"{quote(labels)}: {error.strerror or error}") from None
     # Not splitlines(): a text may hold U+2028 and its like.
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
@@ -160,13 +160,13 @@ def _boxes(label: dict[str, Any]) -> tuple[Box, ...]:
     if not isinstance(chars, list):
         raise DataError(f"chars must be a list of boxes, got {type(chars).__name__}")
     if len(chars) != len(text):
-        raise DataError(f"{len(chars)} boxes for the {len(text)} characters of {show(text)}")
+        raise DataError(f"{len(chars)} boxes for the {len(text)} characters of {quote(text)}")
     return tuple(_box(i, sign, corners) for i, (sign, corners) in enumerate(zip(text, chars, strict=True)))
 
 
 def _box(place: int, sign: str, corners: Any) -> Box:
     def bad(why: str) -> DataError:
-        return DataError(f"the box of character {place} {sign!r} {why}: {show(corners)}")
+        return DataError(f"the box of character {place} {sign!r} {why}: {quote(corners)}")
 
     numbers = isinstance(corners, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in corners)
     if not numbers or len(corners) != 4:
@@ -186,5 +186,5 @@ def _picture(home: Path, name: Any) -> Path:
         raise DataError(f"file must be the name of a picture, got {name!r}")
     path = home / name
     if not path.resolve().is_relative_to(home.resolve()):
-        raise DataError(f"the file {show(name)} lies outside of {show(home)} and is not opened")
+        raise DataError(f"the file {quote(name)} lies outside of {quote(home)} and is not opened")
     return path

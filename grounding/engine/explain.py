@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grounding.adapter.base import Adapter
+from grounding.adapter.base import Adapter, Chance
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import random_state
-from grounding.core.errors import GroundingError, LayerError, OptionError
+from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
+from grounding.core.text import Span
+from grounding.engine.arguments import flatten, selections_of
 from grounding.engine.passes import look, trace
-from grounding.engine.plan import Column, Selection, columns
-from grounding.engine.warnings import (
-    cancelled,
-    doubts,
-    entry_of,
-    flatten,
-    map_column,
-    provenance_of,
-    selections_of,
-    unasked,
-)
-from grounding.explanation.explanation import Explanation
+from grounding.engine.plan import Column, columns
+from grounding.engine.provenance import provenance_of
+from grounding.engine.selection import Selection
+from grounding.engine.warnings import ROUNDING, cancelled, doubts, unasked
+from grounding.explanation.explanation import Entry, Explanation, MapColumn
+from grounding.explanation.maps import Status, diagnose
 
 BATCH_SIZE = 8
 SEED = 0
@@ -222,3 +218,44 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
                 f"maps would be blank; {live}see --list-layers for the live ones"
             )
+
+
+def map_column(
+    adapter: Adapter,
+    column: Column,
+    targets: Targets,
+    inputs: Inputs,
+    image: int,
+    maps: np.ndarray,
+    members: list[int],
+    orthogonal: Collection[str] = (),
+) -> MapColumn:
+    """What one text's entries (`members` of K) got from one column; `orthogonal` as in `Computed`.
+
+    Raises NumericError where a method gave NaN.
+    """
+    conditioned = adapter.text_conditioned(targets.kind, column.method.reads_gradient)
+    chosen = maps[members] if conditioned else maps[[image]]
+    if not np.isfinite(chosen).all():
+        raise NumericError(f"{column.method.title} gives NaN or Inf: the model's numbers cannot be explained")
+    seen = inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
+    status = tuple(diagnose(raw, seen, signed=column.method.signed) for raw in chosen)
+    if column.method.inner and column.method.rule is None and column.paths and set(column.paths) <= set(orthogonal):
+        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
+    return MapColumn(
+        column.key,
+        column.name,
+        column.method.title,
+        column.layer,
+        column.options,
+        column.method.signed,
+        conditioned,
+        chosen,
+        status,
+    )
+
+
+def entry_of(span: Span, score: float, chance: Chance | None) -> Entry:
+    """The entry of a scored span, with the probability of its token where it has one."""
+    probability, others = chance or (None, ())
+    return Entry(span.label, span.kind, span.start, span.end, score, span.token_id, probability, others)

@@ -6,7 +6,7 @@ The same pass as `explain` makes, with nothing thrown away: the user's model is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,81 +17,23 @@ from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs
 from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, OptionError
-from grounding.core.geometry import Geometry
-from grounding.core.images import Picture
-from grounding.engine.explain import SEED, aim, compute
+from grounding.core.text import find_label
+from grounding.engine.arguments import flatten
+from grounding.engine.explain import SEED, aim, compute, entry_of
 from grounding.engine.passes import look
-from grounding.engine.plan import DEFAULT, Column, Selection, columns
-from grounding.engine.warnings import cancelled, entry_of, flatten
-from grounding.explanation import maps as mapping
-from grounding.explanation.explanation import Entry
-from grounding.explanation.labels import place_of
-from grounding.explanation.maps import Status
+from grounding.engine.plan import DEFAULT, Column, columns
+from grounding.engine.selection import Selection
+from grounding.engine.warnings import cancelled
+from grounding.explanation.inspection import Inspection
 from grounding.methods import METHODS
-from grounding.methods.base import THRESHOLD, Method
+from grounding.methods.base import Method
 from grounding.methods.trace import Trace
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 # What a map is made of where every channel has one weight.
 WEIGHTED = frozenset({"activations", "shift"})
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Inspection:
-    """What one layer has of one picture and one entry, on the layer's own grid, row-major; nothing is resized.
-
-    `features` F and `gradients` g = d score / d F, `weights` w_d = mean_p g_pd, and `map`, signed, before any ReLU:
-    sum_d w_d F_pd, unless the method's options say otherwise. With `compared`, the score is the difference of two
-    sequences (a caption, and the caption without a token), and the second half of the channels is the other one's.
-    """
-
-    picture: Picture
-    caption: str
-    entry: Entry
-    geometry: Geometry
-    layer: str
-    title: str
-    features: Float[np.ndarray, "rows columns D"]
-    gradients: Float[np.ndarray, "rows columns D"]
-    weights: Float[np.ndarray, "D"]
-    map: Float[np.ndarray, "rows columns"]
-    target: str
-    model: Mapping[str, Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    compared: bool = False
-    warnings: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.features.shape))
-        return f"<Inspection of {self.entry.label!r} at {self.layer}: {shape} features>"
-
-    @property
-    def view(self) -> Float[np.ndarray, "rows columns"]:
-        """The map after the ReLU (or the threshold in its place): >= 0."""
-        return mapping.view(self.map, signed=True, threshold=self.options.get(THRESHOLD, 0.0))
-
-    @property
-    def status(self) -> Status:
-        """Whether the map is evidence."""
-        return mapping.diagnose(self.map, self.geometry.seen_cells, signed=True)
-
-    def strongest(self, count: int) -> tuple[int, ...]:
-        """The channels of the largest absolute weights, the strongest first; of equals the first."""
-        return tuple(np.argsort(-np.abs(self.weights), kind="stable")[:count].tolist())
-
-    def channel(self, index: int) -> str:
-        """What a channel is called."""
-        half = len(self.weights) // 2
-        return f"channel {index - half}, without it" if self.compared and index >= half else f"channel {index}"
-
-    def figure(self, channels: int = 8, **options: Any) -> Figure:
-        """The strongest channels, the histogram of weights and the map before and after; options as in
-        `grounding.inspection_figure.figure`."""
-        from grounding.explanation.figures.inspection import figure
-
-        return figure([self], channels, **options)
 
 
 @dataclass(frozen=True)
@@ -211,7 +153,7 @@ def _inspected(
     if not spans:
         raise OptionError(f"nothing to inspect in {tokens.text!r}: no caption, token, word or phrase was selected")
     if entry is not None:
-        spans = (spans[place_of(entry, [span.label for span in spans])],)
+        spans = (spans[find_label(entry, [span.label for span in spans])],)
     targets = adapter.targets(inputs, [spans], target, token_target)
     found = compute(adapter, inputs, targets, plan)
     chances = adapter.alternatives(inputs, targets)
@@ -222,7 +164,7 @@ def _inspected(
             kept = found.maps[column.key]
             # Where no text can enter, all entries share what the picture has.
             own = kept[k if adapter.text_conditioned(targets.kind, column.method.reads_gradient) else 0]
-            other = targets.other if adapter.axis(column.paths[0]) == "text" else None
+            other = targets.other if adapter.sites.axis(column.paths[0]) == "text" else None
             compared = other is not None and int(other[k]) >= 0
             width = own.shape[-1] // 2
             # Of a caption that is compared with nothing, the second half is empty.

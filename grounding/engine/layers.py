@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,21 +12,11 @@ from torch import Tensor, nn
 from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Layer
 from grounding.core.errors import LayerError
 from grounding.engine.passes import trace
 from grounding.engine.plan import Column
 from grounding.methods.base import Method
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer whose output is a patch grid. `alias`: its short name; `live`: the score depends on its patches."""
-
-    path: str
-    shape: tuple[int, ...]
-    live: bool
-    default: bool
-    alias: str = ""
 
 
 def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = None) -> tuple[Layer, ...]:
@@ -41,7 +30,7 @@ def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = No
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
     column = Column("", "", recording, {}, paths=tuple(shapes))
     [chunk] = trace(adapter, inputs, targets, [column])
-    aliases = _aliases(adapter)
+    aliases = adapter.sites.aliases()
     grid = adapter.grid(inputs)
     return tuple(
         Layer(
@@ -78,12 +67,3 @@ def _foldable(adapter: Adapter, inputs: Inputs, targets: Targets) -> dict[str, t
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.named_modules() if path)
-
-
-def _aliases(adapter: Adapter) -> dict[str, str]:
-    aliases: dict[str, str] = {}
-    for name, stack in adapter.sites.stacks.items():
-        prefix = "" if name == "vision" else f"{name}:"
-        for paths, part in ((stack.blocks, ""), (stack.inputs, ".in")):
-            aliases |= {path: f"{prefix}{i}{part}" for i, path in enumerate(paths)}
-    return aliases

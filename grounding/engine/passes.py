@@ -114,7 +114,7 @@ def _starts(adapter: Adapter, fast: Sequence[Column]) -> dict[str, bool]:
 
 
 def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
-    return {path: gradient for path, gradient in paths.items() if adapter.axis(path) == "picture"}
+    return {path: gradient for path, gradient in paths.items() if adapter.sites.axis(path) == "image"}
 
 
 def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str, bool]:
@@ -165,7 +165,7 @@ def _slow_chunks(
 def _shares_sequences(record: Trace, leaves: Sequence[str]) -> bool:
     """Whether targets are differences of what single sequences score, at leaves that have the sequences first: all
     targets of a sequence then have one gradient there, and those that it is compared with are theirs alone."""
-    return record.targets.other is not None and all(record.adapter.axis(path) == "text" for path in leaves)
+    return record.targets.other is not None and all(record.adapter.sites.axis(path) == "text" for path in leaves)
 
 
 def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, units: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     adapter, targets = record.adapter, record.targets
     image, text = targets.image.tolist(), targets.units.tolist()
     last = {s.attention[-1] for name, s in adapter.sites.stacks.items() if name in READ_BY_ROWS and s.attention}
-    if any(adapter.axis(path) == "picture" for path in leaves) or not adapter.sites.text_stacks:
+    if any(adapter.sites.axis(path) == "image" for path in leaves) or not adapter.sites.text_stacks:
         claims = [{b} for b in image]
     elif not leaves:
         claims = [set() for _ in image]

@@ -3,100 +3,21 @@ name or option costs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from grounding.adapter.base import Adapter
-from grounding.core.errors import LayerError, OptionError, TextError, UnknownNameError
-from grounding.core.text import Span, Tokens
-from grounding.explanation.maps import join_layers
+from grounding.core.errors import LayerError, OptionError, UnknownNameError
 from grounding.methods import METHODS
 from grounding.methods.base import Method
 from grounding.methods.trace import TAP_SIGNALS, Trace
 
 # Among the names of methods: those that the architecture shows when nothing is asked for.
 DEFAULT = "default"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which entries a caption gets: itself, its tokens (`tokens`: all, none, or those named), phrases.
-
-    With `words`, words stand in for tokens, also where they are named; with `special`, special tokens of a text that
-    the model wrote are entries, too (its end, above all). `where` asks at each chosen token for evidence of another
-    one in its place, `contrast` for evidence of the first rather than the second: at the tokens chosen by name, else
-    where the text has the first (or the second). Both stand in for the tokens. A phrase is named by its words (its
-    first occurrence) or by its characters (start, end); of the latter, those that the model does not read are left out.
-    """
-
-    caption: bool = True
-    tokens: bool | Sequence[str | int] = True
-    words: bool = False
-    phrases: Sequence[str | tuple[int, int]] = ()
-    special: bool = False
-    where: str = ""
-    contrast: tuple[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        # A text alone would be taken for a list of letters.
-        for name in ("tokens", "phrases"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, [getattr(self, name)])
-        if not isinstance(self.tokens, bool):
-            named = [f"@{name}" if isinstance(name, int) else name for name in self.tokens]
-            object.__setattr__(self, "tokens", named)
-        if (self.where or self.contrast) and (self.words or self.phrases):
-            raise OptionError("where and contrast ask about single tokens: not with words or phrases")
-
-    def spans(self, tokens: Tokens) -> tuple[Span, ...]:
-        """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
-        if tokens.classes:
-            return self._classes(tokens)
-        if self.where or self.contrast:
-            return tuple(self._asked(tokens))
-        chosen: list[Span] = [tokens.caption()] if self.caption and tokens.visible else []
-        parts = tokens.words() if self.words and tokens.visible else self._single(tokens)
-        if isinstance(self.tokens, bool):
-            chosen += parts if self.tokens else ()
-        else:
-            chosen += tokens.choose(self._named, parts)
-        for phrase in self.phrases:
-            found = tokens.phrase(phrase) if isinstance(phrase, str) else tokens.phrase_at(*phrase)
-            chosen += [] if found is None else [found]
-        return tuple(chosen)
-
-    def _classes(self, tokens: Tokens) -> tuple[Span, ...]:
-        """Classes have no parts."""
-        if self.words or self.phrases or not isinstance(self.tokens, bool):
-            raise OptionError("a class has no tokens, words or phrases to choose: it is explained as a whole")
-        return tokens.class_spans() if self.caption else ()
-
-    @property
-    def _named(self) -> list[str]:
-        return [] if isinstance(self.tokens, bool) else [str(name) for name in self.tokens]
-
-    def _single(self, tokens: Tokens) -> tuple[Span, ...]:
-        """Tokens; of a text that has none but special ones, those."""
-        return tokens.tokens(special=self.special or not tokens.visible)
-
-    def _asked(self, tokens: Tokens) -> Iterator[Span]:
-        """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
-        places = self._single(tokens)
-        named = places if isinstance(self.tokens, bool) else tokens.choose(self._named, places)
-        if self.where:
-            yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)
-        if self.contrast:
-            first, second = self.contrast
-            if isinstance(self.tokens, bool):
-                named = next((found for name in (first, second) if (found := tokens.labelled(name, places))), ())
-            if not named:
-                raise TextError(f"neither {first!r} nor {second!r} is in {tokens.text!r}: choose the place by --tokens")
-            label = f"{first} \u2212 {second}"
-            yield from (replace(p, kind="contrast", asked=first, against=second, label=label) for p in named)
 
 
 @dataclass(frozen=True)
@@ -181,7 +102,7 @@ def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, 
         gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
         taps |= {path: taps.get(path, False) or gradient for path in column.paths}
         for stack, reading in column.method.reads(column.options, adapter.sites).items():
-            for path in adapter.stack(stack).attention[reading.blocks]:
+            for path in adapter.sites.stack(stack).attention[reading.blocks]:
                 attention[path] = attention.get(path, False) or reading.gradient
     return taps, attention
 
@@ -218,3 +139,9 @@ def _options_by_method(options: Mapping[str, Any], names: Sequence[str]) -> dict
             raise OptionError(f"option {key!r}: method {name!r} is not among those asked for ({', '.join(names)})")
         split.setdefault(name, {})[option] = value
     return split
+
+
+def join_layers(layers: Sequence[Float[np.ndarray, "k rows columns"]]) -> Float[np.ndarray, "k rows columns"]:
+    """The mean over layers, each map divided by its largest absolute value first: layers differ in size by orders."""
+    sizes = [np.abs(maps).max((1, 2), keepdims=True) for maps in layers]
+    return np.mean([maps / np.where(size > 0, size, 1) for maps, size in zip(layers, sizes, strict=True)], axis=0)

@@ -21,7 +21,7 @@ from grounding.adapter.base import Adapter
 from grounding.adapter.recorder import find_module
 from grounding.core.errors import GroundingError
 from grounding.engine.explain import explain
-from grounding.engine.plan import Selection
+from grounding.engine.selection import Selection
 from grounding.evaluation.deletion import BLUR, CONTROL, STEPS, Areas, Baseline, Case, areas
 from grounding.evaluation.statistics import Estimate, mean, pearson, ratio
 
@@ -162,7 +162,7 @@ def cascade(adapter: Adapter, seed: int = 0) -> Iterator[tuple[str, Adapter]]:
     """
     redrawn = copy.deepcopy(adapter)
     generator = torch.Generator().manual_seed(seed)
-    for path in reversed(redrawn.stack("vision").blocks):
+    for path in reversed(redrawn.sites.stack("vision").blocks):
         redraw(find_module(redrawn.model, path), generator)
         yield path, redrawn
     redraw(redrawn.model, generator)

@@ -13,7 +13,7 @@ from typing import Any
 from grounding.adapter.base import Adapter
 from grounding.core.demo import demo_lines, demo_scenes
 from grounding.core.errors import DataError, OptionError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.datasets import flickr30k_entities, text_lines
 from grounding.datasets import open as flickr30k
 from grounding.evaluation import line_report, ocr, phrases, report
@@ -86,13 +86,13 @@ def evaluation_of(folder: str | Path) -> Evaluation:
     folder = Path(folder)
     needs = "; or ".join(kind.needs for kind in EVALUATIONS)
     if not folder.is_dir():
-        raise DataError(f"{show(folder)}: there is no such folder; a data set is a folder with {needs}")
+        raise DataError(f"{quote(folder)}: there is no such folder; a data set is a folder with {needs}")
     found = next((kind for kind in EVALUATIONS if kind.recognises(folder)), None)
     if found is None and (layout := flickr30k.layout_of(folder)):
         has = "captions but no boxes" if layout.captions else "pictures but no captions and no boxes"
-        raise DataError(f"{show(folder)} has {has}, so that nothing can be scored; expected {needs}")
+        raise DataError(f"{quote(folder)} has {has}, so that nothing can be scored; expected {needs}")
     if found is None:
-        raise DataError(f"{show(folder)} has no layout that can be read; expected {needs}")
+        raise DataError(f"{quote(folder)} has no layout that can be read; expected {needs}")
     return found
 
 

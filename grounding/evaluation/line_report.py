@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 from grounding.evaluation.report import percent, table, with_interval
 
 
@@ -34,7 +34,7 @@ def _rules(document: Mapping[str, Any]) -> str:
         *([f"Aimed: {words['aimed']}."] if rules["aimed"] else []),
         *(f"{name.capitalize()}: {words[name]}." for name in ("position", "random")),
     ]
-    return "\n".join(visible_text(line) for line in lines)
+    return "\n".join(escape(line) for line in lines)
 
 
 def _reading(document: Mapping[str, Any]) -> str:
@@ -77,4 +77,4 @@ def _groups(document: Mapping[str, Any]) -> str:
 
 def _recommended(found: Mapping[str, Any]) -> str:
     figure = with_interval(found["in_box"], found["ci"])
-    return visible_text(f"Recommended, the best on the split {found['split']}: {found['method']}, {figure} % there.")
+    return escape(f"Recommended, the best on the split {found['split']}: {found['method']}, {figure} % there.")

@@ -18,8 +18,10 @@ from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.core.images import ImageError, Picture, open_image
 from grounding.datasets.text_lines import Line, Lines, open_lines, splits_of
 from grounding.engine.explain import explain
-from grounding.engine.plan import Selection, available, columns
-from grounding.engine.warnings import doubts, provenance_of
+from grounding.engine.plan import available, columns
+from grounding.engine.provenance import provenance_of
+from grounding.engine.selection import Selection
+from grounding.engine.warnings import doubts
 from grounding.evaluation.ocr_scoring import (
     BASELINES,
     Aimed,

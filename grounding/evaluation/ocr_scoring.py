@@ -19,7 +19,7 @@ from grounding.core.boxes import seen_points
 from grounding.core.geometry import Box, Geometry
 from grounding.core.text import Span, Tokens
 from grounding.datasets.text_lines import GROUPS, Line
-from grounding.engine.plan import Selection
+from grounding.engine.selection import Selection
 from grounding.evaluation.pointing import RANDOM
 from grounding.evaluation.statistics import mean, ratio
 from grounding.explanation.explanation import Entry, Explanation

@@ -25,14 +25,22 @@ from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset, Record
 from grounding.engine.explain import aim, explain
 from grounding.engine.plan import columns
-from grounding.engine.warnings import doubts, provenance_of
+from grounding.engine.provenance import provenance_of
+from grounding.engine.warnings import doubts
 from grounding.evaluation.config import FEW, PointingRules
 from grounding.evaluation.deletion import Baseline, Case
 from grounding.evaluation.faithfulness import WHOLE, faithfulness
-from grounding.evaluation.pointing import BASELINES, MapScores, Mention, mentions_of, score_picture
+from grounding.evaluation.pointing import (
+    BASELINES,
+    MapScores,
+    Mention,
+    best_threshold,
+    mentions_of,
+    score_picture,
+    summary,
+)
 from grounding.evaluation.report import FORMAT
 from grounding.evaluation.statistics import mean
-from grounding.evaluation.summary import best_threshold, summary
 from grounding.evaluation.word_swaps import Swaps, beaten
 from grounding.explanation.explanation import Explanation
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from grounding.core.errors import OutputError
 from grounding.core.files import write_together
-from grounding.core.image_decoding import show
-from grounding.core.text import visible_text
+from grounding.core.printable import escape, quote
 
 # What marks a file as one of ours; only such files are replaced.
 FORMAT = "grounding.evaluation"
@@ -50,11 +49,11 @@ def check_file(path: str | Path) -> Path:
     path = Path(path)
     folder = path.parent
     if path.is_dir():
-        raise OutputError(f"{show(path)} is a folder; --output names a file")
+        raise OutputError(f"{quote(path)} is a folder; --output names a file")
     if path.exists() and not _is_ours(path):
-        raise OutputError(f"{show(path)} was not written by this command and is not replaced; choose another --output")
+        raise OutputError(f"{quote(path)} was not written by this command and is not replaced; choose another --output")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {show(path)}: {show(folder)} is no folder that can be written into")
+        raise OutputError(f"cannot write {quote(path)}: {quote(folder)} is no folder that can be written into")
     return path
 
 
@@ -98,7 +97,7 @@ def _rules(document: Mapping[str, Any]) -> str:
         f"{document['pictures']} pictures, {_cases(document)} scored; phrases skipped: {skipped}.",
         f"[ ]: {level} interval, bootstrap over pictures. Box threshold: {threshold}. Random: {rules['random']}.",
     ]
-    return "\n".join(visible_text(line) for line in lines)
+    return "\n".join(escape(line) for line in lines)
 
 
 def _cases(document: Mapping[str, Any]) -> str:
@@ -181,6 +180,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [list(head), ["---"] * len(head), *rows]
     # A bar would end the cell.
-    return "\n".join(
-        "| " + " | ".join(visible_text(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -17,20 +17,18 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from grounding.batch.rows import PROMPT, explanation_of
+from grounding.batch.rows import PROMPT, About, Row, explanation_of
 from grounding.batch.run_folder import RunFolder
-from grounding.batch.run_tables import About, Row
 from grounding.core.demo import data_name
 from grounding.core.errors import DataError, GroundingError
-from grounding.core.files import show
 from grounding.core.images import Picture
+from grounding.core.printable import escape
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Caption, Dataset, Record
 from grounding.evaluation.config import FEW, PointingRules
-from grounding.evaluation.pointing import BASELINES, MISSING, Captions, MapScores, mention_of, score_maps
+from grounding.evaluation.pointing import BASELINES, MISSING, Captions, MapScores, mention_of, score_maps, summary
 from grounding.evaluation.protocols import TABLE, Protocol, Told
 from grounding.evaluation.report import FORMAT
-from grounding.evaluation.summary import summary
 from grounding.explanation.explanation import EntryMap
 
 NOT_READ, NOT_IN_RUN, OTHER_CAPTION = "not_read", "not_in_run", "other_caption"
@@ -74,14 +72,14 @@ def run_dataset(run: RunFolder, folder: str | Path | None = None) -> Dataset:
     said = run.manifest.get("data") or {}
     where = folder or said.get("folder")
     if not where:
-        raise DataError(f"{show(run.path)} does not say where its pictures are from: name them with --data")
+        raise DataError(f"{escape(run.path)} does not say where its pictures are from: name them with --data")
     try:
         dataset = open_dataset(where, said.get("split"))
     except DataError as error:
         raise DataError(f"{error}" if folder else f"{error}; if the run's data moved, name them with --data") from None
     if not dataset.boxes:
         raise DataError(
-            f"{show(Path(where))} ({dataset.layout}) has no boxes for phrases: there is nothing to score by"
+            f"{escape(Path(where))} ({dataset.layout}) has no boxes for phrases: there is nothing to score by"
         )
     return dataset
 
@@ -131,7 +129,7 @@ def _doubts(run: RunFolder, dataset: Dataset) -> list[str]:
         said.append(f"{missing} of {len(run.shards)} shards of the run are not done: their pictures are not scored")
     digest = run.manifest["fingerprint"].get("data")
     if digest is not None and digest != dataset.digest():
-        said.append(f"{show(dataset.folder)} is not as it was when the run was made: captions or boxes changed")
+        said.append(f"{escape(dataset.folder)} is not as it was when the run was made: captions or boxes changed")
     return said
 
 
@@ -155,16 +153,16 @@ def _silence(run: RunFolder, tally: Tally, problems: Sequence[str]) -> str:
     name = tally.protocol.name
     counts = run.counts()
     if not any(tally.skipped_pictures.values()) or all(status.startswith("failed") for status in counts):
-        return f"{show(run.path)} has no maps to score: {_listed(counts) or 'no shard is done'}"
+        return f"{escape(run.path)} has no maps to score: {_listed(counts) or 'no shard is done'}"
     if not tally.texts and tally.skipped[NOT_IN_RUN]:
         return (
-            f"{name} cannot be scored: {show(run.path)} has no maps of its texts ({tally.protocol.text}); "
+            f"{name} cannot be scored: {escape(run.path)} has no maps of its texts ({tally.protocol.text}); "
             f"ground_flickr30k.py makes them with --protocols {name}"
         )
     first = f"; first of all: {problems[0]}" if problems else ""
     skipped = {"phrases": tally.skipped, "pictures": tally.skipped_pictures}
     why = "; ".join(f"{what}: {_listed(counts)}" for what, counts in skipped.items() if counts)
-    return f"{name} scored nothing of {show(run.path)} ({why}){first}"
+    return f"{name} scored nothing of {escape(run.path)} ({why}){first}"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

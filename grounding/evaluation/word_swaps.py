@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grounding.adapter.base import Adapter
 from grounding.core.errors import DataError
-from grounding.core.image_decoding import show
+from grounding.core.printable import quote
 from grounding.datasets.records import Caption, Record, normal
 
 FILE = "swaps.json"
@@ -40,7 +40,7 @@ class Swaps:
             groups = tuple(tuple(map(normal, group)) for group in content["groups"])
             return cls(groups, frozenset(frozenset(text.split()) for text in content["combinations"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{show(path)} cannot be read: {error}") from None
+            raise DataError(f"{quote(path)} cannot be read: {error}") from None
 
     def telling(self, phrase: str) -> frozenset[str]:
         """The words of a phrase that are in a group."""

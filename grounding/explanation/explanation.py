@@ -14,24 +14,16 @@ from jaxtyping import Float
 from grounding.core.errors import GroundingError
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
+from grounding.core.text import Alternative, find_label
 from grounding.explanation import maps as mapping
-from grounding.explanation.labels import place_of
-from grounding.explanation.maps import THRESHOLD, Status
+from grounding.explanation.maps import Status
+from grounding.methods.options import THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
 BOX_SIDE = 1024
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A token that could have stood in another's place, with the probability the model gave it there."""
-
-    label: str
-    token_id: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -172,7 +164,7 @@ class Explanation:
 
         Raises TextError listing what there is.
         """
-        return place_of(which, [entry.label for entry in self.entries], occurrence)
+        return find_label(which, [entry.label for entry in self.entries], occurrence)
 
     def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> EntryMap:
         """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
@@ -202,7 +194,7 @@ class Explanation:
 
     def figure(self, **options: Any) -> Figure:
         """The side-by-side figure; options as in `grounding.render.figure`."""
-        from grounding.explanation.figures.overlays import figure
+        from grounding.explanation.figures.comparison import figure
 
         return figure(self, **options)
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from math import isnan
 from typing import TYPE_CHECKING
-
-from grounding.core.errors import TextError
 
 if TYPE_CHECKING:
     from grounding.explanation.explanation import Entry, Explanation
@@ -45,24 +41,6 @@ def title_in(caption: str, entry: Entry) -> str:
     if written:
         return f"{label} {'in place of' if entry.kind == 'where' else 'at'} “{written}”"
     return f"{label} at the end" if entry.start >= len(caption) else f"{label} at sign {entry.start}"
-
-
-def place_of(which: int | str, labels: Sequence[str], occurrence: int = 0) -> int:
-    """The place of an entry among `labels`, by index or by label: as it is written, or else with case ignored.
-
-    Raises TextError listing what there is.
-    """
-    if not isinstance(which, str):
-        which = operator.index(which)
-        if -len(labels) <= which < len(labels):
-            return which % len(labels)
-        raise TextError(f"entry {which} is not in 0 to {len(labels) - 1}")
-    hits = [i for i, label in enumerate(labels) if label == which]
-    hits = hits or [i for i, label in enumerate(labels) if label.lower() == which.lower()]
-    if occurrence >= len(hits):
-        listing = ", ".join(f"{i}:{label!r}" for i, label in enumerate(labels))
-        raise TextError(f"no entry {which!r} (occurrence {occurrence}); there are {listing}")
-    return hits[occurrence]
 
 
 def likelihood(probability: float) -> str:

@@ -5,7 +5,6 @@ Nothing here changes what is stored. All maps are NumPy arrays; NaN marks what w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +18,6 @@ from grounding.core.geometry import Geometry
 SCALES = ("entry", "caption", "fixed")
 Scale = Literal["entry", "caption", "fixed"]
 
-# The option of methods by which a signed map is shown from there upwards, as a fraction of its maximum: 0 is the ReLU
-# of the CAM papers.
-THRESHOLD = "threshold"
 
 # A map whose spread is below this fraction of its size is rounding, not evidence (float32 has 1.2e-7 per operation).
 FLAT = 1e-6
@@ -64,12 +60,6 @@ def view(raw: Float[np.ndarray, "*shape"], *, signed: bool, threshold: float = 0
     if threshold <= 0 or not np.isfinite(positive).any():
         return positive
     return np.where(positive < threshold * np.nanmax(positive), 0, positive)
-
-
-def join_layers(layers: Sequence[Float[np.ndarray, "k rows columns"]]) -> Float[np.ndarray, "k rows columns"]:
-    """The mean over layers, each map divided by its largest absolute value first: layers differ in size by orders."""
-    sizes = [np.abs(maps).max((1, 2), keepdims=True) for maps in layers]
-    return np.mean([maps / np.where(size > 0, size, 1) for maps, size in zip(layers, sizes, strict=True)], axis=0)
 
 
 def limits(maps: list[NDArray[np.floating]], scale: Scale, fixed: tuple[float, float] | None) -> tuple[float, float]:

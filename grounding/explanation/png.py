@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from grounding.core.errors import OutputError
-from grounding.core.files import MARK, is_ours, show, slug
+from grounding.core.files import MARK, is_ours, slug
+from grounding.core.printable import escape
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.labels import entry_title
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from grounding.engine.inspect import Inspection
+    from grounding.explanation.inspection import Inspection
 
 OVERLAY = re.compile(r"\d{2,}_.+\.png", re.DOTALL)
 # Each overlay says its own name: one that somebody copied or renamed is theirs, and is never removed.
@@ -32,7 +33,7 @@ NAMED = "Title"
 def figure_png(explanation: Explanation, options: Mapping[str, Any]) -> bytes:
     """The side-by-side figure; `options` as in `grounding.render.figure`. Raises OptionError."""
     # matplotlib is slow to import, and not needed for maps alone.
-    from grounding.explanation.figures.overlays import figure
+    from grounding.explanation.figures.comparison import figure
 
     return printed(figure(explanation, **options))
 
@@ -112,7 +113,7 @@ def check_overlays(folder: Path, names: Mapping[tuple[int, str], str]) -> None:
     for name in names.values():
         path = folder / name
         if name not in earlier and (path.exists() or path.is_symlink()):
-            raise OutputError(f"{show(path)} was not written by grounding and is not replaced; choose another folder")
+            raise OutputError(f"{escape(path)} was not written by grounding and is not replaced; choose another folder")
 
 
 def _says_its_name(path: Path) -> bool:

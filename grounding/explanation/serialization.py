@@ -14,10 +14,12 @@ from typing import Any, cast
 import numpy as np
 
 from grounding.core.errors import GroundingError
-from grounding.core.files import FORMAT, show
+from grounding.core.files import FORMAT
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
-from grounding.explanation.explanation import SCHEMA_VERSION, Alternative, Entry, EntryMap, Explanation, MapColumn
+from grounding.core.printable import escape
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import SCHEMA_VERSION, Entry, EntryMap, Explanation, MapColumn
 from grounding.explanation.maps import Status
 
 
@@ -199,14 +201,14 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise GroundingError(f"{show(path)} is damaged: {error}") from None
+        raise GroundingError(f"{escape(path)} is damaged: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise GroundingError(f"{show(path)} was not written by grounding")
+        raise GroundingError(f"{escape(path)} was not written by grounding")
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         advice = "; a newer version of grounding wrote it" if newer else ""
         raise GroundingError(
-            f"{show(path)} has schema version {version!r}, this version reads {SCHEMA_VERSION}{advice}"
+            f"{escape(path)} has schema version {version!r}, this version reads {SCHEMA_VERSION}{advice}"
         )
     return cast(dict[str, Any], content)

@@ -16,8 +16,9 @@ from PIL import Image
 
 from grounding.core import files
 from grounding.core.errors import GroundingError, OptionError, OutputError
-from grounding.core.files import show, slug
+from grounding.core.files import slug
 from grounding.core.images import ADDRESS, ImageError, Picture, open_image
+from grounding.core.printable import escape
 from grounding.core.registry import did_you_mean
 from grounding.explanation import png, serialization
 from grounding.explanation.explanation import SCHEMA_VERSION, Entry, Explanation
@@ -25,7 +26,7 @@ from grounding.explanation.reading_order import token_indices
 from grounding.explanation.serialization import to_json
 
 if TYPE_CHECKING:
-    from grounding.engine.inspect import Inspection
+    from grounding.explanation.inspection import Inspection
 
 __all__ = ["WRITE", "OutputError", "check_output", "listed", "load", "save", "slug", "to_json"]
 
@@ -91,7 +92,9 @@ def save(
     try:
         files.write_together(folder, contents, (*NAMES, *png.earlier_overlays(folder)))
     except OSError as error:
-        raise OutputError(f"cannot write into {show(folder)}: {error.strerror or error}; nothing was changed") from None
+        raise OutputError(
+            f"cannot write into {escape(folder)}: {error.strerror or error}; nothing was changed"
+        ) from None
     kinds = {"png": FIGURE, "strip": STRIP, "inspect": INSPECTION, "npz": MAPS, "json": JSON} | named
     return {kind: folder / name for kind, name in kinds.items() if name in contents}
 
@@ -227,17 +230,17 @@ def load(directory: str | Path) -> Explanation:
     content = serialization.parse(_read(folder / JSON, folder), folder / JSON)
     try:
         if "maps" not in content["files"]:
-            raise GroundingError(f"{show(folder)} was saved without maps; save with npz and json to load it again")
+            raise GroundingError(f"{escape(folder)} was saved without maps; save with npz and json to load it again")
         data = _read(folder / MAPS, folder)
         if hashlib.sha256(data).hexdigest() != content["sha256"][MAPS]:
-            raise GroundingError(f"{show(folder / MAPS)} is damaged or belongs to another result than {JSON}")
+            raise GroundingError(f"{escape(folder / MAPS)} is damaged or belongs to another result than {JSON}")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return serialization.from_json(content, lambda key: archive[_member(key)], _picture(content, folder))
     except GroundingError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise GroundingError(f"{show(folder / JSON)} is damaged: {reason}") from None
+        raise GroundingError(f"{escape(folder / JSON)} is damaged: {reason}") from None
 
 
 def _read(path: Path, folder: Path) -> bytes:
@@ -245,7 +248,7 @@ def _read(path: Path, folder: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise GroundingError(f"{show(folder)} is no result folder of grounding: {path.name}: {reason}") from None
+        raise GroundingError(f"{escape(folder)} is no result folder of grounding: {path.name}: {reason}") from None
 
 
 class _Absent(Image.Image):
@@ -286,4 +289,4 @@ def _opened(path: Path, digest: str, crop: Sequence[int] | None = None) -> Pictu
             picture = picture.cropped(crop)
     except ImageError as error:
         return str(error)
-    return picture if picture.sha256 == digest else f"{show(path)} has changed since (sha256 differs)"
+    return picture if picture.sha256 == digest else f"{escape(path)} has changed since (sha256 differs)"

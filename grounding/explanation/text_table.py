@@ -6,12 +6,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 from grounding.explanation.labels import entry_title, likelihood, next_best, origin_words
 
 if TYPE_CHECKING:
-    from grounding.engine.layers import Layer
-    from grounding.explanation.explanation import Alternative, Entry, EntryMap, Explanation
+    from grounding.adapter.structure import Layer
+    from grounding.core.text import Alternative
+    from grounding.explanation.explanation import Entry, EntryMap, Explanation
 
 LABEL_WIDTH = 32
 WIDEST = 160
@@ -25,7 +26,7 @@ def headline(explanation: Explanation) -> str:
     how = f"parts of the caption: {explanation.token_target}" if explanation.token_target else ""
     model = f"{explanation.model['type']} {explanation.model['id']}"
     parts = [f"{name} ({size})", model, f"target {explanation.target}", origin_words(explanation) or how]
-    return visible_text(", ".join(part for part in parts if part))
+    return escape(", ".join(part for part in parts if part))
 
 
 def explanation_table(explanation: Explanation) -> str:
@@ -50,7 +51,7 @@ def _top_classes(explanation: Explanation) -> str:
     found = {one.token_id: one for one in shown}
     known = [one for one in found.values() if one.probability is not None]
     best = sorted(known, key=lambda one: -(one.probability or 0))[:TOP_CLASSES]
-    rows = [[visible_text(one.label), str(one.token_id), likelihood(one.probability or 0)] for one in best]
+    rows = [[escape(one.label), str(one.token_id), likelihood(one.probability or 0)] for one in best]
     return table([["most probable", "index", "p"], *rows]) if rows else ""
 
 
@@ -61,11 +62,11 @@ def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
     for column in explanation.columns.values():
         rows[0] += [f"{column.key} peak", *(["box"] if boxes else [])]
     for i, entry in enumerate(explanation.entries):
-        row = [visible_text(entry_title(explanation, entry)), entry.kind, f"{entry.score:+.4f}"]
+        row = [escape(entry_title(explanation, entry)), entry.kind, f"{entry.score:+.4f}"]
         if chances:
             row.append("-" if entry.probability is None else f"{entry.probability:.4f}")
         if others:
-            row.append(_ellipsis(visible_text(next_best(entry))) or "-")
+            row.append(_ellipsis(escape(next_best(entry))) or "-")
         for key, column in explanation.columns.items():
             cells = ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
             row += cells if boxes else cells[:1]

@@ -20,4 +20,3 @@ METHODS = Registry(
     },
     group="grounding.methods",
 )
-DEFAULT_METHODS = ("gradcam", "rollout", "relevance")

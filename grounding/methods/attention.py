@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.inputs import Sites
+from grounding.adapter.structure import Sites
 from grounding.core.errors import LayerError
-from grounding.methods.base import Fraction, Reading, method
-from grounding.methods.chains import through
+from grounding.methods.base import Reading, method
+from grounding.methods.options import Fraction
 from grounding.methods.trace import Trace
 
 
@@ -51,7 +51,7 @@ def rollout(
     row = trace.readout_row()
     for weights in reversed(trace.attentions()):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)
-        row = through(trace, row, _discard(fused, discard))
+        row = trace.through(row, _discard(fused, discard))
     return trace.patches(row)
 
 
@@ -63,7 +63,7 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     """
     row = trace.readout_row()
     for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
-        row = through(trace, row, (weights * gradient).clamp(min=0).mean(1))
+        row = trace.through(row, (weights * gradient).clamp(min=0).mean(1))
     return trace.patches(row)
 
 

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from grounding.adapter.inputs import Sites
+from grounding.adapter.structure import Sites
 from grounding.core.errors import OptionError
 from grounding.core.registry import did_you_mean
-from grounding.explanation.maps import THRESHOLD
+from grounding.methods.options import THRESHOLD, Fraction, convert
 from grounding.methods.trace import GRADIENT_SIGNALS, SIGNALS, TAP_SIGNALS, Trace
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Values an option may take, in an annotation: `Annotated[float, Interval(0, 1)]` is 0 <= value < 1."""
-
-    low: float
-    high: float = math.inf
-
-    def __str__(self) -> str:
-        return f"{self.low:g} or more" if self.high == math.inf else f"a fraction in [{self.low:g}, {self.high:g})"
-
-
-Fraction = Annotated[float, Interval(0, 1)]
-NotNegative = Annotated[float, Interval(0)]
 
 
 @dataclass(frozen=True)
@@ -115,40 +98,6 @@ class Method:
             return convert(value, hint)
         except ValueError as error:
             raise OptionError(f"option {label}: {error}") from None
-
-
-def convert(value: Any, hint: Any) -> Any:
-    """`value` (perhaps a text from a command line) as the annotated type. Raises ValueError saying what is wanted."""
-    if typing.get_origin(hint) is Annotated:
-        hint, limits = typing.get_args(hint)
-        value = convert(value, hint)
-        if not limits.low <= value < limits.high:
-            raise ValueError(f"expected {limits}, got {value}")
-        return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None or str(value).lower() == "none":
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{value!r} is none of {', '.join(typing.get_args(hint))}")
-        return value
-    if hint is bool:
-        return _boolean(value)
-    try:
-        converted = hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {hint.__name__}, got {value!r}") from None
-    if converted != converted or (hint is int and converted != float(value)):
-        raise ValueError(f"expected {hint.__name__}, got {value!r}")
-    return converted
-
-
-def _boolean(value: Any) -> bool:
-    named = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if str(value).lower() not in named:
-        raise ValueError(f"expected true or false, got {value!r}")
-    return named[str(value).lower()]
 
 
 def method(

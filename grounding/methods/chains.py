@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from grounding.methods.trace import Trace
 
 
-def through(
-    trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
-) -> Float[Tensor, "k N"]:
-    """row times rownorm(matrix + I) of a block of a stack, without making that matrix."""
-    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[trace.owner(stack)]
-    return row + trace.chain(row, matrix, stack)
-
-
 def relevance_row(
     trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str = "vision"
 ) -> Float[Tensor, "k N"]:

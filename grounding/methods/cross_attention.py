@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.inputs import Sites
+from grounding.adapter.structure import Sites
 from grounding.methods.attention import one_block, one_head
 from grounding.methods.base import Reading, method
 from grounding.methods.trace import Trace

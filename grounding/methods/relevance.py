@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.inputs import Sites
+from grounding.adapter.structure import Sites
 from grounding.core.errors import OptionError
 from grounding.methods.attention import index_of
 from grounding.methods.base import Reading, method
-from grounding.methods.chains import normalised, normalised_relevance_row, relevance_row, through
+from grounding.methods.chains import normalised, normalised_relevance_row, relevance_row
 from grounding.methods.trace import Trace
 
 
@@ -57,7 +57,7 @@ def relevance(
         if encoder != "rollout":
             return trace.patches(relevance_row(trace, row, _led(trace, "vision", blocks)))
     for weights in reversed(trace.attentions(blocks=blocks)):
-        row = through(trace, row, weights.mean(1))
+        row = trace.through(row, weights.mean(1))
     return trace.patches(row)
 
 

@@ -77,7 +77,7 @@ class Trace:
     @property
     def compares(self) -> bool:
         """Whether targets are compared with other sequences at this tap: where every text has a sequence of its own."""
-        return self.tap is not None and self.adapter.axis(self.tap) == "text" and self.targets.other is not None
+        return self.tap is not None and self.adapter.sites.axis(self.tap) == "text" and self.targets.other is not None
 
     def weighted(
         self, weights: Float[Tensor, "k D"], *, centred: bool = False, other: bool = False
@@ -102,13 +102,13 @@ class Trace:
     def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """Attention weights of the blocks of a stack, first to last, per picture or text."""
         self._declared("attention")
-        return [precise(self.weights[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [precise(self.weights[path]) for path in self.adapter.sites.stack(stack).attention[blocks]]
 
     def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """d score / d attention weights of the blocks of a stack, first to last: those of the one target that each
         picture or text (or row of it) has here."""
         self._declared("attention_gradient")
-        return [precise(self.weight_gradients[path]) for path in self.adapter.stack(stack).attention[blocks]]
+        return [precise(self.weight_gradients[path]) for path in self.adapter.sites.stack(stack).attention[blocks]]
 
     def chain(
         self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str = "vision"
@@ -123,7 +123,7 @@ class Trace:
 
     def owner(self, stack: str = "vision") -> Int[Tensor, "k"]:
         """Which matrix of a stack belongs to each target: that of its picture, or of its text's sequence."""
-        return self._owner(self.adapter.stack(stack).blocks[0])
+        return self._owner(self.adapter.sites.stack(stack).blocks[0])
 
     def has(self, stack: str) -> bool:
         """Whether the architecture has such a stack."""
@@ -131,11 +131,11 @@ class Trace:
 
     def text_rows(self) -> Float[Tensor, "k Q"]:
         """The places of the text side's sequence from which chains of attention start: weights that sum to 1."""
-        return self.adapter.text_rows(self)
+        return self.adapter.chain_start(self.targets)
 
     def picture_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
         """What a row over the sequence of the `fusion` stack says of the vision stack's tokens in it."""
-        before, _ = self.adapter.sequence(self.adapter.stack("fusion").blocks[0])
+        before, _ = self.adapter.sequence(self.adapter.sites.stack("fusion").blocks[0])
         first = before - self.adapter.sites.prefix
         return row[:, first : first + self.tokens]
 
@@ -146,7 +146,23 @@ class Trace:
 
     def readout_row(self) -> Float[Tensor, "k N"]:
         """How much each token of the vision stack's output is read: where chains of attention start."""
-        return self.adapter.readout_row(self)
+        row = self.adapter.pooling_weights(len(self.targets), self.tokens)
+        if row is not None:
+            return row
+        if self.adapter.sites.readout == "cross":
+            [weights] = self.attentions("cross", slice(-1, None))
+            return self.chain(self.text_rows(), weights.mean(1), "cross")
+        row = self.text_rows()
+        for weights in reversed(self.attentions("fusion")):
+            row = self.through(row, weights.mean(1), "fusion")
+        return self.picture_part(row)
+
+    def through(
+        self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
+    ) -> Float[Tensor, "k N"]:
+        """row times rownorm(matrix + I) of a block of a stack, without making that matrix."""
+        row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[self.owner(stack)]
+        return row + self.chain(row, matrix, stack)
 
     def patches(self, row: Float[Tensor, "k N"]) -> Float[Tensor, "k rows columns"]:
         """A row over the vision stack's tokens as a patch map: prefix dropped, folded, the count checked."""
@@ -160,7 +176,7 @@ class Trace:
         if other:
             assert self.targets.other is not None
             return self.targets.other
-        return self.targets.units if self.adapter.axis(path) == "text" else self.targets.image
+        return self.targets.units if self.adapter.sites.axis(path) == "text" else self.targets.image
 
     def _rows(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
         """One row per target of what the tap has per picture or text; not copied where they are the same."""

@@ -16,10 +16,10 @@ from PIL import Image
 from grounding import Explanation
 from grounding.batch import progress
 from grounding.batch.figures import explanations
-from grounding.batch.requests import picked
 from grounding.batch.run_folder import RunFolder
 from grounding.core.demo import demo_lines, demo_scenes
 from grounding.datasets.open import open_dataset
+from grounding.datasets.subset import picked
 from tests.cli.test_ground import answer, script
 from tests.conftest import noise
 from tests.support import batch

@@ -9,8 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from grounding.batch.run_folder import MANIFEST
-from grounding.batch.run_place import LOCK
+from grounding.batch.run_folder import LOCK, MANIFEST
 from grounding.core.errors import OutputError
 from tests.support import batch
 from tests.support.batch import Hands

@@ -7,7 +7,7 @@ from grounding.batch.explainer import Grounder, Job
 from grounding.batch.requests import Ask
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
 from grounding.core.images import open_image
-from grounding.engine.plan import Selection
+from grounding.engine.selection import Selection
 from tests.conftest import noise
 from tests.support import models
 

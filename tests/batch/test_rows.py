@@ -7,13 +7,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from grounding.batch.rows import PROMPT, STATUSES, explained, explanation_of, failed, share_maps, status_of
+from grounding.batch.rows import (
+    PROMPT,
+    STATUSES,
+    About,
+    about_of,
+    doubts_of,
+    explained,
+    explanation_of,
+    failed,
+    maps_bytes,
+    share_maps,
+    status_of,
+    to_table,
+)
 from grounding.batch.run_folder import encode
-from grounding.batch.run_tables import About, about_of, doubts_of, maps_bytes, to_table
 from grounding.core.errors import GroundingError
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.explanation.explanation import Alternative, Entry
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import Entry
 from tests.support.batch import ABOUT, about
 from tests.support.explanations import column, explanation, noise, whole
 from tests.support.tolerances import HALF, close_each

@@ -2,14 +2,14 @@
 
 import pytest
 
-from grounding.batch.budget import Budget
 from grounding.batch.config import Work
 from grounding.batch.executors import Rank, places
-from grounding.batch.requests import chosen_ids, picked, sample_of
+from grounding.batch.requests import sample_of
 from grounding.batch.rows import failed
-from grounding.batch.run import check_statuses
+from grounding.batch.run import Budget, check_statuses
 from grounding.core.errors import BudgetError, DataError, OptionError
 from grounding.core.text import Generate
+from grounding.datasets.subset import chosen_ids, picked
 from tests.support import batch
 from tests.support.batch import Hands
 

@@ -10,10 +10,9 @@ import pytest
 from filelock import FileLock
 
 from grounding.batch.progress import status_of
+from grounding.batch.rows import about_of
 from grounding.batch.run import exit_code
-from grounding.batch.run_folder import MANIFEST, RunFolder
-from grounding.batch.run_place import LOCK, check_folder, locked
-from grounding.batch.run_tables import about_of
+from grounding.batch.run_folder import LOCK, MANIFEST, RunFolder, check_folder, locked
 from grounding.core.errors import DataError, DifferentRunError, GroundingError, OutputError
 from grounding.core.files import STAGING
 from tests.support import batch

@@ -12,7 +12,7 @@ import pytest
 
 from grounding.core import images
 from grounding.core.errors import GroundingError
-from grounding.core.images import ImageError, open_image, show
+from grounding.core.images import ImageError, open_image, quote
 from tests.support.images import encode, noise, refused
 from tests.support.tolerances import SOON
 
@@ -71,12 +71,12 @@ def test_strange_names(name, tmp_path):
         open_image(path)
     message = str(caught.value)
     assert message.isprintable()
-    assert message.startswith(show(path))
+    assert message.startswith(quote(path))
 
 
 def test_show():
-    assert show("a\n\x1b[0m\u202e'") == '"a\\n\\x1b[0m\\u202e\'"'
-    assert len(show("x" * 10000)) < 250
+    assert quote("a\n\x1b[0m\u202e'") == '"a\\n\\x1b[0m\\u202e\'"'
+    assert len(quote("x" * 10000)) < 250
 
 
 def test_a_path_must_stay_in_its_root(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 from grounding import METHODS
 from grounding.core.errors import UnknownNameError
 from grounding.core.registry import Registry
-from grounding.methods.base import Method, convert, method
+from grounding.methods.base import Method, method
+from grounding.methods.options import convert
 
 
 def test_tables_import_only_what_is_asked_for():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from adapters.shared.tokenization import pad, tokenise
 from grounding.core.errors import ModelError, TextError
-from grounding.core.text import Tokens, check_text, visible_text, word_spans
+from grounding.core.printable import escape
+from grounding.core.text import Tokens, check_text, word_spans
 from tests.support import models
 
 TOKENIZER = models.tokenizer()
@@ -176,6 +177,6 @@ def test_padding_is_to_the_longest_only():
 
 
 def test_text_shown_on_a_terminal_is_harmless():
-    assert visible_text("\x1b[31mred\n") == "\\x1b[31mred\\n"
-    assert visible_text("\u202egnp") == "\\u202egnp"
-    assert visible_text("👩‍👧 é") == "👩‍👧 é"
+    assert escape("\x1b[31mred\n") == "\\x1b[31mred\\n"
+    assert escape("\u202egnp") == "\\u202egnp"
+    assert escape("👩‍👧 é") == "👩‍👧 é"

@@ -8,8 +8,7 @@ from PIL import Image
 from grounding.core.demo import demo_folder
 from grounding.core.errors import DataError
 from grounding.core.images import open_image
-from grounding.datasets.annotations import read_annotation
-from grounding.datasets.flickr30k_entities import Entities, parse_sentence
+from grounding.datasets.flickr30k_entities import Entities, parse_sentence, read_annotation
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import normal
 

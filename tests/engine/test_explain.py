@@ -13,8 +13,8 @@ from transformers import ViTImageProcessor
 import adapters
 from adapters import ADAPTERS
 from grounding import METHODS, Selection, explain
-from grounding.adapter.inputs import Sites
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import Sites
 from grounding.core.errors import GroundingError, LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import one_each, trace
@@ -212,7 +212,9 @@ def test_one_forward_pass_for_all_methods(any_adapter, picture):
     counted.clear()
     explain(any_adapter, [picture, noise(40, 40)], texts, methods=methods)
     # Off the fast taps the backward rule has a pass of its own, through the vision stack where the tap is in it.
-    assert len(counted) == (1 if any_adapter.fast_taps or any_adapter.axis(any_adapter.sites.tap) == "text" else 2)
+    assert len(counted) == (
+        1 if any_adapter.fast_taps or any_adapter.sites.axis(any_adapter.sites.tap) == "text" else 2
+    )
     counted.clear()
     methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
     explain(any_adapter, [picture, noise(40, 40)], texts, methods=[name for name in methods if name in known])
@@ -472,7 +474,7 @@ def test_a_readout_without_an_answer_is_refused(clip, picture):
     sites = clip.sites
     clip.__dict__["sites"] = replace(sites, readout="attention_pool")
     assert isinstance(clip.sites, Sites)
-    with pytest.raises(ModelError, match="must answer readout_row"):
+    with pytest.raises(ModelError, match="must override pooling_weights"):
         explain(clip, picture, CAPTION, methods=["rollout"])
 
 

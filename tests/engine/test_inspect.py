@@ -10,11 +10,12 @@ from grounding import Selection, explain, inspect
 from grounding.core.errors import GroundingError, LayerError, OptionError, TextError
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.engine.inspect import Inspection, inspect_all
+from grounding.core.text import find_label
+from grounding.engine.inspect import inspect_all
 from grounding.explanation.explanation import Entry
 from grounding.explanation.figures.inspection import check_channels, figure
 from grounding.explanation.figures.pixels import DIVERGING, colour_table
-from grounding.explanation.labels import place_of
+from grounding.explanation.inspection import Inspection
 from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
 from tests.conftest import noise
 from tests.methods.test_cams import one_by_one
@@ -77,8 +78,8 @@ def test_entries_by_label_and_what_they_are(clip, picture):
 
 def test_places_count_from_either_end():
     labels = ["Red", "red", "bus"]
-    assert [place_of(n, labels) for n in (0, -1, "red", "RED", "BUS")] == [0, 2, 1, 0, 2]
-    assert place_of("RED", labels, 1) == 1
+    assert [find_label(n, labels) for n in (0, -1, "red", "RED", "BUS")] == [0, 2, 1, 0, 2]
+    assert find_label("RED", labels, 1) == 1
 
 
 def test_all_entries_at_all_layers_come_from_one_pass(clip, picture, monkeypatch):

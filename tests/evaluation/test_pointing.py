@@ -8,9 +8,8 @@ import pytest
 from grounding.core.boxes import inside, overlap, pixel_mask, seen_points
 from grounding.core.geometry import Geometry
 from grounding.datasets.records import Caption, Phrase, Record
-from grounding.evaluation.pointing import Mention, mentions_of, score_picture
+from grounding.evaluation.pointing import Mention, best_threshold, mentions_of, score_picture, summary
 from grounding.evaluation.statistics import mean, pearson, ratio
-from grounding.evaluation.summary import best_threshold, summary
 from tests.support.explanations import column, explanation, noise, whole
 
 # A picture of 80 x 80 pixels under 4 x 4 patches of 20 pixels; boxes are whole patches.

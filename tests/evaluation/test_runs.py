@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from adapters import load
-from grounding.batch.rows import explained, failed, share_maps
+from grounding.batch.rows import About, explained, failed, share_maps
 from grounding.batch.run_folder import RunFolder, write_manifest
-from grounding.batch.run_tables import About
 from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.open import open_dataset
 from grounding.engine.explain import explain
-from grounding.engine.plan import Selection, columns
+from grounding.engine.plan import columns
+from grounding.engine.selection import Selection
 from grounding.evaluation.phrases import Rules, evaluate
 from grounding.evaluation.protocols import around, average
 from grounding.evaluation.runs import RunRules, evaluate_run, run_dataset

@@ -51,7 +51,7 @@ def test_a_table_that_is_too_wide_leaves_the_boxes_to_the_json():
 
 
 def test_hostile_labels_and_alternatives_keep_the_table_in_shape():
-    from grounding.explanation.explanation import Alternative
+    from grounding.core.text import Alternative
 
     others = (Alternative("\x1b[31m" * 20, 4, 0.2), Alternative("\n", 5, float("nan")))
     made = written(["\n", "\x1b[31m", "猫" * 50, "\u202e"], along(4, 4, 32), alternatives=others)

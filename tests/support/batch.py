@@ -6,10 +6,9 @@ import json
 from grounding.batch.config import Description, Work
 from grounding.batch.executors import Here
 from grounding.batch.progress import Watch
-from grounding.batch.requests import chosen_ids
-from grounding.batch.rows import explained, failed, share_maps
+from grounding.batch.rows import About, explained, failed, share_maps
 from grounding.batch.run import drive
-from grounding.batch.run_tables import About
+from grounding.datasets.subset import chosen_ids
 from grounding.explanation.serialization import plain
 from tests.conftest import noise
 from tests.support import models

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Stack, Targets
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.structure import Sites, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
 from grounding.core.text import Tokens, word_spans

@@ -5,7 +5,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.explanation.explanation import Alternative, Entry, Explanation
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import Entry, Explanation
 from tests.support.explanations import column
 
 

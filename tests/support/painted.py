@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Stack, Targets
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.structure import Sites, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture, open_image
 from grounding.core.text import Generate, Tokens

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Sites, Stack, Targets
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.structure import Sites, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
 from grounding.core.text import Tokens, word_spans

@@ -18,8 +18,7 @@ from grounding.explanation.figures import wording
 from grounding.explanation.figures.comparison import Comparison
 from grounding.explanation.figures.painter import Limits, limits_of
 from grounding.explanation.figures.pixels import Style
-from grounding.explanation.figures.sheet import ALERT, INK, Bar, Block, Grid, Line, Row, Sheet
-from grounding.explanation.figures.sizes import BROADEST
+from grounding.explanation.figures.sheet import ALERT, BROADEST, INK, Bar, Block, Grid, Line, Row, Sheet
 from grounding.explanation.labels import next_best, origin_words
 from grounding.explanation.maps import Scale
 
@@ -36,7 +35,7 @@ def figure(explanations: Sequence[Explanation], **options: Any) -> Figure:
     `grounding.render.figure`, of which `layout` has no say. With scale "caption" all pictures share one range per
     method. Raises OptionError, also for explanations of different models or methods.
     """
-    from grounding.explanation.figures.overlays import check_options
+    from grounding.explanation.figures.options import check_options
 
     options = {name: value for name, value in options.items() if name != "layout"}
     check_options(**options)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from typing import cast
 
 from matplotlib.figure import Figure
 
 from grounding.explanation.explanation import EntryMap, Explanation, MapColumn
 from grounding.explanation.figures import wording
+from grounding.explanation.figures.options import _check
 from grounding.explanation.figures.painter import Limits, Painter, has_evidence, limits_of
 from grounding.explanation.figures.pixels import Segment, Style, colour_table, distorted, fit, grid_lines
-from grounding.explanation.figures.sheet import ALERT, DPI, INK, Bar, Block, Cell, Grid, Line, Row, Sheet
-from grounding.explanation.figures.sizes import BROADEST, panel_grid
+from grounding.explanation.figures.sheet import (
+    ALERT,
+    BROADEST,
+    DPI,
+    INK,
+    Bar,
+    Block,
+    Cell,
+    Grid,
+    Line,
+    Row,
+    Sheet,
+    panel_grid,
+)
 from grounding.explanation.labels import next_best
 from grounding.explanation.maps import Scale
 
@@ -273,3 +287,41 @@ def _apart(block: Block) -> Block:
 
 def _end(end: str | float) -> str:
     return end if isinstance(end, str) else wording.number(end)
+
+
+def figure(
+    explanation: Explanation,
+    *,
+    layout: str = "rows",
+    scale: str = "entry",
+    fixed: Sequence[float] | None = None,
+    cmap: str = "magma",
+    opacity: float = 0.6,
+    grid: bool = False,
+    peak: bool = True,
+    box: bool = True,
+    background: str = "picture",
+    signed: bool = False,
+    cells: bool = False,
+) -> Figure:
+    """All maps of an explanation side by side.
+
+    Parameters
+    ----------
+    layout: "rows": the picture, then one row per entry and one column per method; a map that is the same for all
+        entries is drawn once, beside the picture. "panels": picture, heat map and overlay of each entry and method.
+    scale: which maps share the ends of the colour map: "entry" (each map its own), "caption" (one per method over all
+        entries) or "fixed" (`fixed` = raw (low, high) for all). Raw minimum and maximum stand under every map.
+    cmap: any matplotlib colour map. `opacity` of the heat, 0 to 1, the same everywhere.
+    grid, peak, box: outlines of the patches; centre of the strongest patch; largest region above half of the range.
+    background: "picture", or "edges" for its edges alone.
+    signed: draw maps that have a sign with it, zero in the middle of a diverging colour map (`cmap` if it is one).
+    cells: draw the coarse map as it is, one flat colour per patch, in place of one interpolated between them.
+
+    What the model never saw is hatched, a map without evidence says so and has no colour. Raises OptionError, and
+    GroundingError where the picture of a loaded explanation is gone.
+    """
+    style = Style(cmap, opacity, grid, peak, box, background, signed, cells)
+    _check(layout, scale, fixed)
+    limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
+    return Comparison(explanation, style, cast(Scale, scale), limits, layout).draw()

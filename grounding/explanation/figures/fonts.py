@@ -9,7 +9,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties
 
-from grounding.core.text import visible_text
+from grounding.core.printable import escape
 
 # Comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew and many signs look the same on every machine.
 OWN = "DejaVu Sans"
@@ -52,7 +52,7 @@ def families(text: str, weight: str = "normal") -> list[str]:
 
 def printable(text: str, weight: str = "normal") -> str:
     r"""`text` on one line, in characters that the installed fonts can draw; all others as escapes (`\u732b`)."""
-    shown = visible_text(text)
+    shown = escape(text)
     if shown.isascii():
         return shown
     known = {c: _family_of(c, weight) is not None for c in set(shown)}

@@ -19,13 +19,25 @@ from grounding.core.images import Picture
 from grounding.explanation import maps as mapping
 from grounding.explanation.figures import wording
 from grounding.explanation.figures.pixels import DIVERGING, FADE_TO, Rgb, colour_table, colours, draw_note, resized
-from grounding.explanation.figures.sheet import ALERT, DPI, INK, Bar, Block, Cell, Grid, Line, Row, Sheet
-from grounding.explanation.figures.sizes import BROADEST, panel_grid
+from grounding.explanation.figures.sheet import (
+    ALERT,
+    BROADEST,
+    DPI,
+    INK,
+    Bar,
+    Block,
+    Cell,
+    Grid,
+    Line,
+    Row,
+    Sheet,
+    panel_grid,
+)
 from grounding.explanation.labels import title_in
 from grounding.methods.base import THRESHOLD
 
 if TYPE_CHECKING:
-    from grounding.engine.inspect import Inspection
+    from grounding.explanation.inspection import Inspection
 
 MOST_CHANNELS = 64
 ACROSS = (6, 4)  # panels side by side, channels with their gradients: as many as the sheet is broad for

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from grounding.core.geometry import Geometry
-from grounding.explanation.figures.overlays import figure
+from grounding.explanation.figures.comparison import figure
 from tests.support.explanations import column, explanation, whole
 from tests.support.figures import PLAIN, RAMP, images, painted, words
 

@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from grounding.core.errors import OptionError
+from grounding.explanation.figures.comparison import figure
 from grounding.explanation.figures.fonts import printable, width_of, wrap
-from grounding.explanation.figures.overlays import check_options, figure
+from grounding.explanation.figures.options import check_options
 from grounding.explanation.figures.pixels import colour_table
 from grounding.explanation.figures.sheet import DPI
 from tests.support.explanations import LABELS, column, explanation, whole

@@ -12,7 +12,8 @@ from PIL import Image
 
 from grounding.cli.report import Report
 from grounding.core.files import MARK, STAGING
-from grounding.explanation.explanation import Alternative, Entry
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import Entry
 from grounding.explanation.figures.overlays import overlay, overlays
 from grounding.explanation.png import OVERLAY, overlay_names
 from grounding.explanation.storage import OutputError, check_output, listed, load, save, to_json

@@ -6,7 +6,8 @@ from PIL import Image
 
 from grounding.core.errors import OptionError
 from grounding.core.geometry import Geometry
-from grounding.explanation.figures.overlays import figure, overlay
+from grounding.explanation.figures.comparison import figure
+from grounding.explanation.figures.overlays import overlay
 from grounding.explanation.figures.painter import limits_of
 from grounding.explanation.figures.pixels import Style, colour_table, grid_lines
 from tests.support.explanations import column, explanation, whole

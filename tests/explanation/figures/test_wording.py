@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from PIL import Image
 
-from grounding.explanation.explanation import Alternative, Entry
-from grounding.explanation.figures.overlays import figure
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import Entry
+from grounding.explanation.figures.comparison import figure
 from grounding.explanation.figures.wording import entry_titles, percent, score_note, short_layer
 from tests.support.explanations import column, explanation, whole
 from tests.support.figures import RAMP, words
