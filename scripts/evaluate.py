@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from grounding.cli import evaluate, options
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,8 +71,8 @@ def score(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option makes no sense, 130 interrupted."""
-    args = options.parse(parser(), argv)
-    return options.run(evaluate.score_run if args.run or args.protocol else score, args)
+    args = parse(parser(), argv)
+    return run(evaluate.score_run if args.run or args.protocol else score, args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 
 from grounding.cli import options
 from grounding.cli import report as cli_report
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +66,7 @@ def ground(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
-    return options.run(ground, options.parse(parser(), argv))
+    return run(ground, parse(parser(), argv))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 
 from grounding.cli import ocr, options
 from grounding.cli import report as cli_report
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
-    return options.run(inspect, options.parse(parser(), argv))
+    return run(inspect, parse(parser(), argv))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from adapters.classifier.heads import Head, find_head
 from adapters.loading import Checkpoint, check_model, model_info
-from adapters.module.spatial_layers import Ran, all_that_ran
 from adapters.shared.images import prepare_images
+from adapters.shared.layer_outputs import Ran, all_that_ran
 from adapters.shared.stacks import find_stack
 from adapters.shared.unmodified import around_is_plain
 from grounding.adapter.base import ModelInfo

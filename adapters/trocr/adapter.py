@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import VisionEncoderDecoderModel
 
 from adapters.loading import Checkpoint, model_info, own_parts
-from adapters.shared.decoder_stacks import decoder_stacks
 from adapters.shared.generation import Writer
 from adapters.shared.images import prepare_images
-from adapters.shared.stacks import find_stack
+from adapters.shared.stacks import decoder_stacks, find_stack
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import around_is_plain
 from adapters.trocr.fast_decoder import FastDecoder

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from grounding.adapter.base import Adapter
+from grounding.batch.failure_limit import IN_A_ROW, SHARE, Budget
 from grounding.batch.requests import PROTOCOLS, Captions
 from grounding.batch.rows import About
-from grounding.batch.run import IN_A_ROW, SHARE, Budget
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
 from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS

@@ -13,9 +13,9 @@ from grounding.adapter.base import Adapter
 from grounding.batch.config import Work
 from grounding.batch.decode_pool import Decoders, Opening, Source
 from grounding.batch.explainer import Grounder, Job
+from grounding.batch.failure_limit import Budget
 from grounding.batch.requests import Sample, sample_of
 from grounding.batch.rows import INPUT, Row, failed, share_maps
-from grounding.batch.run import Budget
 from grounding.batch.run_folder import RunFolder
 from grounding.core.errors import ImageError
 from grounding.core.images import Picture

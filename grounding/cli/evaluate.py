@@ -34,7 +34,7 @@ def score_run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and not args.quiet
     found = evaluate_run(run, run_dataset(run, args.data), rules, progress=progress)
     parts = tuple(found.values())
-    return tell(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.markdown, path)
+    return tell(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.phrase_markdown, path)
 
 
 def tell(

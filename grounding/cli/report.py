@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grounding.cli.options import fail, figure_keywords
+from grounding.cli.main import fail
+from grounding.cli.options import figure_keywords
 from grounding.core.printable import escape
 
 if TYPE_CHECKING:

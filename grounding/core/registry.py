@@ -28,17 +28,18 @@ class Registry(Mapping[str, Any]):
     ----------
     what: what an entry is, in the singular ("method"), for messages.
     table: name -> "module:object".
-    group: entry point group that third parties add to.
+    group: entry point group that third parties add to; none for a closed table.
     """
 
-    def __init__(self, what: str, table: Mapping[str, str], group: str) -> None:
+    def __init__(self, what: str, table: Mapping[str, str], group: str | None = None) -> None:
         self.what = what
         self.group = group
         self._own = dict(table)
 
     @cached_property
     def _table(self) -> dict[str, str]:
-        foreign = {point.name: point.value for point in entry_points(group=self.group)}
+        points = () if self.group is None else entry_points(group=self.group)
+        foreign = {point.name: point.value for point in points}
         return foreign | self._own
 
     def target(self, name: str) -> str:

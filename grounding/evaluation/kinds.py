@@ -16,7 +16,7 @@ from grounding.core.errors import DataError, OptionError
 from grounding.core.printable import quote
 from grounding.datasets import flickr30k_entities, text_lines
 from grounding.datasets import open as flickr30k
-from grounding.evaluation import line_report, ocr, phrases, report
+from grounding.evaluation import ocr, phrases, report
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ LINES = Evaluation(
     text_lines.open_lines,
     ocr.Rules,
     ocr.evaluate_lines,
-    line_report.markdown,
+    report.line_markdown,
     demo_lines,
 )
 PHRASES = Evaluation(
@@ -73,7 +73,7 @@ PHRASES = Evaluation(
     lambda folder, split: flickr30k.open_dataset(folder, split or "test"),
     phrases.Rules,
     phrases.evaluate,
-    report.markdown,
+    report.phrase_markdown,
     demo_scenes,
 )
 EVALUATIONS = (LINES, PHRASES)

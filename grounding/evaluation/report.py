@@ -18,10 +18,10 @@ FORMAT = "grounding.evaluation"
 SAID = 5
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def phrase_markdown(document: Mapping[str, Any]) -> str:
     """The rules in a few lines, then a table for all phrases, one by type, and those that the document has besides."""
     methods = document["methods"]
-    parts = [_rules(document), _main(methods), _parts("type", methods, lambda scores: scores["by_type"])]
+    parts = [_phrase_rules(document), _main(methods), _parts("type", methods, lambda scores: scores["by_type"])]
     if any(scores["heldout"] for scores in methods.values()):
         split = {"held out of training": "heldout", "not held out": "not_heldout"}
         parts.append(_parts("phrases", methods, lambda scores: {name: scores[key] for name, key in split.items()}))
@@ -77,7 +77,7 @@ def _is_ours(path: Path) -> bool:
     return any(isinstance(part, dict) and part.get("format") == FORMAT for part in parts)
 
 
-def _rules(document: Mapping[str, Any]) -> str:
+def _phrase_rules(document: Mapping[str, Any]) -> str:
     rules = document["rules"]
     skipped = ", ".join(f"{reason} {count}" for reason, count in document["skipped"].items()) or "none"
     peak = "centre of the strongest seen patch"
@@ -181,3 +181,74 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(head), ["---"] * len(head), *rows]
     # A bar would end the cell.
     return "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def line_markdown(document: Mapping[str, Any]) -> str:
+    """The rules in a few lines, then how the lines were read, where the maps peak, and both for groups of lines."""
+    parts = [_line_rules(document), _reading(document), _maps(document)]
+    if document["groups"]:
+        parts.append(_groups(document))
+    if document["recommended"]:
+        parts.append(_recommended(document["recommended"]))
+    return "\n\n".join(parts)
+
+
+def _line_rules(document: Mapping[str, Any]) -> str:
+    rules, words = document["rules"], document["definitions"]
+    split = "" if document["split"] is None else f", split {document['split']}"
+    limit = f", the first {rules['limit']}" if rules["limit"] else ""
+    skipped = ", ".join(f"{reason} {count}" for reason, count in document["skipped"].items()) or "none"
+    level = f"{100 * rules['interval']['level']:.0f} %"
+    lines = [
+        f"Protocol {document['protocol']}.",
+        f"Model {document['model']}, target {rules['target']}.",
+        f"Data {document['data']}{split}{limit}: {document['lines']} lines; skipped: {skipped}.",
+        f"{document['characters']} characters in lines read exactly. [ ]: {level} interval, bootstrap over lines.",
+        *(f"{name}: {words[key]}." for name, key in (("CER", "cer"), ("Elsewhere", "elsewhere"))),
+        *([f"Aimed: {words['aimed']}."] if rules["aimed"] else []),
+        *(f"{name.capitalize()}: {words[name]}." for name in ("position", "random")),
+    ]
+    return "\n".join(escape(line) for line in lines)
+
+
+def _reading(document: Mapping[str, Any]) -> str:
+    parts = {"all": document, **document["groups"]}
+    rows = [
+        [
+            name,
+            str(found["lines"]),
+            with_interval(found["cer"], found["cer_ci"]),
+            with_interval(found["exact"], found["exact_ci"]),
+        ]
+        for name, found in parts.items()
+    ]
+    return table(["lines", "number", "CER %", "read exactly %"], rows)
+
+
+def _maps(document: Mapping[str, Any]) -> str:
+    aimed = document["rules"]["aimed"]
+    rows = [
+        [
+            name,
+            with_interval(found["in_box"], found["ci"]),
+            percent(found["elsewhere"]),
+            *([with_interval(found["aimed"], found["aimed_ci"])] if aimed else []),
+            "-" if found["degenerate"] is None else str(found["degenerate"]),
+        ]
+        for name, found in document["methods"].items()
+    ]
+    return table(["map", "in own box %", "elsewhere %", *(["aimed %"] if aimed else []), "blank"], rows)
+
+
+def _groups(document: Mapping[str, Any]) -> str:
+    methods = document["methods"]
+    rows = []
+    for name in document["groups"]:
+        found = [own["groups"][name] for own in methods.values()]
+        rows.append([name, str(found[0]["n"]), *(with_interval(f["in_box"], f["ci"]) for f in found)])
+    return table(["in own box", "number", *(f"{name} %" for name in methods)], rows)
+
+
+def _recommended(found: Mapping[str, Any]) -> str:
+    figure = with_interval(found["in_box"], found["ci"])
+    return escape(f"Recommended, the best on the split {found['split']}: {found['method']}, {figure} % there.")

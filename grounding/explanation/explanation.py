@@ -17,6 +17,7 @@ from grounding.core.images import Picture
 from grounding.core.text import Alternative, find_label
 from grounding.explanation import maps as mapping
 from grounding.explanation.maps import Status
+from grounding.explanation.views import VIEWS
 from grounding.methods.options import THRESHOLD
 
 if TYPE_CHECKING:
@@ -194,15 +195,11 @@ class Explanation:
 
     def figure(self, **options: Any) -> Figure:
         """The side-by-side figure; options as in `grounding.render.figure`."""
-        from grounding.explanation.figures.comparison import figure
-
-        return figure(self, **options)
+        return VIEWS["figure"](self, **options)
 
     def strip(self, **options: Any) -> Figure:
         """The tokens along the picture of a text, each at its peak; options as in `grounding.strip.strip`."""
-        from grounding.explanation.figures.reading_strip import strip
-
-        return strip(self, **options)
+        return VIEWS["strip"](self, **options)
 
     def show(self, **options: Any) -> None:
         """Show the figure in a notebook, or in a window; a warning where there is neither."""
@@ -241,13 +238,9 @@ class Explanation:
         `write` chooses among png, npz, json; `per_token` adds an overlay per entry and method, `inspections` a figure
         of what is inside; `options` go to the figure. See `grounding.export.save`. Raises OSError.
         """
-        from grounding.explanation.storage import save
-
-        return save(self, directory, write, per_token=per_token, **options)
+        return VIEWS["save"](self, directory, write, per_token=per_token, **options)
 
     @staticmethod
     def load(directory: str | Path) -> Explanation:
         """The inverse of `save` with json and npz. Raises GroundingError for a folder that is none of ours."""
-        from grounding.explanation.storage import load
-
-        return load(directory)
+        return VIEWS["load"](directory)

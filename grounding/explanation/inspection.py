@@ -14,6 +14,7 @@ from grounding.core.images import Picture
 from grounding.explanation import maps as mapping
 from grounding.explanation.explanation import Entry
 from grounding.explanation.maps import Status
+from grounding.explanation.views import VIEWS
 from grounding.methods.base import THRESHOLD
 
 if TYPE_CHECKING:
@@ -71,6 +72,4 @@ class Inspection:
     def figure(self, channels: int = 8, **options: Any) -> Figure:
         """The strongest channels, the histogram of weights and the map before and after; options as in
         `grounding.inspection_figure.figure`."""
-        from grounding.explanation.figures.inspection import figure
-
-        return figure([self], channels, **options)
+        return VIEWS["inspection"]([self], channels, **options)

@@ -3,10 +3,12 @@
 import pytest
 
 from grounding.batch.config import Work
-from grounding.batch.executors import Rank, places
+from grounding.batch.executors import Rank
+from grounding.batch.failure_limit import Budget
+from grounding.batch.ray import places
 from grounding.batch.requests import sample_of
 from grounding.batch.rows import failed
-from grounding.batch.run import Budget, check_statuses
+from grounding.batch.run import check_statuses
 from grounding.core.errors import BudgetError, DataError, OptionError
 from grounding.core.text import Generate
 from grounding.datasets.subset import chosen_ids, picked
