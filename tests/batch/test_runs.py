@@ -19,7 +19,6 @@ from grounding.batch.run_folder import MANIFEST, RunFolder
 from grounding.core.errors import BudgetError, DataError, DifferentRunError, LayerError, OptionError
 from grounding.datasets.open import open_dataset
 from grounding.engine.selection import Selection
-from tests.batch.test_rows import HALF
 from tests.conftest import noise
 from tests.evaluation.test_phrases import PICTURES, write_data
 from tests.support import batch, models
