@@ -15,14 +15,14 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from adapters.classifier.heads import Head, find_head
 from adapters.loading import Checkpoint, check_model, model_info
 from adapters.shared.images import prepare_images
-from adapters.shared.layer_outputs import Ran, all_that_ran
+from adapters.shared.layer_outputs import LayerOutput, record_outputs
 from adapters.shared.stacks import find_stack
-from adapters.shared.unmodified import around_is_plain
+from adapters.shared.unmodified import parents_unmodified
 from grounding.adapter.base import ModelInfo
-from grounding.adapter.classification import ClassAdapter, Labels
+from grounding.adapter.classification import ClassAdapter, ClassNames
 from grounding.adapter.inputs import Inputs
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import LayerError, ModelError
 
 # Side of the blank picture that layers are found with where a configuration names none.
@@ -54,7 +54,7 @@ class ClassifierAdapter(ClassAdapter):
             raise ModelError(f"{type(model).__name__} does not number its classes in id2label: is it a classifier?")
         self.model, self.image_processor = model, image_processor
         self.info = info or model_info(model, image_processor)
-        self.labels = Labels(tuple(str(names[i]) for i in range(len(names))), self.info.id)
+        self.labels = ClassNames(tuple(str(names[i]) for i in range(len(names))), self.info.id)
         problem = getattr(model.config, "problem_type", None)
         self.by_itself = problem == "multi_label_classification"
         # As transformers has it where a configuration says nothing else.
@@ -69,20 +69,20 @@ class ClassifierAdapter(ClassAdapter):
         return cls(model, image_processor, info=source.info(model, image_processor))
 
     @cached_property
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """Of a transformer the default tap is the input of the last block's attention, of the others the last stage, or
         the norm behind it where that has a spatial size."""
         if self._read_out:
             stack = find_stack(self.model, self._base)
             registers = getattr(self._config, "num_register_tokens", 0) if "registers" in self._type else 0
             prefix = (2 if self._type == "deit" else 1) + registers
-            return Sites({"vision": stack}, tap=stack.inputs[-1], readout="tokens", prefix=prefix)
+            return ModelStructure({"vision": stack}, tap=stack.inputs[-1], pooling="tokens", prefix=prefix)
         ran = {one.path: one for one in self._layers}
         blocks, tap = self._stages(ran)
         why = WINDOWS if hasattr(self._config, "window_size") else NO_ATTENTION
-        return Sites({"vision": Stack(blocks)}, tap, readout="none", prefix=0, pyramid=True, unrecorded=why)
+        return ModelStructure({"vision": Stack(blocks)}, tap, pooling="none", prefix=0, pyramid=True, unrecorded=why)
 
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, C, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._grid_of)
         given, taken = found.pixel_values.shape[1], getattr(self._config, "num_channels", None)
@@ -104,14 +104,16 @@ class ClassifierAdapter(ClassAdapter):
         row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
         row[:, list(pooled)] = 1 / (len(pooled) + mean)
         if mean:
-            row[:, self.sites.prefix :] = 1 / ((tokens - self.sites.prefix) * (len(pooled) + mean))
+            row[:, self.structure.prefix :] = 1 / ((tokens - self.structure.prefix) * (len(pooled) + mean))
         return row
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
         """The last stage, where nothing but the head stands behind it."""
         head = self._head
-        return {} if head is None or not around_is_plain(self.model, self.sites.tap) else {self.sites.tap: ()}
+        return (
+            {} if head is None or not parents_unmodified(self.model, self.structure.tap) else {self.structure.tap: ()}
+        )
 
     def score_from(
         self,
@@ -155,7 +157,7 @@ class ClassifierAdapter(ClassAdapter):
 
     @property
     def _head(self) -> Head | None:
-        return None if self._read_out else find_head(self.model, self.sites.tap)
+        return None if self._read_out else find_head(self.model, self.structure.tap)
 
     def _run_on(self, pixels: Tensor) -> Any:
         """The model's output; a transformer's position codes are stretched to an input of another size."""
@@ -170,15 +172,15 @@ class ClassifierAdapter(ClassAdapter):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @cached_property
-    def _layers(self) -> list[Ran]:
+    def _layers(self) -> list[LayerOutput]:
         """All layers, from a pass of a blank picture."""
-        return all_that_ran(self.model, lambda: self._run_on(self._blank(*self._trained_at)))
+        return record_outputs(self.model, lambda: self._run_on(self._blank(*self._trained_at)))
 
     def _blank(self, height: int, width: int) -> Tensor:
         channels = getattr(self._config, "num_channels", 3)
         return torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)
 
-    def _stages(self, ran: Mapping[str, Ran]) -> tuple[tuple[str, ...], str]:
+    def _stages(self, ran: Mapping[str, LayerOutput]) -> tuple[tuple[str, ...], str]:
         """Paths of the stages, and the default tap. Raises ModelError where no list of layers has a spatial size."""
         lists = [
             tuple(f"{path}.{i}" for i in range(len(module)))
@@ -199,7 +201,7 @@ class ClassifierAdapter(ClassAdapter):
             return blocks, norm
         return blocks, blocks[-1]
 
-    def _cells(self, one: Ran, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    def _cells(self, one: LayerOutput, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
         """(rows, columns) of a layer's output at an input of this (height, width); None where they are not known.
 
         Tokens of a Swin-like network: the grid of patches, halved (rounded up) from stage to stage.
@@ -222,11 +224,11 @@ class ClassifierAdapter(ClassAdapter):
             patch = self._config.patch_size
             return height // patch, width // patch
         if (height, width) not in self._grids:
-            tap = self.sites.tap
+            tap = self.structure.tap
             with Recorder(self.model, {tap: False}) as recorder:
                 self._run_on(self._blank(height, width))
                 recorder.check()
-            found = self._cells(Ran(tap, tuple(recorder.outputs[tap].shape)), (height, width))
+            found = self._cells(LayerOutput(tap, tuple(recorder.outputs[tap].shape)), (height, width))
             if found is None:
                 raise LayerError(
                     f"layer {tap!r} gives {tuple(recorder.outputs[tap].shape)} for an input of {width} x {height} "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.shared.unmodified import is_plain, untouched
+from adapters.shared.unmodified import has_no_hooks, is_unmodified
 
 # Features (B, D, rows, columns) -> logits (B, C).
 Head = Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ def find_head(model: Any, tap: str) -> Head | None:
         return None
     parts = [model.classifier, base.pooler if kind in POOLED else base.layernorm]
     inside = [part for whole in parts for part in whole.modules()]
-    if not all(untouched(part) and (isinstance(part, POOLS) or is_plain(part)) for part in inside):
+    if not all(has_no_hooks(part) and (isinstance(part, POOLS) or is_unmodified(part)) for part in inside):
         return None
     classifier = model.classifier
     if kind in POOLED:

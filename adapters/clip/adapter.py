@@ -17,13 +17,13 @@ from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
 from adapters.shared.last_block import LastBlock
 from adapters.shared.stacks import find_stack
-from adapters.shared.text_targets import directions, piece, read_texts
+from adapters.shared.text_targets import read_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
-from adapters.shared.unmodified import around_is_plain, is_plain
+from adapters.shared.unmodified import is_unmodified, parents_unmodified
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import TextError
 from grounding.core.text import Asked, Span
 
@@ -67,18 +67,18 @@ class ClipAdapter(Adapter):
         )
 
     @cached_property
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """The default tap is the input of the last block's attention: its output is dead, only the CLS is read."""
         stack = find_stack(self.model, "vision_model")
-        return Sites(stacks={"vision": stack}, tap=stack.inputs[-1], readout="cls", prefix=1)
+        return ModelStructure(stacks={"vision": stack}, tap=stack.inputs[-1], pooling="cls", prefix=1)
 
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
         tensors = {"pixel_values": found.pixel_values}
         return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
+    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
         inputs = read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
         ends = end_positions(self.model, inputs.tensors["input_ids"]).tolist()
@@ -101,11 +101,11 @@ class ClipAdapter(Adapter):
         kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
-        seeds = directions(
+        seeds = text_directions(
             flat,
             token_target,
             whole,
-            lambda own: self._embed_alone([piece(inputs.tokens[t], span) for t, span in own]),
+            lambda own: self._embed_alone([span_ids(inputs.tokens[t], span) for t, span in own]),
             lambda own: self._leave_out(inputs, own, whole),
         )
         owner = torch.tensor([text for text, _ in flat])
@@ -118,7 +118,7 @@ class ClipAdapter(Adapter):
             token_target=token_target,
         )
 
-    def encode(self, inputs: Inputs) -> Float[Tensor, "B E"]:
+    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B E"]:
         """Normalised image embeddings."""
         pixels = inputs.tensors["pixel_values"]
         size = self._config.vision_config.image_size
@@ -137,8 +137,8 @@ class ClipAdapter(Adapter):
 
         Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
         """
-        stack = self.sites.stacks["vision"]
-        if not (self._last_block().is_plain and around_is_plain(self.model, stack.blocks[-1])):
+        stack = self.structure.stacks["vision"]
+        if not (self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])):
             return {}
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}
@@ -185,7 +185,7 @@ class ClipAdapter(Adapter):
     ) -> Float[Tensor, "K E"]:
         """What each text's embedding loses with a span's tokens masked; prefixes are shared where that is exact."""
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
-        if not (is_plain(self.model.text_model) and is_plain(self.model.text_projection)):
+        if not (is_unmodified(self.model.text_model) and is_unmodified(self.model.text_projection)):
             owners = [t for t, _ in spans]
             masks = mask[owners].clone()
             for row, (_, span) in enumerate(spans):

@@ -19,13 +19,13 @@ from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
 from adapters.shared.last_block import LastBlock
 from adapters.shared.stacks import find_stack
-from adapters.shared.text_targets import Flat, directions, piece, read_texts, without
+from adapters.shared.text_targets import Flat, mask_without, read_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
-from adapters.shared.unmodified import around_is_plain
+from adapters.shared.unmodified import parents_unmodified
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import LayerError, OptionError, TargetError
 from grounding.core.text import Asked, Span
 
@@ -76,7 +76,7 @@ class FlavaAdapter(Adapter):
         """Targets read through the multimodal encoder have other sites than those of the towers alone."""
         kind, _ = self.check_kind(kind)
         other = copy.copy(self)
-        other.__dict__.pop("sites", None)
+        other.__dict__.pop("structure", None)
         other.kind, other.norm_tokens = kind, "all"
         for key, value in (options or {}).items():
             if key != "norm.tokens" or value not in ("all", "cls"):
@@ -87,19 +87,19 @@ class FlavaAdapter(Adapter):
         return other
 
     @cached_property
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """Of `similarity` and `norm`: the image tower, read at its CLS; of the others also the multimodal encoder. The
         default tap of `logit` is the input of its last attention, of `matching`, whose head reads no token of the text
         itself, that of its first."""
         vision = find_stack(self.model, f"{self._root}image_model")
         if self.kind not in FUSED:
-            return Sites({"vision": vision}, tap=vision.inputs[-1], readout="cls", prefix=1)
+            return ModelStructure({"vision": vision}, tap=vision.inputs[-1], pooling="cls", prefix=1)
         fusion = find_stack(self.model, f"{self._root}multimodal_model")
         text = find_stack(self.model, f"{self._root}text_model")
-        return Sites(
+        return ModelStructure(
             stacks={"vision": vision, "fusion": fusion, "text": text},
             tap=fusion.inputs[-1 if self.kind == "logit" else 0],
-            readout="fusion",
+            pooling="fusion",
             prefix=1,
             text_stacks=frozenset({"fusion"}),
             text_side=tuple(
@@ -115,13 +115,13 @@ class FlavaAdapter(Adapter):
         inside = f"{path}.".startswith(f"{self._root}multimodal_model.")
         return (BEFORE, True) if inside else super().sequence(path)
 
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._config.image_config.patch_size)
         tensors = {"pixel_values": found.pixel_values}
         return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
+    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
         return read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
 
@@ -157,13 +157,13 @@ class FlavaAdapter(Adapter):
         if kind == "similarity":
             ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
             whole = self.embed_texts(ids, mask)
-            seeds = directions(
+            seeds = text_directions(
                 flat, token_target, whole, lambda own: self._alone(inputs, own), lambda own: self._left_out(inputs, own)
             )
             return replace(targets, data={"seeds": seeds})
         return self._fusion.targets(inputs, flat, targets) if kind in FUSED else targets
 
-    def encode(self, inputs: Inputs) -> Float[Tensor, "B 2 N D"]:
+    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B 2 N D"]:
         """The image tower's states before its final norm, which go on into the multimodal encoder, and behind it."""
         pixels, size = inputs.tensors["pixel_values"], self._config.image_config.image_size
         usual = (size, size) if isinstance(size, int) else tuple(size)
@@ -192,8 +192,8 @@ class FlavaAdapter(Adapter):
         `similarity`, of the multimodal encoder for targets behind it."""
         if self.kind not in self.fast_kinds:
             return {}
-        stack = self.sites.stacks["fusion" if self.kind in FUSED else "vision"]
-        plain = self._last_block().is_plain and around_is_plain(self.model, stack.blocks[-1])
+        stack = self.structure.stacks["fusion" if self.kind in FUSED else "vision"]
+        plain = self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])
         if not plain or len(stack.blocks) < 2:
             return {}
         return {stack.inputs[-1]: (stack.blocks[-2],), stack.blocks[-2]: ()}
@@ -238,13 +238,13 @@ class FlavaAdapter(Adapter):
             return F.normalize(out[:, 0], dim=-1)
 
     def _alone(self, inputs: Inputs, own: Flat) -> Float[Tensor, "k E"]:
-        pieces = [piece(inputs.tokens[t], span) for t, span in own]
+        pieces = [span_ids(inputs.tokens[t], span) for t, span in own]
         return self.embed_texts(*pad(pieces, self._pad_id, self.device))
 
     def _left_out(self, inputs: Inputs, own: Flat) -> Float[Tensor, "k E"]:
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
         texts = [t for t, _ in own]
-        return self.embed_texts(ids[texts], mask[texts]) - self.embed_texts(ids[texts], without(mask, own))
+        return self.embed_texts(ids[texts], mask[texts]) - self.embed_texts(ids[texts], mask_without(mask, own))
 
     def _last_block(self, rule: str | None = None) -> LastBlock:
         model: Any = self.model

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from adapters.shared.last_block import LastBlock
-from adapters.shared.text_targets import Flat, piece, scored_as
+from adapters.shared.text_targets import Flat, scored_as, span_ids
 from adapters.shared.tokenization import pad
 from grounding.adapter.inputs import Inputs, Targets
 
@@ -37,7 +37,7 @@ class Fusion:
         matching = targets.kind == "matching"
         how = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
         own = [
-            piece(inputs.tokens[t], span) if h == "alone" else list(inputs.tokens[t].ids)
+            span_ids(inputs.tokens[t], span) if h == "alone" else list(inputs.tokens[t].ids)
             for (t, span), h in zip(flat, how, strict=True)
         ]
         device = inputs.tensors["input_ids"].device

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from adapters.module.spatial_layers import SpatialLayers
 from adapters.shared.images import pixels_of, prepare_images
 from grounding.adapter.base import ModelInfo
-from grounding.adapter.classification import ClassAdapter, Labels
+from grounding.adapter.classification import ClassAdapter, ClassNames
 from grounding.adapter.inputs import Inputs
 from grounding.adapter.patch_layout import Layout
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import GroundingError, LayerError, ModelError, ProbeError
 from grounding.core.printable import one_line
 
@@ -88,11 +88,11 @@ class ModuleAdapter(ClassAdapter):
         self._channels = sample.shape[1]
         self._found = SpatialLayers(model, lambda pixels: scores_of(model(pixels)), sample, self.info.id, prefix)
         count = self._found.scores
-        self.labels = Labels(_names(labels, count), self.info.id)
+        self.labels = ClassNames(_names(labels, count), self.info.id)
         self.by_itself = by_itself or count == 1
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         children = Stack(tuple(name for name, _ in model.named_children()))
-        self._sites = Sites(
+        self._structure = ModelStructure(
             {"children": children, "vision": Stack(self._found.paths)},
             self._found.last_live,
             "none",
@@ -101,17 +101,17 @@ class ModuleAdapter(ClassAdapter):
             unrecorded=UNRECORDED if self._found.tokens else "it has none",
         )
         # The engine names it where the tap is dead.
-        self.live_tap = self._sites.tap
+        self.live_layer = self._structure.tap
         if tap is not None:
             path = self._path_of(tap) if isinstance(tap, nn.Module) else self.resolve(str(tap))
-            self._sites = replace(self._sites, tap=self._checked(path))
+            self._structure = replace(self._structure, tap=self._checked(path))
 
     @property
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """Stacks `vision`, all layers with a spatial size in the order they finish, and `children`, the model's own."""
-        return self._sites
+        return self._structure
 
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, C, H, W). Raises ModelError for several pictures where the model normalises over a batch."""
         batch = next((type(m).__name__ for m in self.model.modules() if _of_batch(m)), None)
         if batch and len(images) > 1:
@@ -196,7 +196,7 @@ class ModuleAdapter(ClassAdapter):
         """(rows, columns) of the tap for an input of this size. Raises LayerError."""
         if (height, width) not in self._grids:
             blank = torch.zeros(1, self._channels, height, width, device=self.device, dtype=self.dtype)
-            self._grids[height, width] = self._found.grid(self._sites.tap, blank)
+            self._grids[height, width] = self._found.grid(self._structure.tap, blank)
         return self._grids[height, width]
 
 

@@ -9,8 +9,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from adapters.module.spatial_response import BEYOND_DOUBT, FEW, changes, in_place
-from adapters.shared.layer_outputs import Ran, all_that_ran
+from adapters.module.spatial_response import BEYOND_DOUBT, FEW, is_spatial, spatial_response
+from adapters.shared.layer_outputs import LayerOutput, record_outputs
 from grounding.adapter.patch_layout import TOKENS, Layout, find_layout
 from grounding.adapter.recorder import Recorder, find_module
 from grounding.core.errors import LayerError, ModelError
@@ -36,11 +36,11 @@ class SpatialLayers:
         self.model, self.run, self.name, self._prefix = model, run, name, prefix
         self.size = (int(sample.shape[-2]), int(sample.shape[-1]))
         scores: list[Tensor] = []
-        self.ran = {one.path: one for one in all_that_ran(model, lambda: scores.append(run(sample.clone())))}
+        self.ran = {one.path: one for one in record_outputs(model, lambda: scores.append(run(sample.clone())))}
         self.scores = int(scores[0].shape[-1])
         layouts = {path: one.layout(self.size) for path, one in self.ran.items()}
         could = {path: layout for path, layout in layouts.items() if layout or self.ran[path].tokens}
-        self._changes = changes(model, run, sample, could)
+        self._changes = spatial_response(model, run, sample, could)
         if not self.maps:
             raise LayerError(f"{name} has no layer with a spatial size at {self.size[1]} x {self.size[0]}")
         self.last_map, self.last = list(self.maps.items())[-1]
@@ -66,7 +66,7 @@ class SpatialLayers:
         """Whether cells change with the picture, and lie as it does where they might be attention weights between the
         tokens that the model has. Of what convolutions give little can be told: a cell may see all of the picture."""
         weights = cells[0] == cells[1] and cells[0] in self._tokens
-        return in_place(self._changes[path], BEYOND_DOUBT) if weights else bool(self._changes[path].any())
+        return is_spatial(self._changes[path], BEYOND_DOUBT) if weights else bool(self._changes[path].any())
 
     @cached_property
     def _tokens(self) -> frozenset[int]:
@@ -97,17 +97,17 @@ class SpatialLayers:
             self.run(blank.clone())
             recorder.check()
         shapes = {own: tuple(output.shape) for own, output in recorder.outputs.items()}
-        cells = Ran(self.last_map, shapes[self.last_map]).cells((height, width))
+        cells = LayerOutput(self.last_map, shapes[self.last_map]).cells((height, width))
         if len(shapes[path]) == 4:
-            cells = Ran(path, shapes[path]).cells((height, width))
+            cells = LayerOutput(path, shapes[path]).cells((height, width))
         elif cells:
             found = self._run_of(path, shapes[path], cells)
             cells = (found.rows, found.columns) if found else None
         if cells:
             return cells
-        ran = all_that_ran(self.model, lambda: self.run(blank.clone()))
+        ran = record_outputs(self.model, lambda: self.run(blank.clone()))
         maps = {one.path: one.cells((height, width)) for one in ran if one.path in self.maps}
-        raise _flat(Ran(path, shapes[path]), maps, strays=False)
+        raise _flat(LayerOutput(path, shapes[path]), maps, strays=False)
 
     def flat(self, path: str) -> LayerError:
         """What to say of a layer that has no place on the picture."""
@@ -153,7 +153,7 @@ class SpatialLayers:
         """Whether tokens go row by row over the picture."""
         count = layout.rows * layout.columns
         patches = self._changes[path][:, layout.prefix : layout.prefix + count]
-        return in_place(patches.reshape(-1, layout.rows, layout.columns))
+        return is_spatial(patches.reshape(-1, layout.rows, layout.columns))
 
     def _run_of(self, path: str, shape: tuple[int, ...], last: tuple[int, int]) -> Layout | None:
         """The layout of an output, tokens or maps, where the last map has these cells."""
@@ -185,7 +185,7 @@ class SpatialLayers:
         return source if isinstance(find_module(self.model, path), nn.Linear) and source in paths else path
 
 
-def _flat(found: Ran, maps: Mapping[str, tuple[int, int] | None], *, strays: bool) -> LayerError:
+def _flat(found: LayerOutput, maps: Mapping[str, tuple[int, int] | None], *, strays: bool) -> LayerError:
     """What to say of a tap without a spatial size; one that `strays` could have one by its shape."""
     size = " x ".join(map(str, found.shape[2:])) if len(found.shape) == 4 else f"its output is {found.shape}"
     why = "; a changed quarter of the picture does not change that quarter of it most" if strays else ""

@@ -22,7 +22,7 @@ CLEARLY, BEYOND_DOUBT = 0.3, 0.6
 FEW = 16
 
 
-def changes(
+def spatial_response(
     model: nn.Module, run: Callable[[Tensor], object], like: Tensor, known: Mapping[str, Layout | None]
 ) -> dict[str, Tensor]:
     """How much each layer changes when the middle of one quarter of the picture does: path -> (4, rows, columns) of
@@ -57,7 +57,7 @@ def _are_weights(output: Tensor) -> bool:
     return bool(square and (output >= 0).all() and (output.float().sum(-1) - 1).abs().max() < 1e-2)
 
 
-def in_place(change: Tensor, least: float = CLEARLY) -> bool:
+def is_spatial(change: Tensor, least: float = CLEARLY) -> bool:
     """Whether the cells lie as the picture does: what changes to the right (further down) in the picture changes
     cells further to the right (further down), compared with what else moves them. `change` is (4, rows, columns).
 

@@ -16,17 +16,17 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.shared.tokenization import tokenise
 from grounding.core.errors import ModelError, TextError
-from grounding.core.text import BLANK, Generate, Span, Tokens
+from grounding.core.text import BLANK, Generate, Span, TokenizedText
 
 # Where a checkpoint sets no limit; transformers would stop at 20 tokens, in the middle of many a line.
 MOST_TOKENS = 64
 UNSET = (None, 20)
 # A text as tokens, and what the user must know of it.
-Written = tuple[Tokens, tuple[str, ...]]
+Written = tuple[TokenizedText, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Writer:
+class TextGenerator:
     """The text side of an encoder-decoder: what it writes, what it can be made to write, which token is which."""
 
     model: Any  # a VisionEncoderDecoderModel; its parts have no static types
@@ -53,7 +53,7 @@ class Writer:
             before = 0 if int(first[0, -1].argmax()) == tokens.ids[0] else before
         kept, end = slice(before, after), tokens.read
         return (
-            Tokens(
+            TokenizedText(
                 text,
                 (*tokens.ids[kept], self.end),
                 (*tokens.offsets[kept], (end, end)),
@@ -63,7 +63,7 @@ class Writer:
             warnings,
         )
 
-    def named(self, tokens: Tokens, span: Span) -> Span:
+    def named(self, tokens: TokenizedText, span: Span) -> Span:
         """The span with the id of the token that is asked for in its place. Raises TextError."""
         if not span.asked:
             return span
@@ -173,7 +173,7 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
+def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
     """Tokens of ids that were written one by one, which need not be those the tokenizer would make of the text.
 
     A token stands for the characters by which it makes the decoded text longer; bytes that are no sign by themselves
@@ -204,7 +204,7 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> Tokens:
         offsets.append((start, end))
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     marks = tuple("" if i in ends or not flag else label_of(tokenizer, i) for i, flag in zip(ids, special, strict=True))
-    return Tokens(whole, tuple(ids), tuple(offsets), special, marks=marks)
+    return TokenizedText(whole, tuple(ids), tuple(offsets), special, marks=marks)
 
 
 def label_of(tokenizer: Any, token: int) -> str:

@@ -23,7 +23,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from adapters.shared.unmodified import is_plain
+from adapters.shared.unmodified import is_unmodified
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class LastBlock:
     """A pre-norm block by its parts, whatever a family calls them: two norms, four projections, the MLP.
 
     `parts` is all that is recomputed, of the block and behind it: what stands there may be anything (a user's own
-    wrapper of a projection), and only where all of it `is_plain` is the rest used. `rule` is None or "layernorm".
+    wrapper of a projection), and only where all of it `is_unmodified` is the rest used. `rule` is None or "layernorm".
     """
 
     before: Any
@@ -46,9 +46,9 @@ class LastBlock:
     rule: str | None = None
 
     @property
-    def is_plain(self) -> bool:
+    def is_unmodified(self) -> bool:
         """Whether the parts that are recomputed are the family's own, with nothing attached to them."""
-        return all(is_plain(part) for part in self.parts)
+        return all(is_unmodified(part) for part in self.parts)
 
     def rows(
         self,

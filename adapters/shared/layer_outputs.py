@@ -16,7 +16,7 @@ from grounding.adapter.recorder import Recorder
 
 
 @dataclass(frozen=True)
-class Ran:
+class LayerOutput:
     """A module that ran in a pass: its path, the shape of its (first) output, and the path of the module whose output
     it took, where that is known."""
 
@@ -41,7 +41,7 @@ class Ran:
         return self.shape[1] if len(self.shape) == 3 and self.shape[0] == 1 else 0
 
 
-def all_that_ran(model: nn.Module, run: Callable[[], object]) -> list[Ran]:
+def record_outputs(model: nn.Module, run: Callable[[], object]) -> list[LayerOutput]:
     """The modules that ran once and gave a tensor (or a tuple that begins with one), in the order of finishing."""
     found: dict[str, tuple[int, ...]] = {}
     sources, made = dict[str, str](), WeakTensorKeyDictionary()
@@ -61,4 +61,4 @@ def all_that_ran(model: nn.Module, run: Callable[[], object]) -> list[Ran]:
                 handle = module.register_forward_hook(lambda _m, given, out, p=path: look(p, given, out))
                 hooks.callback(handle.remove)
         run()
-    return [Ran(path, shape, sources[path]) for path, shape in found.items() if ran[path] == 1]
+    return [LayerOutput(path, shape, sources[path]) for path, shape in found.items() if ran[path] == 1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters.shared.tokenization import pad, tokenise
 from grounding.adapter.inputs import Inputs
-from grounding.core.text import Asked, Span, Tokens, check_text
+from grounding.core.text import Asked, Span, TokenizedText, check_text
 
 Flat = Sequence[tuple[int, Span]]
 
@@ -31,7 +31,7 @@ def read_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]],
     )
 
 
-def directions(
+def text_directions(
     flat: Flat,
     token_target: str | None,
     whole: Float[Tensor, "T E"],
@@ -57,13 +57,13 @@ def scored_as(span: Span, token_target: str | None) -> str:
     return "alone" if span.alone or token_target == "alone" else "left out"
 
 
-def piece(tokens: Tokens, span: Span) -> list[int]:
+def span_ids(tokens: TokenizedText, span: Span) -> list[int]:
     """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
     first, last = tokens.visible[0], tokens.visible[-1]
     return [*tokens.ids[:first], *(tokens.ids[i] for i in span.positions), *tokens.ids[last + 1 :]]
 
 
-def without(mask: Int[Tensor, "T L"], flat: Flat) -> Int[Tensor, "k L"]:
+def mask_without(mask: Int[Tensor, "T L"], flat: Flat) -> Int[Tensor, "k L"]:
     """The masks of the texts with each span's tokens hidden."""
     made = mask[[t for t, _ in flat]].clone()
     for row, (_, span) in enumerate(flat):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grounding.core.errors import ModelError, TextError
 from grounding.core.printable import quote
-from grounding.core.text import Tokens, check_text
+from grounding.core.text import TokenizedText, check_text
 
 WORDS_NAMED = 10
 
@@ -21,7 +21,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise ModelError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
 
 
-def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, ...]]:
+def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[TokenizedText, tuple[str, ...]]:
     """The tokens of one text, at most `limit` of them (special ones kept), and what the user must know about it.
 
     Literal special tokens in the text ("<|endoftext|>") are read as ordinary characters, or positions would shift.
@@ -46,7 +46,7 @@ def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, 
     if len(ids) > limit:
         ids, offsets, special, dropped = _cut(text, ids, offsets, special, limit)
         warnings.append(f"the text is longer than the model's {limit} tokens; not read: {quote(dropped, 200)}")
-    tokens = Tokens(text, tuple(ids), tuple(offsets), tuple(special), dropped)
+    tokens = TokenizedText(text, tuple(ids), tuple(offsets), tuple(special), dropped)
     unknown = [text[slice(*offsets[i])] for i in tokens.visible if ids[i] == getattr(tokenizer, "unk_token_id", None)]
     if unknown:
         distinct = list(dict.fromkeys(unknown))
@@ -58,9 +58,9 @@ def tokenise(tokenizer: Any, text: str, limit: int) -> tuple[Tokens, tuple[str, 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     """A character span without the blanks at its ends: byte-level tokens carry the blank before a word."""
-    piece = text[start:end]
-    blanks = len(piece) - len(piece.lstrip())
-    return (start, end) if blanks == len(piece) else (start + blanks, start + len(piece.rstrip()))
+    span_ids = text[start:end]
+    blanks = len(span_ids) - len(span_ids.lstrip())
+    return (start, end) if blanks == len(span_ids) else (start + blanks, start + len(span_ids.rstrip()))
 
 
 def _cut(

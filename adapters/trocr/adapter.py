@@ -14,19 +14,19 @@ from torch import Tensor
 from transformers import VisionEncoderDecoderModel
 
 from adapters.loading import Checkpoint, model_info, own_parts
-from adapters.shared.generation import Writer
+from adapters.shared.generation import TextGenerator
 from adapters.shared.images import prepare_images
 from adapters.shared.stacks import decoder_stacks, find_stack
 from adapters.shared.tokenization import pad
-from adapters.shared.unmodified import around_is_plain
+from adapters.shared.unmodified import parents_unmodified
 from adapters.trocr.fast_decoder import FastDecoder
-from grounding.adapter.base import Adapter, Chance, ModelInfo
+from grounding.adapter.base import Adapter, ModelInfo, TokenProbability
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.adapter.vision_cache import encoded_of
 from grounding.core.errors import LayerError, ModelError, TextError
-from grounding.core.text import Alternative, Asked, Generate, Span, Tokens, check_text
+from grounding.core.text import Alternative, Asked, Generate, Span, TokenizedText, check_text
 
 # Prefix tokens of the encoders: CLS, and DeiT's distillation token.
 PREFIX = {"vit": 1, "deit": 2}
@@ -69,7 +69,7 @@ class TrOcrAdapter(Adapter):
                 f"vision encoders of type {self._vision.model_type!r} are not supported "
                 f"(there are: {', '.join(PREFIX)})"
             )
-        self.writer = Writer(model, self.tokenizer)
+        self.writer = TextGenerator(model, self.tokenizer)
         self.info = info or model_info(model, self.image_processor)
 
     @classmethod
@@ -82,13 +82,13 @@ class TrOcrAdapter(Adapter):
         )
 
     @cached_property
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """The default tap is the last encoder block: every patch of it is read."""
         vision = find_stack(self.model, "encoder")
-        return Sites(
+        return ModelStructure(
             stacks={"vision": vision, **decoder_stacks(self.model, "decoder")},
             tap=vision.blocks[-1],
-            readout="cross",
+            pooling="cross",
             prefix=PREFIX[self._vision.model_type],
             text_stacks=frozenset({"cross"}),
             text_side=("decoder", "enc_to_dec_proj"),
@@ -100,7 +100,7 @@ class TrOcrAdapter(Adapter):
             raise LayerError(f"layer {path!r} has tokens of the text alone: there are no patches in it")
         return super().sequence(path)
 
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
         warnings = tuple(
@@ -108,12 +108,12 @@ class TrOcrAdapter(Adapter):
         )
         return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
+    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
         owner = [b for b, own in enumerate(texts) for _ in own]
         flat = [text for own in texts for text in own]
         encoded = encoded_of(self, inputs)
-        found: dict[int, tuple[Tokens, tuple[str, ...]]] = {}
+        found: dict[int, tuple[TokenizedText, tuple[str, ...]]] = {}
         with Recorder(self.model):
             asked: dict[Generate, list[int]] = defaultdict(list)
             for t, text in enumerate(flat):
@@ -176,7 +176,7 @@ class TrOcrAdapter(Adapter):
             rows=rows,
         )
 
-    def encode(self, inputs: Inputs) -> Float[Tensor, "B N D"]:
+    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B N D"]:
         """All states of the encoder."""
         pixels, size = inputs.tensors["pixel_values"], self._vision.image_size
         usual = (size, size) if isinstance(size, int) else tuple(size)
@@ -198,9 +198,9 @@ class TrOcrAdapter(Adapter):
             values = values - logits.logsumexp(-1)[text, row]
         return values.new_zeros(len(targets)).index_add(0, k, values * weight.to(values.dtype))
 
-    def alternatives(self, inputs: Inputs, targets: Targets) -> list[Chance | None]:
+    def alternatives(self, inputs: Inputs, targets: Targets) -> list[TokenProbability | None]:
         """Of targets at one row: the probability of the token explained there, and the best three others."""
-        found: list[Chance | None] = []
+        found: list[TokenProbability | None] = []
         assert targets.rows is not None
         for k, row in enumerate(targets.rows):
             places = row.nonzero().flatten().tolist()
@@ -217,16 +217,16 @@ class TrOcrAdapter(Adapter):
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
         """The last encoder block and the norm behind it, where the decoder is TrOCR's own."""
-        last = self.sites.stacks["vision"].blocks[-1]
-        inner = self.sites.stacks["decoder"].blocks[-1]
-        if not FastDecoder.fits(self.model) or not around_is_plain(self.model, last, inner):
+        last = self.structure.stacks["vision"].blocks[-1]
+        inner = self.structure.stacks["decoder"].blocks[-1]
+        if not FastDecoder.fits(self.model) or not parents_unmodified(self.model, last, inner):
             return {}
         return {last: (), "encoder.layernorm": ()}
 
     def from_tap(self, tap: str, features: Tensor) -> Tensor | None:
         """The last block is read through the encoder's final norm alone."""
         norm: Any = self.model.encoder.layernorm
-        return norm(features) if tap == self.sites.stacks["vision"].blocks[-1] else None
+        return norm(features) if tap == self.structure.stacks["vision"].blocks[-1] else None
 
     def shifts(
         self,
@@ -244,7 +244,7 @@ class TrOcrAdapter(Adapter):
             mine = text == t
             pairs, place = torch.stack([row[mine], token[mine]], 1).unique(dim=0, return_inverse=True)
             decoder = FastDecoder(
-                self.model, outputs[tap][inputs.text_image[t]], self.sites.prefix, tap != "encoder.layernorm", rule
+                self.model, outputs[tap][inputs.text_image[t]], self.structure.prefix, tap != "encoder.layernorm", rule
             )
             found = decoder.shifts(inputs.tensors["input_ids"][t], pairs, targets.kind == "log_probability")
             made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])

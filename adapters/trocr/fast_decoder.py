@@ -36,7 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import TrOCRForCausalLM
 
-from adapters.shared.unmodified import is_plain
+from adapters.shared.unmodified import is_unmodified
 
 # Rows of the decoder per segment: more make longer detours, fewer make more passes.
 SEGMENT = 10
@@ -144,7 +144,7 @@ class FastDecoder:
         """Whether the decoder is TrOCR's own, and nothing that is recomputed here has been changed."""
         parts = [model.decoder, model.encoder.layernorm, getattr(model, "enc_to_dec_proj", nn.Identity())]
         own = isinstance(model.decoder, TrOCRForCausalLM) and isinstance(model.encoder.layernorm, nn.LayerNorm)
-        return own and all(is_plain(part) for part in parts if not isinstance(part, nn.Identity))
+        return own and all(is_unmodified(part) for part in parts if not isinstance(part, nn.Identity))
 
     def shifts(
         self, ids: Int[Tensor, "L"], pairs: Int[Tensor, "n 2"], log_probability: bool = False

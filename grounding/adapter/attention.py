@@ -25,8 +25,8 @@ IMPLEMENTATION = "grounding_recorded"
 OTHER_ATTENTION = ("position_bias", "softcap", "s_aux")
 SWITCH = "output_attentions"
 # Called with a module and its weights, gives the weights that the pass goes on with.
-Take = Callable[[nn.Module, Tensor], Tensor]
-_taker: ContextVar[Take | None] = ContextVar("attention_taker", default=None)
+AttentionHandler = Callable[[nn.Module, Tensor], Tensor]
+_taker: ContextVar[AttentionHandler | None] = ContextVar("attention_taker", default=None)
 
 
 def _recorded_attention(
@@ -63,7 +63,9 @@ AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
 
 
 @contextlib.contextmanager
-def taken(model: nn.Module, modules: Mapping[nn.Module, bool], take: Take, begin: Take) -> Iterator[None]:
+def record_attention(
+    model: nn.Module, modules: Mapping[nn.Module, bool], take: AttentionHandler, begin: AttentionHandler
+) -> Iterator[None]:
     """Inside the block the weights of `modules` (-> whether their gradient is wanted) go through `take`.
 
     Of a module with a switch the weights cannot be replaced, so that a graph has to begin at its input: `begin` is
@@ -88,7 +90,7 @@ def _has_switch(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _switched_on(module: nn.Module, take: Take, begin: Take | None) -> Iterator[None]:
+def _switched_on(module: nn.Module, take: AttentionHandler, begin: AttentionHandler | None) -> Iterator[None]:
     """The module gives its weights back; its caller sees the output that it asked for."""
     asked: list[bool] = []
 

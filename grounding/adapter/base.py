@@ -1,13 +1,13 @@
 """What an architecture must answer, and what it inherits.
 
 An adapter is made around a model and its processor; it never changes either. To add an architecture, subclass
-`Adapter`, answer the abstract methods, give `sites` and `kinds`, and add one line to the table in
+`Adapter`, answer the abstract methods, give `structure` and `kinds`, and add one line to the table in
 `adapters/_table.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
 
-1. `encode` runs the vision stack over the B pictures, `score` goes on from there to all K scores; together they are ONE
+1. `encode_images` runs the vision stack over the B pictures, `score` goes on from there to all K scores; together they are ONE
    pass, differentiable from every tap to every score. Pictures do not influence each other (no batch statistics), nor
    do texts: one backward serves one target per picture.
-2. `see` gives every picture its own `Geometry`, grid included; `read` never cuts a text in silence.
+2. `prepare_images` gives every picture its own `Geometry`, grid included; `prepare_texts` never cuts a text in silence.
 3. `targets` scores a span of a text as `kind` and `token_target` say, or raises TargetError naming what there is.
 """
 
@@ -25,17 +25,17 @@ from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.patch_layout import Layout, find_layout
 from grounding.adapter.recorder import Recorder, find_module
 from grounding.adapter.replicate import one_picture_per_target
-from grounding.adapter.structure import ModelInfo, Sites
+from grounding.adapter.structure import ModelInfo, ModelStructure
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.registry import did_you_mean
 from grounding.core.text import Alternative, Asked, Generate, Span, check_text
 
-__all__ = ["TOKEN_TARGETS", "Adapter", "Chance", "ModelInfo"]
+__all__ = ["TOKEN_TARGETS", "Adapter", "TokenProbability", "ModelInfo"]
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
 DEFAULT_METHODS = ("gradcam", "rollout", "relevance")
 # The probability of a token at its place, and the next best ones.
-Chance = tuple[float, tuple[Alternative, ...]]
+TokenProbability = tuple[float, tuple[Alternative, ...]]
 
 
 class Adapter(ABC):
@@ -47,7 +47,7 @@ class Adapter(ABC):
     kinds: ClassVar[tuple[str, ...]]
     token_targets: ClassVar[tuple[str, ...]] = TOKEN_TARGETS
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
-    # Whether it can write a text itself: `read` then takes `Generate` in place of one.
+    # Whether it can write a text itself: `prepare_texts` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
     # A text to try layers on, or what stands in its place.
     placeholder: ClassVar[Asked] = "picture"
@@ -62,16 +62,16 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def sites(self) -> Sites:
+    def structure(self) -> ModelStructure:
         """The structure of this model."""
 
     @abstractmethod
-    def see(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Inputs of pictures (anything `open_image` takes), without texts. `explain` takes the result in place of the
         pictures, and then runs the picture tower once for all texts that it is called with."""
 
     @abstractmethod
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
+    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """The inputs with the texts of each picture added (`texts[b]`: any number, any length)."""
 
     @abstractmethod
@@ -88,12 +88,12 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def encode(self, inputs: Inputs) -> Float[Tensor, "B ..."]:
+    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B ..."]:
         """The vision stack's output as the text side reads it, differentiable."""
 
     @abstractmethod
     def score(self, inputs: Inputs, encoded: Float[Tensor, "B ..."], targets: Targets) -> Float[Tensor, "K"]:
-        """The scores (K,) from what `encode` gave, differentiable."""
+        """The scores (K,) from what `encode_images` gave, differentiable."""
 
     @classmethod
     def from_checkpoint(cls, source: Any) -> Adapter:
@@ -124,7 +124,7 @@ class Adapter(ABC):
         return not self.generates
 
     def looks_first(self, texts: Sequence[Sequence[Asked]]) -> bool:  # noqa: ARG002
-        """Whether `read` needs to know what the vision stack gave for these texts."""
+        """Whether `prepare_texts` needs to know what the vision stack gave for these texts."""
         return self.generates
 
     def aimed(self, kind: str | None, options: Mapping[str, Any] | None = None) -> Adapter:
@@ -137,11 +137,11 @@ class Adapter(ABC):
 
     def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Pictures and the texts of each."""
-        return self.read(self.see(images), texts)
+        return self.prepare_texts(self.prepare_images(images), texts)
 
     def forward(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
         """The scores (K,), differentiable, in one pass."""
-        return self.score(inputs, self.encode(inputs), targets)
+        return self.score(inputs, self.encode_images(inputs), targets)
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +159,7 @@ class Adapter(ABC):
     def sequence(self, path: str) -> tuple[int, bool]:
         """Number of tokens before the patches in the output of a module, and whether other tokens follow them."""
         del path
-        return self.sites.prefix, False
+        return self.structure.prefix, False
 
     def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
         """Weight of each of the `tokens` of the vision stack's output in what is read of it, for `count` targets.
@@ -168,15 +168,15 @@ class Adapter(ABC):
         CLS or mean must override this. Raises ModelError where it does not.
         """
         row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
-        if self.sites.readout == "cls":
+        if self.structure.pooling == "cls":
             row[:, 0] = 1
-        elif self.sites.readout == "mean":
-            row[:, self.sites.prefix :] = 1 / (tokens - self.sites.prefix)
-        elif self.sites.readout in ("cross", "fusion"):
+        elif self.structure.pooling == "mean":
+            row[:, self.structure.prefix :] = 1 / (tokens - self.structure.prefix)
+        elif self.structure.pooling in ("cross", "fusion"):
             return None
         else:
             raise ModelError(
-                f"{type(self).__name__} has pooling {self.sites.readout!r} and must override pooling_weights"
+                f"{type(self).__name__} has pooling {self.structure.pooling!r} and must override pooling_weights"
             )
         return row
 
@@ -189,15 +189,15 @@ class Adapter(ABC):
         return targets.rows
 
     def resolve(self, layer: str | None) -> str:
-        """The module path of a layer as a user names it, see `Sites.find_layer`. Raises LayerError."""
-        return self.sites.find_layer(self.model, layer)
+        """The module path of a layer as a user names it, see `ModelStructure.find_layer`. Raises LayerError."""
+        return self.structure.find_layer(self.model, layer)
 
     def to_grid(
         self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = ""
     ) -> Float[Tensor, "B rows columns D"]:
         """The patches of the output of the module at `path` (default: of the vision stack), other tokens dropped.
 
-        `grid` is that of the default layer; with `Sites.pyramid` a layer's own may be another. Also takes the
+        `grid` is that of the default layer; with `ModelStructure.pyramid` a layer's own may be another. Also takes the
         (B, D, rows, columns) of a convolution. Raises LayerError with the numbers where the tokens are not
         prefix + rows x columns.
         """
@@ -206,14 +206,14 @@ class Adapter(ABC):
     def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
         """Positions of the patches in the output of the module at `path`. Raises LayerError as `to_grid`."""
         prefix, tail = self.sequence(path)
-        pyramid = self.sites.pyramid
+        pyramid = self.structure.pyramid
         found = find_layout(tuple(hidden.shape), grid, prefix, tail=tail, pyramid=pyramid)
         if found is not None:
             return found
         rows, columns = grid
         if pyramid and not prefix:
             expected = (
-                f"maps over the whole picture, as the {rows} x {columns} of {self.sites.tap!r}, and more than 1 x 1"
+                f"maps over the whole picture, as the {rows} x {columns} of {self.structure.tap!r}, and more than 1 x 1"
             )
         else:
             expected = (
@@ -236,9 +236,9 @@ class Adapter(ABC):
 
         Those of a stack that sees the text have the texts first.
         """
-        found = self.sites.stack(stack)
+        found = self.structure.stack(stack)
         if not found.attention:
-            raise ModelError(f"no attention of {self.info.type} can be recorded: {self.sites.unrecorded}")
+            raise ModelError(f"no attention of {self.info.type} can be recorded: {self.structure.unrecorded}")
         with Recorder(self.model, attention=dict.fromkeys(found.attention, False)) as recorder:
             self._run(inputs, found.blocks[0])
             recorder.check()
@@ -246,8 +246,8 @@ class Adapter(ABC):
 
     def _run(self, inputs: Inputs, path: str) -> None:
         """As much of the model as it takes for the module at `path` to run."""
-        encoded = self.encode(inputs)
-        if self.sites.axis(path) == "text":
+        encoded = self.encode_images(inputs)
+        if self.structure.axis(path) == "text":
             self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
 
     def scores(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
@@ -261,7 +261,7 @@ class Adapter(ABC):
 
     def text_conditioned(self, kind: str, gradient: bool) -> bool:
         """Whether a map of a target kind depends on the text: by gradient, or through a stack that sees the text."""
-        return kind != "norm" and (gradient or bool(self.sites.text_stacks))
+        return kind != "norm" and (gradient or bool(self.structure.text_stacks))
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
@@ -290,10 +290,10 @@ class Adapter(ABC):
         return gradient
 
     def from_tap(self, tap: str, features: Tensor) -> Tensor | None:  # noqa: ARG002
-        """What `encode` gives where a fast tap gives `features`, if nothing but a LayerNorm lies between; else None."""
+        """What `encode_images` gives where a fast tap gives `features`, if nothing but a LayerNorm lies between; else None."""
         return None
 
-    def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[Chance | None]:  # noqa: ARG002
+    def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[TokenProbability | None]:  # noqa: ARG002
         """Per target the probability of the token it explains, and the next best; None where there is none."""
         return [None] * len(targets)
 

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.base import Adapter, Chance
+from grounding.adapter.base import Adapter, TokenProbability
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.vision_cache import encoded_of
 from grounding.core.errors import ModelError, TargetError, TextError
 from grounding.core.registry import did_you_mean
-from grounding.core.text import Alternative, Asked, Classes, Span, Tokens
+from grounding.core.text import Alternative, Asked, Classes, Span, TokenizedText
 
 # Classes whose probabilities go with an explanation.
 TOP = 5
@@ -30,7 +30,7 @@ LISTED = 8
 
 
 @dataclass(frozen=True)
-class Labels:
+class ClassNames:
     """The names of classes 0, 1, ... A name may be several, with commas between them: "great white shark, white shark".
 
     `what` is the model in words, for messages.
@@ -97,7 +97,7 @@ class Labels:
 
 
 class ClassAdapter(Adapter):
-    """Base of adapters whose target is the score (logit) of a class; they answer `see`, `sites`, `labels`, `logits`.
+    """Base of adapters whose target is the score (logit) of a class; they answer `prepare_images`, `structure`, `labels`, `logits`.
 
     In place of a text there is one class, or several that share an Explanation; none is the predicted one, for which
     the picture has to pass through the model once before. With `by_itself` every class has a probability of its own
@@ -107,7 +107,7 @@ class ClassAdapter(Adapter):
     kinds = ("class",)
     token_targets = ()
     placeholder: ClassVar[Asked] = Classes()
-    labels: Labels
+    labels: ClassNames
     by_itself: bool = False
     measures: bool = False
 
@@ -155,7 +155,7 @@ class ClassAdapter(Adapter):
         """For the predicted class."""
         return any(isinstance(one, Classes) and not one.asked for own in texts for one in own)
 
-    def read(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
+    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Classes in place of texts, each list of them one item."""
         asked = [(b, self.asked(text)) for b, own in enumerate(texts) for text in own]
         tokens, origins = [], []
@@ -163,7 +163,7 @@ class ClassAdapter(Adapter):
             assert isinstance(one, Classes)
             known = [self.labels.find(name) for name in one.asked] or [int(encoded_of(self, inputs)[b].argmax())]
             indices = list(dict.fromkeys(known))
-            tokens.append(Tokens.of_classes([self.labels.names[i] for i in indices], indices))
+            tokens.append(TokenizedText.of_classes([self.labels.names[i] for i in indices], indices))
             origins.append("given" if one.asked else "predicted")
         return replace(
             inputs,
@@ -188,7 +188,7 @@ class ClassAdapter(Adapter):
         index = torch.tensor([span.token_id for span in flat])
         return Targets(kind, torch.tensor(inputs.text_image)[owner], owner, flat, {"class": index}, token_target)
 
-    def encode(self, inputs: Inputs) -> Float[Tensor, "B C"]:
+    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B C"]:
         """The logits of all classes. Raises ModelError where they are not as many as there are names."""
         found = self.logits(inputs)
         if found.shape != (len(inputs.tensors["pixel_values"]), len(self.labels)):
@@ -202,7 +202,7 @@ class ClassAdapter(Adapter):
         """The logit of each target's class."""
         return encoded[targets.image.to(encoded.device), targets.data["class"].to(encoded.device)]
 
-    def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[Chance | None]:
+    def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[TokenProbability | None]:
         """The probability of each class, and those of the `TOP` most probable classes that are others."""
         if self.measures:
             return [None] * len(targets)

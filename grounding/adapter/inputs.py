@@ -15,12 +15,12 @@ from torch import Tensor
 
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
-from grounding.core.text import Span, Tokens
+from grounding.core.text import Span, TokenizedText
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What `Adapter.see` makes of B pictures and `Adapter.read` adds of T texts.
+    """What `Adapter.prepare_images` makes of B pictures and `Adapter.prepare_texts` adds of T texts.
 
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
     index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
@@ -32,7 +32,7 @@ class Inputs:
 
     pictures: tuple[Picture, ...]
     geometry: tuple[Geometry, ...]
-    tokens: tuple[Tokens, ...]
+    tokens: tuple[TokenizedText, ...]
     text_image: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     warnings: tuple[tuple[str, ...], ...] = ()

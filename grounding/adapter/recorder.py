@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grounding.adapter.attention import taken
+from grounding.adapter.attention import record_attention
 from grounding.core.errors import LayerError, ModelError
 
 LAYERNORM_RULE = "layernorm"
@@ -76,7 +76,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             self._modules = {find_module(self.model, path): path for path in self.attention}
             wanted = {module: self.attention[path] for module, path in self._modules.items()}
             if wanted:
-                stack.enter_context(taken(self.model, wanted, self._take_attention, lambda _module, x: _cut(x)))
+                stack.enter_context(
+                    record_attention(self.model, wanted, self._take_attention, lambda _module, x: _cut(x))
+                )
             self._stack = stack.pop_all()
         return self
 

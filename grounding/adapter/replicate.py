@@ -35,7 +35,7 @@ def one_picture_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Ta
     return repeated, replace(targets, image=own, text=own, unit=unit, other=None)
 
 
-def versions(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
+def repeat_image(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
     """Inputs with `count` pictures in place of the one that there is, each with all texts, and K x count targets:
     those of the first target on every picture, then those of the second."""
     texts = range(len(inputs.tokens))

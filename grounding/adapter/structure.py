@@ -37,12 +37,12 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Sites:
+class ModelStructure:
     """Where things are in one architecture, as data.
 
     Stacks have the same names everywhere: `vision` (the picture's own), `cross` (from text positions to the vision
     stack's output), `decoder` (among text positions), `fusion` (picture and text in one sequence), `text`. `tap` is the
-    default layer for Grad-CAM: a live one. `readout` says how the vision stack is read: `cls`, `mean`,
+    default layer for Grad-CAM: a live one. `pooling` says how the vision stack is read: `cls`, `mean`,
     `attention_pool`, `cross` (by the `cross` stack) or `fusion` (its tokens go on in that stack). `prefix` counts the
     tokens before the patches (CLS, registers). With `pyramid`, layers may have grids of their own (convolutions, merged
     patches); the inputs' geometry has that of `tap`. `unrecorded`: why a stack has blocks but no `attention` that could
@@ -53,7 +53,7 @@ class Sites:
 
     stacks: Mapping[str, Stack]
     tap: str
-    readout: str
+    pooling: str
     prefix: int
     text_stacks: frozenset[str] = frozenset()
     text_side: tuple[str, ...] = ()

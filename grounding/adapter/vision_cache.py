@@ -23,7 +23,7 @@ def remembered(
     memory = inputs.memory
     if not _same(inputs) or not {ENCODED, *taps, *attention} <= memory.keys():
         with Recorder(adapter.model, taps, attention) as recorder:
-            encoded = adapter.encode(inputs)
+            encoded = adapter.encode_images(inputs)
             recorder.check()
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
@@ -32,7 +32,7 @@ def remembered(
 
 
 def encoded_of(adapter: Adapter, inputs: Inputs) -> Tensor:
-    """What `Adapter.encode` gives for these pictures, off the graph: run unless an earlier pass left it."""
+    """What `Adapter.encode_images` gives for these pictures, off the graph: run unless an earlier pass left it."""
     return remembered(adapter, inputs, {}, {})[ENCODED]
 
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from grounding.adapter.base import Adapter
-from grounding.batch.failure_limit import IN_A_ROW, SHARE, Budget
+from grounding.batch.failure_limit import IN_A_ROW, SHARE, FailureLimit
 from grounding.batch.requests import PROTOCOLS, Captions
-from grounding.batch.rows import About
+from grounding.batch.rows import RunMetadata
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
 from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset
 from grounding.engine.explain import SEED, aim
-from grounding.engine.plan import columns
+from grounding.engine.plan import plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.selection import Selection
 
@@ -32,7 +32,7 @@ METHODS = ("gradcam", "rollout")
 
 
 @dataclass(frozen=True)
-class Work:
+class RunConfig:
     """A run. `data` is a folder or a name that `open_dataset` takes; `select`, `methods`, `options`, `layers`,
     `average_layers`, `target`, `token_target` and `seed` are as in `explain`. `captions` and `methods` are None until
     the model is known (`settled`); `protocols` name the texts about phrases that are explained, too. `shard_size` and
@@ -75,15 +75,15 @@ class Work:
         names = ("methods", "options", "layers", "average_layers", "target", "token_target", "seed", "select")
         return {name: getattr(self, name) for name in names}
 
-    def budget(self) -> Budget:
+    def budget(self) -> FailureLimit:
         """When the run is hopeless."""
-        return Budget(share=self.max_failed, in_a_row=IN_A_ROW if self.max_failed < 1 else None)
+        return FailureLimit(share=self.max_failed, in_a_row=IN_A_ROW if self.max_failed < 1 else None)
 
     def dataset(self) -> Dataset:
         """The data set. Raises DataError."""
         return open_dataset(self.data, self.split)
 
-    def settled(self, adapter: Adapter) -> Work:
+    def settled(self, adapter: Adapter) -> RunConfig:
         """With what depends on the model: one that writes texts is asked for its own, by the methods it shows best.
 
         Raises OptionError where it shall write a text and cannot.
@@ -96,31 +96,33 @@ class Work:
             methods=self.methods or (adapter.default_methods if adapter.generates else METHODS),
         )
 
-    def about(self, adapter: Adapter) -> About:
+    def about(self, adapter: Adapter) -> RunMetadata:
         """What all rows will have in common. Raises what is wrong with the methods, options, layers or target."""
         aimed, options = aim(adapter, self.target, self.options)
-        plan = columns(aimed, self.methods, self.layers, options, self.average_layers)
+        plan = plan_methods(aimed, self.methods, self.layers, options, self.average_layers)
         target, token_target = aimed.check_kind(self.target, self.token_target)
-        return About.of(aimed, plan, target, token_target, self.seed)
+        return RunMetadata.of(aimed, plan, target, token_target, self.seed)
 
 
 @dataclass(frozen=True)
-class Description:
+class RunDescription:
     """A run as the process sees it that computes it: its fingerprint, what rows have in common, threads of torch."""
 
     fingerprint: Mapping[str, Any]
-    about: About
+    about: RunMetadata
     threads: int
 
 
-def describe(work: Work, adapter: Adapter, dataset: Dataset, ids: Sequence[str]) -> Description:
+def describe(work: RunConfig, adapter: Adapter, dataset: Dataset, ids: Sequence[str]) -> RunDescription:
     """Of settled work. Raises what is wrong with the methods, options, layers or target, and DataError."""
     about = work.about(adapter)
     threads = work.threads or torch.get_num_threads()
-    return Description(fingerprint(work, adapter, about, dataset, ids), about, threads)
+    return RunDescription(fingerprint(work, adapter, about, dataset, ids), about, threads)
 
 
-def fingerprint(work: Work, adapter: Adapter, about: About, dataset: Dataset, ids: Sequence[str]) -> dict[str, Any]:
+def fingerprint(
+    work: RunConfig, adapter: Adapter, about: RunMetadata, dataset: Dataset, ids: Sequence[str]
+) -> dict[str, Any]:
     """Everything that the rows depend on. Where two runs lie in one folder they must agree in all of it."""
     provenance = {name: value for name, value in provenance_of(adapter, work.seed).items() if name != "schema_version"}
     made = {
@@ -154,7 +156,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def begin(folder: Path, work: Work, description: Description, dataset: Dataset, ids: Sequence[str]) -> RunFolder:
+def begin(
+    folder: Path, work: RunConfig, description: RunDescription, dataset: Dataset, ids: Sequence[str]
+) -> RunFolder:
     """The run in a folder: begun by writing its manifest, or the one that is there if it has the same fingerprint.
 
     Raises DifferentRunError naming what differs, DataError for a manifest that cannot be read, OSError.

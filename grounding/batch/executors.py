@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from grounding.adapter.base import Adapter
-from grounding.batch.config import Description, Load, Work, describe
+from grounding.batch.config import Load, RunConfig, RunDescription, describe
 from grounding.batch.run_folder import RunFolder
-from grounding.batch.shards import Runner, Tell
+from grounding.batch.shards import ShardRunner, Tell
 from grounding.core.errors import GroundingError, OptionError
 from grounding.datasets.records import Dataset
 
@@ -25,14 +25,14 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Rank:
+class ProcessRank:
     """The place of this process among those that were launched together; alone: 0 of 1."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def of_launch(cls, device: str) -> Rank:
+    def of_launch(cls, device: str) -> ProcessRank:
         """As `accelerate launch` made it; the processes can then wait for each other. Raises GroundingError."""
         size = os.environ.get("WORLD_SIZE", "").strip() or "1"
         if not size.isdecimal():
@@ -81,10 +81,10 @@ class Rank:
             time.sleep(POLL_SECONDS)
 
 
-class Here:
+class LocalExecutor:
     """This process. The model is loaded when it is first needed."""
 
-    def __init__(self, load: Load, work: Work, tell: Tell) -> None:
+    def __init__(self, load: Load, work: RunConfig, tell: Tell) -> None:
         self._load, self._work, self.tell = load, work, tell
         self._budget = work.budget()
 
@@ -98,13 +98,13 @@ class Here:
         """The data set."""
         return self._work.dataset()
 
-    def describe(self, ids: Sequence[str]) -> Description:
+    def describe(self, ids: Sequence[str]) -> RunDescription:
         """The run as this process sees it."""
         return describe(self._work.settled(self.adapter), self.adapter, self.dataset, ids)
 
     def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:
         """Sidecars as they come."""
-        runner = Runner(run, self._work, self.adapter, self.dataset, budget=self._budget, tell=self.tell)
+        runner = ShardRunner(run, self._work, self.adapter, self.dataset, budget=self._budget, tell=self.tell)
         yield from runner.compute(shards, retry)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from grounding.adapter.base import Adapter
-from grounding.batch.requests import Ask
-from grounding.batch.rows import MODEL, OUT_OF_MEMORY, Row, explained, failed
+from grounding.batch.requests import TextRequest
+from grounding.batch.rows import MODEL, OUT_OF_MEMORY, Row, failed_row, to_row
 from grounding.core.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.core.images import Picture
 from grounding.core.text import Generate
@@ -22,21 +22,21 @@ from grounding.engine.selection import Selection
 from grounding.explanation.explanation import Explanation
 
 # What was asked for is wrong for every picture alike.
-FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
+REQUEST_ERRORS = (LayerError, OptionError, TargetError, UnknownNameError)
 # What a model may raise on an input it cannot take; Ctrl-C and the like go on.
 BROKEN = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError)
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageJob:
     """One opened picture and the texts to explain of it."""
 
     sample: str
     picture: Picture
-    asks: tuple[Ask, ...]
+    asks: tuple[TextRequest, ...]
 
 
-class Grounder:
+class BatchExplainer:
     """An adapter with the arguments of `explain` that all pictures share (`select` is for their captions)."""
 
     def __init__(self, adapter: Adapter, how: Mapping[str, Any]) -> None:
@@ -45,13 +45,13 @@ class Grounder:
         self.select: Selection = self.how.pop("select")
         self._worked = False
 
-    def rows(self, jobs: Sequence[Job]) -> list[Row]:
+    def rows(self, jobs: Sequence[ImageJob]) -> list[Row]:
         """One row per text, in order. Raises what is wrong for every picture alike, as long as none has worked."""
         try:
             made = self._explained(jobs)
             self._worked = True
             return made
-        except FATAL as error:
+        except REQUEST_ERRORS as error:
             if not self._worked:
                 raise
             status, words = MODEL, str(error)
@@ -65,7 +65,7 @@ class Grounder:
             clear_device_cache(garbage_collection=True)
         return self._apart(jobs, status, words)
 
-    def _apart(self, jobs: Sequence[Job], status: str, words: str) -> list[Row]:
+    def _apart(self, jobs: Sequence[ImageJob], status: str, words: str) -> list[Row]:
         """The rows of jobs that failed together: in halves, down to a single text."""
         if len(jobs) > 1:
             middle = len(jobs) // 2
@@ -77,9 +77,9 @@ class Grounder:
                 row for asks in (job.asks[:middle], job.asks[middle:]) for row in self.rows([replace(job, asks=asks)])
             ]
         [ask] = job.asks
-        return [failed(job.sample, ask.line, ask.caption, status, words)]
+        return [failed_row(job.sample, ask.line, ask.caption, status, words)]
 
-    def _explained(self, jobs: Sequence[Job]) -> list[Row]:
+    def _explained(self, jobs: Sequence[ImageJob]) -> list[Row]:
         texts = [_texts(job.asks) for job in jobs]
         found = explain(
             self.adapter,
@@ -91,21 +91,21 @@ class Grounder:
         )
         return [row for job, own, made in zip(jobs, texts, found, strict=True) for row in _rows(job, own, made)]
 
-    def _selection(self, job: Job, place: int) -> Selection:
+    def _selection(self, job: ImageJob, place: int) -> Selection:
         """What is explained of a picture's text: of a caption what was asked for, of a text about a phrase itself."""
         if place >= len(job.asks):
             return Selection(tokens=False)
         return replace(self.select, phrases=job.asks[place].phrases)
 
 
-def _texts(asks: Sequence[Ask]) -> list[str | Generate]:
+def _texts(asks: Sequence[TextRequest]) -> list[str | Generate]:
     """The captions, then every text about their phrases once."""
     return [*(ask.text for ask in asks), *dict.fromkeys(text for ask in asks for text in ask.prompts.values())]
 
 
-def _rows(job: Job, texts: Sequence[str | Generate], found: Sequence[Explanation]) -> list[Row]:
+def _rows(job: ImageJob, texts: Sequence[str | Generate], found: Sequence[Explanation]) -> list[Row]:
     about = dict(zip(texts[len(job.asks) :], found[len(job.asks) :], strict=True))
     return [
-        explained(job.sample, ask.line, one, {place: about[text] for place, text in ask.prompts.items()})
+        to_row(job.sample, ask.line, one, {place: about[text] for place, text in ask.prompts.items()})
         for ask, one in zip(job.asks, found, strict=False)
     ]

@@ -14,7 +14,7 @@ SHARE, IN_A_ROW = 0.05, 100
 
 
 @dataclass
-class Budget:
+class FailureLimit:
     """Counts rows as they come. Too much is: over `share` of them failed, once there are `after`, or `in_a_row` failed
     one after the other (None: however many do). (Whether every one did is for the end of the run to say.)"""
 

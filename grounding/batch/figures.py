@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grounding.batch.decode_pool import Opening
-from grounding.batch.rows import Row, explanation_of
+from grounding.batch.rows import Row, from_row
 from grounding.batch.run_folder import RunFolder
 from grounding.core.errors import GroundingError
 from grounding.core.files import NAME_BYTES, slug, write_whole
@@ -44,7 +44,7 @@ def explanations(
             told(f"{rows[0]['image']}: {error}")
             continue
         shared = run.shared(rows)
-        yield from ((row["id"], explanation_of(row, run.about, picture, shared)) for row in good)
+        yield from ((row["id"], from_row(row, run.about, picture, shared)) for row in good)
 
 
 def _picture(dataset: Dataset, opening: Opening, row: Row) -> Picture:

@@ -23,7 +23,7 @@ SHOWN = 5
 LOG_SECONDS = 60
 
 
-class Watch:
+class Progress:
     """What is said while a run goes on; this one says nothing."""
 
     def begins(self, run: RunFolder, todo: Sequence[int], pictures: int) -> None:
@@ -63,7 +63,7 @@ class Meter:
             self.bar.close()
 
 
-class Bar(Watch):
+class ProgressBar(Progress):
     """Pictures done and failed rows. `by_shard`: rows are heard of only when their shard is done."""
 
     def __init__(self, *, quiet: bool = False, by_shard: bool = False, name: str = "") -> None:

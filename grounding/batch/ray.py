@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grounding.batch.config import Description, Load, Work, check_same
-from grounding.batch.executors import Here
+from grounding.batch.config import Load, RunConfig, RunDescription, check_same
+from grounding.batch.executors import LocalExecutor
 from grounding.batch.run_folder import RunFolder
 from grounding.core.errors import GroundingError, OptionError
 from grounding.core.printable import one_line
@@ -23,18 +23,18 @@ DEATHS = 3
 PATIENCE = 900
 
 
-class Worker:
+class RayWorker:
     """One process of a cluster with a model of its own; it sees the same data and run folder by the same paths."""
 
-    def __init__(self, load: Load, work: Work, folder: str) -> None:
+    def __init__(self, load: Load, work: RunConfig, folder: str) -> None:
         os.chdir(folder)  # where the driver stands: paths mean the same here
-        self.here = Here(load, work, lambda _rows, _pictures: None)
+        self.here = LocalExecutor(load, work, lambda _rows, _pictures: None)
         self.checked = False
 
     def ready(self) -> None:
         """Answers when it is there."""
 
-    def describe(self, ids: Sequence[str]) -> Description:
+    def describe(self, ids: Sequence[str]) -> RunDescription:
         """The run as this process sees it."""
         return self.here.describe(ids)
 
@@ -47,7 +47,7 @@ class Worker:
         return next(self.here.compute(run, [shard], retry), None)
 
 
-def places(machines: Sequence[Mapping[str, float]], threads: int) -> tuple[int, dict[str, float]]:
+def worker_slots(machines: Sequence[Mapping[str, float]], threads: int) -> tuple[int, dict[str, float]]:
     """How many workers fit on machines with these resources, and what each takes: a GPU where there are some, else a
     CPU per thread.
 
@@ -64,13 +64,13 @@ def places(machines: Sequence[Mapping[str, float]], threads: int) -> tuple[int, 
     )
 
 
-class Cluster:
+class RayExecutor:
     """Ray as the scheduler of shard numbers. `address`: of a running cluster, "auto", or "local" for one of its own.
 
     Use as a context manager. Raises OptionError where Ray is not installed, GroundingError where it does not answer.
     """
 
-    def __init__(self, load: Load, work: Work, address: str) -> None:
+    def __init__(self, load: Load, work: RunConfig, address: str) -> None:
         try:
             import ray
         except ImportError:
@@ -85,14 +85,14 @@ class Cluster:
         except (OSError, RuntimeError, ValueError) as error:
             raise GroundingError(f"Ray does not answer at {address!r}: {' '.join(str(error).split())}") from None
         try:
-            self.places, self.resources = places(
+            self.places, self.resources = worker_slots(
                 [node["Resources"] for node in ray.nodes() if node["Alive"]], work.threads or 1
             )
         except OptionError:
             ray.shutdown()
             raise
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> RayExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,11 +100,11 @@ class Cluster:
 
     def start(self) -> None:
         """Start a worker; it is idle once it answers, for it may have to wait for a place, and load a model."""
-        made = self.ray.remote(Worker).options(max_restarts=0, **self.resources)
+        made = self.ray.remote(RayWorker).options(max_restarts=0, **self.resources)
         worker: Any = made.remote(self.load, self.work, str(Path.cwd()))
         self.starting[worker.ready.remote()] = worker
 
-    def describe(self, ids: Sequence[str]) -> Description:
+    def describe(self, ids: Sequence[str]) -> RunDescription:
         """The run as a worker sees it: the driver may have neither model nor accelerator."""
         self.start()
         deaths = 0
@@ -112,7 +112,7 @@ class Cluster:
             deaths += self._wait({})
             self._check_starts(deaths)
         try:
-            found: Description = self._get(self.idle[0].describe.remote(list(ids)))
+            found: RunDescription = self._get(self.idle[0].describe.remote(list(ids)))
         except self._died as error:
             raise GroundingError(
                 f"a worker of the Ray cluster died while it loaded the model ({one_line(error)})"

@@ -21,7 +21,7 @@ SENTENCE = "image of {}"
 
 
 @dataclass(frozen=True)
-class Ask:
+class TextRequest:
     """One text of a picture: what to explain of it. `phrases` and `prompts` are about characters [start, end)."""
 
     line: int
@@ -42,7 +42,7 @@ class Sample:
 
     id: str
     picture: Path | bytes | None
-    asks: tuple[Ask, ...]
+    asks: tuple[TextRequest, ...]
     failures: tuple[Failure, ...] = ()
     listed: bool = True
 
@@ -58,7 +58,7 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
     if record.picture is None:
         return Sample(name, None, (), record.failures if captions == "all" else record.failures[:1])
     if captions == "none":
-        return Sample(name, record.picture, (Ask(0, Generate()),))
+        return Sample(name, record.picture, (TextRequest(0, Generate()),))
     asks, failures = [], list(record.failures)
     for caption in record.captions:
         try:
@@ -72,10 +72,10 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
     return Sample(name, record.picture, tuple(asks), tuple(failures))
 
 
-def _ask(caption: Caption, protocols: Sequence[str]) -> Ask:
+def _ask(caption: Caption, protocols: Sequence[str]) -> TextRequest:
     places = tuple(dict.fromkeys((phrase.start, phrase.end) for phrase in caption.phrases))
     about = {(p.start, p.end): SENTENCE.format(normal(p.text)) for p in caption.phrases}
-    return Ask(
+    return TextRequest(
         caption.line,
         check_text(caption.text),
         places if PHRASE_ALONE in protocols else (),

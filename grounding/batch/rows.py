@@ -27,13 +27,13 @@ from grounding.core.errors import GroundingError
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
 from grounding.core.text import Alternative
-from grounding.explanation.explanation import Entry, Explanation, MapColumn
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps
 from grounding.explanation.maps import Status
-from grounding.explanation.serialization import entry_json, plain
+from grounding.explanation.serialization import entry_json, to_builtin
 
 if TYPE_CHECKING:
     from grounding.adapter.base import Adapter
-    from grounding.engine.plan import Column
+    from grounding.engine.plan import MethodCall
 
 # Where a table says who wrote it, in its metadata.
 ABOUT = b"grounding"
@@ -93,8 +93,8 @@ _FIELDS = {
 
 
 @dataclass(frozen=True)
-class About:
-    """What all rows of a run share: per column key the method, and what was explained how. See `MapColumn`."""
+class RunMetadata:
+    """What all rows of a run share: per column key the method, and what was explained how. See `MethodMaps`."""
 
     methods: Mapping[str, Mapping[str, Any]]
     target: str
@@ -103,25 +103,27 @@ class About:
     provenance: Mapping[str, Any]
 
     @classmethod
-    def of(cls, adapter: Adapter, plan: Sequence[Column], target: str, token_target: str | None, seed: int) -> About:
+    def of(
+        cls, adapter: Adapter, plan: Sequence[MethodCall], target: str, token_target: str | None, seed: int
+    ) -> RunMetadata:
         """What the explanations of a plan will have in common."""
         # Here, as who only looks at a run needs no torch.
         from grounding.engine.provenance import provenance_of
-        from grounding.explanation.serialization import plain
+        from grounding.explanation.serialization import to_builtin
 
         methods = {
             column.key: {
                 "method": column.name,
                 "title": column.method.title,
                 "layer": column.layer,
-                "options": plain(column.options),
+                "options": to_builtin(column.options),
                 "signed": column.method.signed,
                 "text_conditioned": adapter.text_conditioned(target, column.method.reads_gradient),
             }
             for column in plan
         }
         model = {"id": adapter.info.id, "type": adapter.info.type}
-        return cls(methods, target, token_target, model, plain(provenance_of(adapter, seed)))
+        return cls(methods, target, token_target, model, to_builtin(provenance_of(adapter, seed)))
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class About:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> About:
+    def from_json(cls, text: str | bytes) -> RunMetadata:
         """The inverse. Raises GroundingError for anything else."""
         try:
             return cls(**json.loads(text))
@@ -141,24 +143,24 @@ class About:
             raise GroundingError(f"not a table of a batch run: {error}") from None
 
 
-def schema(about: About) -> pa.Schema:
+def schema(about: RunMetadata) -> pa.Schema:
     """The columns of a run's tables."""
     fields = _FIELDS | dict.fromkeys(about.methods, _MAPS)
     return pa.schema(fields, metadata={ABOUT: about.to_json()})
 
 
-def to_table(rows: Sequence[Row], about: About) -> pa.Table:
+def to_table(rows: Sequence[Row], about: RunMetadata) -> pa.Table:
     """Rows as a table; what a row does not have is null."""
     return pa.Table.from_pylist(list(rows), schema=schema(about))
 
 
-def maps_bytes(rows: Sequence[Row], about: About) -> int:
+def maps_bytes(rows: Sequence[Row], about: RunMetadata) -> int:
     """What the maps of these rows take by themselves: two bytes a patch, and four for the scale of each map."""
     stored = [maps for row in rows for key in about.methods if (maps := row.get(key)) is not None]
     return sum(len(maps["values"]) + 4 * len(maps["scales"]) for maps in stored)
 
 
-def doubts_of(rows: Sequence[Row], about: About) -> Counter[str]:
+def doubts_of(rows: Sequence[Row], about: RunMetadata) -> Counter[str]:
     """Rows by warning, and by method that has no evidence for the caption; what else methods say stands in the rows."""
     titles = tuple(f"{method['title']} " for method in about.methods.values())
     said = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
@@ -169,12 +171,12 @@ def doubts_of(rows: Sequence[Row], about: About) -> Counter[str]:
     return said
 
 
-def about_of(table: pa.Table | pa.Schema) -> About:
+def about_of(table: pa.Table | pa.Schema) -> RunMetadata:
     """What a table's rows have in common. Raises GroundingError for a table that is none of ours."""
     metadata = (table if isinstance(table, pa.Schema) else table.schema).metadata or {}
     if ABOUT not in metadata:
         raise GroundingError("the table was not written by a batch run: it has no 'grounding' metadata")
-    return About.from_json(metadata[ABOUT])
+    return RunMetadata.from_json(metadata[ABOUT])
 
 
 OK, TRUNCATED, DEGENERATE = "ok", "ok_truncated", "degenerate"
@@ -201,7 +203,7 @@ STATUSES = (
 PROMPT = "prompt"
 
 
-def failed(sample: str, line: int, caption: str | None, status: str, error: str, name: str | None = None) -> Row:
+def failed_row(sample: str, line: int, caption: str | None, status: str, error: str, name: str | None = None) -> Row:
     """The row of a pair that could not be explained; `name` where it is not `sample#line`."""
     return {
         "id": name or f"{sample}#{line}",
@@ -213,7 +215,7 @@ def failed(sample: str, line: int, caption: str | None, status: str, error: str,
     }
 
 
-def explained(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[int, int], Explanation]) -> Row:
+def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[int, int], Explanation]) -> Row:
     """The row of an explanation with, by characters [start, end) of its caption, those of its prompts."""
     entries = [entry_json(entry) for entry in found.entries]
     for (start, end), one in prompts.items():
@@ -227,7 +229,7 @@ def explained(sample: str, line: int, found: Explanation, prompts: Mapping[tuple
         "image_sha256": found.picture.sha256,
         "origin": found.origin,
         "truncated": found.truncated,
-        "score": plain(found.score),
+        "score": to_builtin(found.score),
         "entries": entries,
         "geometry": found.geometry.to_dict() | {"seen": [float(v) for v in found.geometry.seen]},
         "warnings": list(dict.fromkeys(w for one in (found, *prompts.values()) for w in one.warnings)),
@@ -247,7 +249,7 @@ def status_of(found: Explanation) -> str:
     return TRUNCATED if found.truncated else OK
 
 
-def share_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
+def deduplicate_shared_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
     """Keep the maps that do not see the text in the first row of each picture that has them."""
     for key in shared:
         stored: set[str] = set()
@@ -271,8 +273,8 @@ def _packed(maps: np.ndarray, status: Sequence[Status]) -> Row:
     }
 
 
-def explanation_of(
-    row: Row, about: About, picture: Picture, shared: Mapping[str, Row], *, prompts: bool = False
+def from_row(
+    row: Row, about: RunMetadata, picture: Picture, shared: Mapping[str, Row], *, prompts: bool = False
 ) -> Explanation:
     """The explanation of a row that did not fail; `shared` are the maps of its picture that do not see the text.
 
@@ -288,7 +290,7 @@ def explanation_of(
         maps, status = _unpacked(stored, geometry)
         if method["text_conditioned"]:
             maps, status = maps[kept], tuple(status[i] for i in kept)
-        columns[key] = MapColumn(key=key, **method, maps=maps, status=status)
+        columns[key] = MethodMaps(key=key, **method, maps=maps, status=status)
     return Explanation(
         picture=picture,
         caption=row["caption"],

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from grounding.batch.config import Description, Work, begin, check_same
-from grounding.batch.executors import Rank
-from grounding.batch.progress import Watch, failures
+from grounding.batch.config import RunConfig, RunDescription, begin, check_same
+from grounding.batch.executors import ProcessRank
+from grounding.batch.progress import Progress, failures
 from grounding.batch.rows import STATUSES
 from grounding.batch.run_folder import RunFolder, locked
 from grounding.core.errors import EXIT_BUDGET, BudgetError, GroundingError, OptionError
@@ -21,26 +21,26 @@ EXIT_FAILURES = 3
 
 
 @runtime_checkable
-class Hands(Protocol):
+class Executor(Protocol):
     """Who computes: see `engines`."""
 
-    def describe(self, ids: Sequence[str]) -> Description:
+    def describe(self, ids: Sequence[str]) -> RunDescription:
         """The run as the process sees it that computes it."""
 
     def compute(self, run: RunFolder, shards: Sequence[int], retry: Collection[str]) -> Iterator[dict[str, Any]]:
         """Compute and commit shards; their sidecars as they come."""
 
 
-def drive(
+def run_batch(
     folder: Path,
-    work: Work,
+    work: RunConfig,
     dataset: Dataset,
     ids: Sequence[str],
-    hands: Hands,
+    hands: Executor,
     *,
-    rank: Rank | None = None,
+    rank: ProcessRank | None = None,
     retry: Collection[str] = (),
-    watch: Watch | None = None,
+    watch: Progress | None = None,
 ) -> RunFolder:
     """Begin or resume the run in `folder` and compute what is left; pictures with a row of a status in `retry` again.
 
@@ -50,7 +50,7 @@ def drive(
     # A process of `decode_ahead` that imports a script without the usual guard would compute the run all over.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise GroundingError('a run begins while a script is imported: put it under `if __name__ == "__main__":`')
-    rank, watch = rank or Rank(), watch or Watch()
+    rank, watch = rank or ProcessRank(), watch or Progress()
     check_statuses(retry)
     main = rank.index == 0
     with locked(folder) if main else nullcontext():
@@ -94,7 +94,7 @@ def check_statuses(statuses: Collection[str]) -> None:
             )
 
 
-def _tidy(run: RunFolder, watch: Watch) -> None:
+def _tidy(run: RunFolder, watch: Progress) -> None:
     """Remove what was half-written, set aside what is damaged."""
     run.clear_parts()
     for shard in run.shards:
@@ -115,4 +115,4 @@ def _check_hopeless(run: RunFolder) -> None:
         raise BudgetError(f"every row failed ({counts.total()}); the first: {first['error']}")
 
 
-__all__ = ["EXIT_BUDGET", "EXIT_FAILURES", "Hands", "Watch", "check_statuses", "drive", "exit_code", "failures"]
+__all__ = ["EXIT_BUDGET", "EXIT_FAILURES", "Executor", "Progress", "check_statuses", "run_batch", "exit_code", "failures"]

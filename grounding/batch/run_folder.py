@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from grounding.batch.rows import About, Row, about_of, doubts_of, maps_bytes, to_table
+from grounding.batch.rows import Row, RunMetadata, about_of, doubts_of, maps_bytes, to_table
 from grounding.core.errors import DataError, GroundingError, OutputError
 from grounding.core.files import PART, STAGING, try_writing, write_whole
 from grounding.core.printable import escape
@@ -79,9 +79,9 @@ class RunFolder:
         return tuple(self.manifest["ids"])
 
     @property
-    def about(self) -> About:
+    def about(self) -> RunMetadata:
         """What all rows have in common."""
-        return About(**self.manifest["about"])
+        return RunMetadata(**self.manifest["about"])
 
     @property
     def shards(self) -> range:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from grounding.adapter.base import Adapter
-from grounding.batch.config import Work
+from grounding.batch.config import RunConfig
 from grounding.batch.decode_pool import Decoders, Opening, Source
-from grounding.batch.explainer import Grounder, Job
-from grounding.batch.failure_limit import Budget
+from grounding.batch.explainer import BatchExplainer, ImageJob
+from grounding.batch.failure_limit import FailureLimit
 from grounding.batch.requests import Sample, sample_of
-from grounding.batch.rows import INPUT, Row, failed, share_maps
+from grounding.batch.rows import INPUT, Row, deduplicate_shared_maps, failed_row
 from grounding.batch.run_folder import RunFolder
 from grounding.core.errors import ImageError
 from grounding.core.images import Picture
@@ -25,22 +25,22 @@ Tell = Callable[[Sequence[Row], int], None]
 Opened = tuple[tuple[int, Sample], Picture | ImageError]
 
 
-class Runner:
+class ShardRunner:
     """Computes shards of a run. `tell` is called with rows as they come and how many pictures are finished by them."""
 
     def __init__(
         self,
         run: RunFolder,
-        work: Work,
+        work: RunConfig,
         adapter: Adapter,
         dataset: Dataset,
         *,
-        budget: Budget | None = None,
+        budget: FailureLimit | None = None,
         tell: Tell = lambda _rows, _pictures: None,
     ) -> None:
         self.run, self.work, self.dataset = run, work.settled(adapter), dataset
-        self.budget, self.tell = budget or Budget(), tell
-        self.grounder = Grounder(adapter, self.work.how)
+        self.budget, self.tell = budget or FailureLimit(), tell
+        self.grounder = BatchExplainer(adapter, self.work.how)
         # As many as the run began with: sums in another order differ in the last digit.
         torch.set_num_threads(run.manifest["threads"])
 
@@ -59,7 +59,7 @@ class Runner:
                 started = time.perf_counter()
                 rows = self._rows(opened) | (self._kept(shard, retry) if retry else {})
                 ordered = [row for name in self.run.members(shard) for row in rows[name]]
-                share_maps(ordered, self.run.about.shared)
+                deduplicate_shared_maps(ordered, self.run.about.shared)
                 yield self.run.commit(shard, ordered, time.perf_counter() - started)
 
     def _items(self, shards: Sequence[int], retry: Collection[str]) -> Iterator[tuple[tuple[int, Sample], Source]]:
@@ -80,11 +80,11 @@ class Runner:
     def _rows(self, opened: Iterator[Opened]) -> dict[str, list[Row]]:
         """Rows by picture, of one shard."""
         made: dict[str, list[Row]] = {}
-        batch: list[Job] = []
+        batch: list[ImageJob] = []
         for (_, sample), picture in opened:
             failures = [_failure(sample, f.line, f.text or None, INPUT, f.error) for f in sample.failures]
             if sample.asks and isinstance(picture, Picture):
-                batch.append(Job(sample.id, picture, sample.asks))
+                batch.append(ImageJob(sample.id, picture, sample.asks))
             elif sample.asks and isinstance(picture, ImageError):
                 why = picture.status, str(picture)
                 failures += [_failure(sample, ask.line, ask.caption, *why) for ask in sample.asks]
@@ -97,7 +97,7 @@ class Runner:
             self._explain(batch, made)
         return {name: sorted(rows, key=lambda row: row["line"]) for name, rows in made.items()}
 
-    def _explain(self, batch: Sequence[Job], made: dict[str, list[Row]]) -> None:
+    def _explain(self, batch: Sequence[ImageJob], made: dict[str, list[Row]]) -> None:
         rows = self.grounder.rows(batch)
         for row in rows:
             made[row["image"]].append(row)
@@ -111,4 +111,4 @@ class Runner:
 def _failure(sample: Sample, line: int, caption: str | None, status: str, error: str) -> Row:
     # A broken row of the data set belongs to no picture: its name is its id.
     name = None if sample.listed else sample.id
-    return failed(sample.id, line, caption, status, error, name)
+    return failed_row(sample.id, line, caption, status, error, name)

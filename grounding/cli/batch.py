@@ -19,13 +19,13 @@ from grounding.core.printable import escape
 from grounding.core.streams import say
 
 if TYPE_CHECKING:
-    from grounding.batch.config import Work
-    from grounding.batch.progress import Bar
+    from grounding.batch.config import RunConfig
+    from grounding.batch.progress import ProgressBar
     from grounding.batch.run_folder import RunFolder
     from grounding.datasets.records import Dataset
 
 if TYPE_CHECKING:
-    from grounding.batch.config import Work
+    from grounding.batch.config import RunConfig
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
@@ -84,9 +84,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.set_defaults(tokens=None, phrase=[], attention_layer=None, head=None, target_class=None)
 
 
-def work_of(args: argparse.Namespace) -> Work:
+def work_of(args: argparse.Namespace) -> RunConfig:
     """What is to be computed. Raises OptionError."""
-    from grounding.batch.config import Work
+    from grounding.batch.config import RunConfig
     from grounding.batch.requests import PROTOCOLS
     from grounding.core.demo import demo_scenes
 
@@ -96,7 +96,7 @@ def work_of(args: argparse.Namespace) -> Work:
     select = replace(how["select"], tokens=False) if args.no_tokens else how["select"]
     methods, layers = tuple(args.methods) if args.methods else None, tuple(args.layer)
     data = Path(args.data or demo_scenes())
-    return Work(
+    return RunConfig(
         # Other processes, and later ones, may stand in another folder.
         data=str(data.resolve() if data.exists() else args.data),
         split=args.split,
@@ -154,9 +154,9 @@ def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
 
 
 def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -> int:
-    from grounding.batch.executors import Rank
-    from grounding.batch.progress import Bar, print_status
-    from grounding.batch.run import drive, exit_code
+    from grounding.batch.executors import ProcessRank
+    from grounding.batch.progress import ProgressBar, print_status
+    from grounding.batch.run import exit_code, run_batch
     from grounding.datasets.subset import chosen_ids
     from grounding.explanation.figures.options import check_options
 
@@ -164,16 +164,16 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
     work = work_of(args)
     dataset = work.dataset()
     ids = chosen_ids(dataset, args.limit, args.random, args.seed)
-    rank = Rank.of_launch(args.device)
+    rank = ProcessRank.of_launch(args.device)
     make = partial(load, args.model, device=rank.device(args.device), dtype=args.dtype, revision=args.revision)
     if not args.quiet and not rank.index:
         _warn(dataset)
     name = f"process {rank.index} of {rank.count}" if rank.count > 1 else ""
-    bar = Bar(quiet=args.quiet, by_shard=args.engine == "ray", name=name)
+    bar = ProgressBar(quiet=args.quiet, by_shard=args.engine == "ray", name=name)
     try:
         # In this order: Ray has a handler of its own, which must not be the last.
         with _hands(args, make, work, bar) as hands, _terminable():
-            run = drive(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
+            run = run_batch(folder, work, dataset, ids, hands, rank=rank, retry=args.retry, watch=bar)
     except KeyboardInterrupt:
         if rank.index == 0:
             again = f"{shlex.join(['python', *sys.argv])}{', launched as it was' if rank.count > 1 else ''}"
@@ -190,16 +190,16 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
 
 
 @contextmanager
-def _hands(args: argparse.Namespace, make: Callable[[], Any], work: Work, bar: Bar) -> Iterator[Any]:
-    from grounding.batch.executors import Here
-    from grounding.batch.ray import Cluster
+def _hands(args: argparse.Namespace, make: Callable[[], Any], work: RunConfig, bar: ProgressBar) -> Iterator[Any]:
+    from grounding.batch.executors import LocalExecutor
+    from grounding.batch.ray import RayExecutor
 
     if args.engine == "local":
         if args.address != "local":
             raise OptionError("--address belongs to --engine ray")
-        yield Here(make, work, bar.rows)
+        yield LocalExecutor(make, work, bar.rows)
         return
-    with Cluster(make, work, args.address) as cluster:
+    with RayExecutor(make, work, args.address) as cluster:
         yield cluster
 
 

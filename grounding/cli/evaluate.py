@@ -26,9 +26,9 @@ def score_run(args: argparse.Namespace) -> int:
     """Score a run, print, write. Raises GroundingError; OptionError for options that need a model."""
     given = _rules(args)
     from grounding.batch.run_folder import RunFolder
-    from grounding.evaluation.runs import RunRules, evaluate_run, run_dataset
+    from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
 
-    rules = RunRules(**given)
+    rules = RunScoreConfig(**given)
     path = report.check_file(args.output) if args.output else None
     run = RunFolder.open(args.run)
     progress = sys.stderr.isatty() and not args.quiet

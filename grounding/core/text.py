@@ -80,7 +80,7 @@ Asked = str | Generate | Classes
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedText:
     """A tokenised text. `ids`, `offsets` and `special` run over the model's sequence, special tokens included.
 
     `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off; `marks`
@@ -99,7 +99,7 @@ class Tokens:
     classes: tuple[str, ...] = ()
 
     @classmethod
-    def of_classes(cls, names: Sequence[str], indices: Sequence[int]) -> Tokens:
+    def of_classes(cls, names: Sequence[str], indices: Sequence[int]) -> TokenizedText:
         """Classes in place of a text."""
         count = len(names)
         return cls("", tuple(indices), ((0, 0),) * count, (True,) * count, classes=tuple(names))

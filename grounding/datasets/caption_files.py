@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from grounding.core.errors import DataError
 from grounding.core.printable import quote
-from grounding.datasets.caption_lists import Entry, Found
+from grounding.datasets.caption_lists import ListedRow, ParsedListing
 from grounding.datasets.text_files import lines_of
 
 # Column names, in lower case; the first that a header has is taken.
@@ -33,7 +33,7 @@ TOKEN_BLANK = re.compile(r"(\S+)#(\d+)(?: +(.*))?", re.DOTALL)
 UNSEPARATED = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 
 
-def read_listing(path: Path, text: str) -> Found:
+def read_listing(path: Path, text: str) -> ParsedListing:
     """What a file lists, by its format: the ending of its name, and for `.txt` its first line. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -72,7 +72,7 @@ def header_of(line: str) -> Header | None:
     return None
 
 
-def delimited(text: str, name: str) -> Found:
+def delimited(text: str, name: str) -> ParsedListing:
     """A table with a header: comma, semicolon, tab with fields quoted as in RFC 4180, or ` | ` without quoting."""
     first = text.split("\n", 1)[0].rstrip("\r")
     header = header_of(first)
@@ -83,7 +83,7 @@ def delimited(text: str, name: str) -> Found:
             "semicolon, tab or |"
         )
     bare = header.delimiter == "|"
-    listing = Found("kaggle-csv" if bare else "csv")
+    listing = ParsedListing("kaggle-csv" if bare else "csv")
     for line, fields in _rows(text, header, listing.broken, name):
         if line == 1 or not any(field.strip() for field in fields):
             continue
@@ -147,7 +147,7 @@ def _bare_fields(fields: list[str], header: Header, place: str, problems: list[s
     return [field.strip() for field in fields]
 
 
-def _row(fields: list[str], header: Header, place: str) -> Entry:
+def _row(fields: list[str], header: Header, place: str) -> ListedRow:
     """Raises DataError for a row that does not fit the header."""
     if len(fields) != header.width:
         hint = "; a caption with the separator in it must be quoted" if len(fields) > header.width else ""
@@ -160,7 +160,7 @@ def _row(fields: list[str], header: Header, place: str) -> Entry:
     number = cell(NUMBERS).strip()
     if number and not number.isdecimal():
         raise DataError(f"{quote(number, 40)} is no number of a caption")
-    return Entry(place, cell(IMAGES), _texts(cell(CAPTIONS)), int(number) if number else None, cell(SPLITS).strip())
+    return ListedRow(place, cell(IMAGES), _texts(cell(CAPTIONS)), int(number) if number else None, cell(SPLITS).strip())
 
 
 def _texts(cell: str) -> tuple[object, ...]:
@@ -181,9 +181,9 @@ def _pick(columns: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 # ---------------------------------------------------------------- token
 
 
-def token(text: str, name: str) -> Found:
+def token(text: str, name: str) -> ParsedListing:
     """`1000092795.jpg#0<TAB>caption`, or blanks in place of the tab; the number counts from 0."""
-    listing = Found("token")
+    listing = ParsedListing("token")
     for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
             continue
@@ -192,30 +192,30 @@ def token(text: str, name: str) -> Found:
         if match is None:
             listing.broken[place] = f"expected <picture>#<number><TAB><caption>, got {quote(line, 80)}"
         else:
-            listing.entries.append(Entry(place, match[1], ((match[3] or "").strip(),), int(match[2])))
+            listing.entries.append(ListedRow(place, match[1], ((match[3] or "").strip(),), int(match[2])))
     return listing
 
 
 # ---------------------------------------------------------------- JSON
 
 
-def json_document(text: str, name: str) -> Found:
+def json_document(text: str, name: str) -> ParsedListing:
     """`{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, or a list of objects as in lines of JSON."""
     document = _json(text, name)
     karpathy = isinstance(document, dict)
     things = document.get("images") if karpathy else document
     if not isinstance(things, list):
         raise DataError(f'{quote(name)}: expected {{"images": [...]}} or a list of objects')
-    listing = Found("karpathy-json" if karpathy else "json")
+    listing = ParsedListing("karpathy-json" if karpathy else "json")
     for number, thing in enumerate(things):
         place = f"{name}:{'images' if karpathy else ''}[{number}]"
         _add(listing, thing, place, whole=karpathy)
     return listing
 
 
-def json_lines(text: str, name: str, folder: str = "") -> Found:
+def json_lines(text: str, name: str, folder: str = "") -> ParsedListing:
     """A JSON object a line, with an image and a caption; `folder` comes before the names of its pictures."""
-    listing = Found("jsonl")
+    listing = ParsedListing("jsonl")
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             place = f"{folder}{name}:{number}"
@@ -235,7 +235,7 @@ def _json(text: str, name: str) -> Any:
         raise DataError(f"{quote(name)} is no JSON that can be read ({error})") from None
 
 
-def _add(listing: Found, thing: Any, place: str, *, whole: bool = False, folder: str = "") -> None:
+def _add(listing: ParsedListing, thing: Any, place: str, *, whole: bool = False, folder: str = "") -> None:
     """The entry of a JSON object, or why it is none."""
     if not isinstance(thing, dict):
         listing.broken[place] = f"expected a JSON object, got {type(thing).__name__}"
@@ -251,7 +251,7 @@ def _add(listing: Found, thing: Any, place: str, *, whole: bool = False, folder:
     split = folder.rstrip("/") or (split if isinstance(split, str) else "")
     caption = _pick(thing, CAPTIONS)
     texts = captions_of(thing[caption]) if caption else ()
-    listing.entries.append(Entry(place, f"{folder}{picture}", texts, None, split, whole))
+    listing.entries.append(ListedRow(place, f"{folder}{picture}", texts, None, split, whole))
 
 
 def captions_of(value: object) -> tuple[object, ...]:

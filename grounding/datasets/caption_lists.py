@@ -21,7 +21,7 @@ from grounding.datasets.records import Caption, Failure, Record
 ALL = "all"
 
 
-class Entry(NamedTuple):
+class ListedRow(NamedTuple):
     """What one row says: texts of a picture, as they stand there (anything: what is no caption is reported later).
 
     `place` names the row for messages and is no other row's. `number` is the line of the first text, None: the next
@@ -37,11 +37,11 @@ class Entry(NamedTuple):
 
 
 @dataclass
-class Found:
+class ParsedListing:
     """What a file gave: entries, rows that belong to no picture (name and reason), and what else to tell."""
 
     layout: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ListedRow] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ class _Group:
 
     __slots__ = ("lines", "place", "split", "whole")
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: ListedRow) -> None:
         self.place, self.split, self.whole = entry.place, entry.split, entry.whole
         self.lines: dict[int, object] = {}
 
@@ -86,7 +86,7 @@ class Listing:
     boxes = False
     broken: Mapping[str, str]
 
-    def __init__(self, folder: Path, split: str | None, found: Found, pictures: Pictures, digest: str) -> None:
+    def __init__(self, folder: Path, split: str | None, found: ParsedListing, pictures: Pictures, digest: str) -> None:
         """`digest` is the sha256 of what `found` was read from. Raises DataError where there is no such split."""
         self.layout, self.folder, self._pictures, self._digest = found.layout, folder, pictures, digest
         self.root = pictures.root
@@ -126,11 +126,11 @@ class Listing:
         return self._digest
 
 
-def grouped(entries: Iterable[Entry]) -> tuple[dict[str, _Group], dict[str, str]]:
+def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, str]]:
     """(groups by picture, in order of first appearance; rows that cannot join one, with the reason)."""
     groups: dict[str, _Group] = {}
     broken: dict[str, str] = {}
-    bare: list[Entry] = []
+    bare: list[ListedRow] = []
     for entry in entries:
         if not entry.picture or not _is_unicode(entry.picture):
             broken[entry.place] = "its name is not valid Unicode" if entry.picture else "it names no picture"
@@ -163,7 +163,7 @@ def _shown(text: object) -> str:
     return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else ""
 
 
-def _misfit(group: _Group, entry: Entry) -> str | None:
+def _misfit(group: _Group, entry: ListedRow) -> str | None:
     if group.whole or entry.whole:
         return f"{quote(entry.picture)} is listed already ({group.place})"
     if group.split != entry.split:

@@ -20,7 +20,7 @@ from typing import Any
 from grounding.core.errors import DataError
 from grounding.core.printable import one_line, quote
 from grounding.datasets.caption_files import CAPTIONS, captions_of
-from grounding.datasets.caption_lists import Entry, Found, Listing, sha256
+from grounding.datasets.caption_lists import ListedRow, Listing, ParsedListing, sha256
 from grounding.datasets.image_folder import picture_path
 
 PREFIX = "hf:"
@@ -127,7 +127,7 @@ class TablePictures:
 
 
 def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: str | None) -> Listing:
-    found, root = Found("datasets"), None
+    found, root = ParsedListing("datasets"), None
     rows: dict[str, tuple[Any, int]] = {}
     for key, table in tables.items():
         column = _image_column(table)
@@ -144,7 +144,7 @@ def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: 
     return Listing(folder, split, found, TablePictures(rows, column, home, root), digest)
 
 
-def _entries(table: Any, key: str, several: bool) -> list[Entry]:
+def _entries(table: Any, key: str, several: bool) -> list[ListedRow]:
     caption, name, split = _first(table, CAPTIONS), _first(table, IDS), _first(table, ("split",))
     kept = [part for part in (caption, name, split) if part]
     cells = table.select_columns(kept)[:] if kept else {}
@@ -157,7 +157,7 @@ def _entries(table: Any, key: str, several: bool) -> list[Entry]:
         whole = caption is None or isinstance(own[caption], list)
         place = f"{key} row {row}".strip()
         own_split = own[split] if split and own[split] else key
-        entries.append(Entry(place, "" if picture is None else str(picture), texts, None, str(own_split), whole))
+        entries.append(ListedRow(place, "" if picture is None else str(picture), texts, None, str(own_split), whole))
     return entries
 
 

@@ -16,7 +16,7 @@ from grounding.core.errors import DataError
 from grounding.core.printable import quote
 from grounding.datasets import huggingface
 from grounding.datasets.caption_files import header_of, json_lines, read_listing
-from grounding.datasets.caption_lists import Entry, FolderPictures, Found, Listing, sha256
+from grounding.datasets.caption_lists import FolderPictures, ListedRow, Listing, ParsedListing, sha256
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.image_folder import has_pictures, picture_root, pictures_of
 from grounding.datasets.records import Dataset
@@ -168,7 +168,7 @@ def _labels(folder: Path) -> list[Path]:
 
 def _open_labels(folder: Path, split: str | None) -> Dataset:
     """`<split>/labels.jsonl`: ids are `<split>/<file>`, for the splits may use the same names."""
-    found, parts = Found("jsonl"), []
+    found, parts = ParsedListing("jsonl"), []
     for path in _labels(folder):
         data = read_bytes(path)
         parts += [path.parent.name.encode(), data]
@@ -180,7 +180,7 @@ def _open_labels(folder: Path, split: str | None) -> Dataset:
 
 def _open_pictures(folder: Path, split: str | None) -> Dataset:
     root, names = pictures_of(folder)
-    found = Found("pictures", [Entry(f"file {quote(name)}", name) for name in names])
+    found = ParsedListing("pictures", [ListedRow(f"file {quote(name)}", name) for name in names])
     for path in (path for pattern in TABLES for path in _files(folder, pattern)):
         found.problems.append(f"{quote(path.name)} is not read: its first line names no image and caption columns")
     return Listing(folder, split, found, FolderPictures(root), sha256(os.fsencode(name) for name in names))

@@ -28,7 +28,7 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
 
     `asked` checks a text, or what the architecture takes in its place; no texts at all are None for every picture.
 
-    Pictures that were seen already (`Adapter.see`) stand for their list, or for one picture where there is one.
+    Pictures that were seen already (`Adapter.prepare_images`) stand for their list, or for one picture where there is one.
     """
     if isinstance(images, Inputs):
         images = list(images.pictures) if len(images.pictures) > 1 else images.pictures[0]

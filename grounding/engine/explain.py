@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grounding.adapter.base import Adapter, Chance
+from grounding.adapter.base import Adapter, TokenProbability
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
 from grounding.core.text import Span
 from grounding.engine.arguments import flatten, selections_of
-from grounding.engine.passes import look, trace
-from grounding.engine.plan import Column, columns
+from grounding.engine.passes import look, run_passes
+from grounding.engine.plan import MethodCall, plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.selection import Selection
-from grounding.engine.warnings import ROUNDING, cancelled, doubts, unasked
-from grounding.explanation.explanation import Entry, Explanation, MapColumn
+from grounding.engine.warnings import ROUNDING, map_warnings, orthogonal_warnings, text_independent_warnings
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps
 from grounding.explanation.maps import Status, diagnose
 
 BATCH_SIZE = 8
@@ -51,7 +51,7 @@ def explain(
     ----------
     adapter: a model and its processor, e.g. `adapters.load("openai/clip-vit-base-patch16")`.
     images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
-        (`adapter.see([...])`), whose pass is then reused for every later text.
+        (`adapter.prepare_images([...])`), whose pass is then reused for every later text.
     texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture. A model
         that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own. Of a
         model that knows classes: names of classes, each of which then gets an Explanation; better say them by `target`.
@@ -83,7 +83,7 @@ def explain(
     pictures, captions, rebuild = flatten(images, texts, adapter.asked)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
-    plan = columns(adapter, methods, layers, options, average_layers)
+    plan = plan_methods(adapter, methods, layers, options, average_layers)
     selections = selections_of(select, captions)
     if any(s.where or s.contrast for own in selections for s in own) and not adapter.generates:
         raise OptionError(f"where and contrast ask what a model could have written; {adapter.info.type} writes no text")
@@ -98,7 +98,7 @@ def explain(
             if adapter.looks_first(captions[part]):
                 look(adapter, seen, plan)
             chosen = [selection for own in selections[part] for selection in own]
-            inputs = adapter.read(seen, captions[part])
+            inputs = adapter.prepare_texts(seen, captions[part])
             results += _explain_batch(adapter, inputs, plan, chosen, target, token_target, seed)
     return rebuild(results)
 
@@ -117,13 +117,13 @@ def _batches(adapter: Adapter, images: Any, pictures: list[Any], batch_size: int
         return
     for first in range(0, len(pictures), batch_size):
         part = slice(first, first + batch_size)
-        yield adapter.see(pictures[part]), part
+        yield adapter.prepare_images(pictures[part]), part
 
 
 def _explain_batch(
     adapter: Adapter,
     inputs: Inputs,
-    plan: Sequence[Column],
+    plan: Sequence[MethodCall],
     select: Sequence[Selection],
     target: str | None,
     token_target: str | None,
@@ -135,7 +135,7 @@ def _explain_batch(
         if not chosen:
             raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
     targets = adapter.targets(inputs, spans, target, token_target)
-    found = compute(adapter, inputs, targets, plan)
+    found = compute_maps(adapter, inputs, targets, plan)
     chances = adapter.alternatives(inputs, targets)
     provenance = provenance_of(adapter, seed)
     results: list[list[Explanation]] = [[] for _ in inputs.pictures]
@@ -146,13 +146,18 @@ def _explain_batch(
         image = inputs.text_image[text]
         entries = tuple(entry_of(targets.spans[k], float(found.scores[k]), chances[k]) for k in members)
         made = {
-            column.key: map_column(
+            column.key: method_maps(
                 adapter, column, targets, inputs, image, found.maps[column.key], members, found.orthogonal
             )
             for column in plan
         }
         own = (*inputs.warnings[image], *inputs.text_warnings[text])
-        warnings = (*own, *cancelled(plan, found.orthogonal), *unasked(plan, entries), *doubts(made, entries))
+        warnings = (
+            *own,
+            *orthogonal_warnings(plan, found.orthogonal),
+            *text_independent_warnings(plan, entries),
+            *map_warnings(made, entries),
+        )
         results[image].append(
             Explanation(
                 picture=inputs.pictures[image],
@@ -173,7 +178,7 @@ def _explain_batch(
 
 
 @dataclass(frozen=True, eq=False)
-class Computed:
+class RawMaps:
     """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
 
     `orthogonal`: the taps whose gradient is at right angles to their features, to rounding.
@@ -184,14 +189,14 @@ class Computed:
     orthogonal: frozenset[str]
 
 
-def compute(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Computed:
+def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[MethodCall]) -> RawMaps:
     """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
     static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
     made: dict[str, np.ndarray] = {}
     sizes: dict[str, float] = defaultdict(float)
     scores, orthogonal = torch.zeros(0), frozenset[str]()
     # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
-    with contextlib.closing(trace(adapter, inputs, targets, plan)) as chunks:
+    with contextlib.closing(run_passes(adapter, inputs, targets, plan)) as chunks:
         for chunk in chunks:
             scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
             for column in chunk.columns:
@@ -205,14 +210,14 @@ def compute(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[C
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
     _refuse_dead_taps(adapter, sizes)
-    return Computed(scores, made, orthogonal)
+    return RawMaps(scores, made, orthogonal)
 
 
 def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
     """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
     for path, size in sizes.items():
         if size == 0:
-            known = getattr(adapter, "live_tap", adapter.sites.tap)
+            known = getattr(adapter, "live_tap", adapter.structure.tap)
             live = "" if path == known else f"use {known!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
@@ -220,17 +225,17 @@ def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
             )
 
 
-def map_column(
+def method_maps(
     adapter: Adapter,
-    column: Column,
+    column: MethodCall,
     targets: Targets,
     inputs: Inputs,
     image: int,
     maps: np.ndarray,
     members: list[int],
     orthogonal: Collection[str] = (),
-) -> MapColumn:
-    """What one text's entries (`members` of K) got from one column; `orthogonal` as in `Computed`.
+) -> MethodMaps:
+    """What one text's entries (`members` of K) got from one column; `orthogonal` as in `RawMaps`.
 
     Raises NumericError where a method gave NaN.
     """
@@ -242,7 +247,7 @@ def map_column(
     status = tuple(diagnose(raw, seen, signed=column.method.signed) for raw in chosen)
     if column.method.inner and column.method.rule is None and column.paths and set(column.paths) <= set(orthogonal):
         status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
-    return MapColumn(
+    return MethodMaps(
         column.key,
         column.name,
         column.method.title,
@@ -255,7 +260,7 @@ def map_column(
     )
 
 
-def entry_of(span: Span, score: float, chance: Chance | None) -> Entry:
+def entry_of(span: Span, score: float, chance: TokenProbability | None) -> Entry:
     """The entry of a scored span, with the probability of its token where it has one."""
     probability, others = chance or (None, ())
     return Entry(span.label, span.kind, span.start, span.end, score, span.token_id, probability, others)

@@ -19,11 +19,11 @@ from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, OptionError
 from grounding.core.text import find_label
 from grounding.engine.arguments import flatten
-from grounding.engine.explain import SEED, aim, compute, entry_of
+from grounding.engine.explain import SEED, aim, compute_maps, entry_of
 from grounding.engine.passes import look
-from grounding.engine.plan import DEFAULT, Column, columns
+from grounding.engine.plan import DEFAULT, MethodCall, plan_methods
 from grounding.engine.selection import Selection
-from grounding.engine.warnings import cancelled
+from grounding.engine.warnings import orthogonal_warnings
 from grounding.explanation.inspection import Inspection
 from grounding.methods import METHODS
 from grounding.methods.base import Method
@@ -37,7 +37,7 @@ WEIGHTED = frozenset({"activations", "shift"})
 
 
 @dataclass(frozen=True)
-class _Recording(Column):
+class _Recording(MethodCall):
     """A column that keeps everything: features, gradients and the map, side by side along the last axis."""
 
     def maps(self, trace: Trace) -> Float[np.ndarray, "k rows columns channels"]:
@@ -110,16 +110,18 @@ def inspect_all(
         raise GroundingError(f"inspect looks at one picture and one text, got {len(pictures)} and {len(texts[0])}")
     names = _weighing(methods)
     own = {key: value for key, value in options.items() if key.partition(".")[0] in names}
-    plan = [_recording(column) for column in columns(adapter, names, layers, own)]
+    plan = [_recording(column) for column in plan_methods(adapter, names, layers, own)]
     with (
         torch.inference_mode(False),
         torch.autocast(adapter.device.type, enabled=False),
         random_state(adapter.model, seed),
     ):
-        seen = image if isinstance(image, Inputs) else adapter.see(pictures)
+        seen = image if isinstance(image, Inputs) else adapter.prepare_images(pictures)
         if adapter.looks_first(texts):
             look(adapter, seen, plan)
-        return _inspected(adapter, adapter.read(seen, texts), plan, select or Selection(), entry, target, token_target)
+        return _inspected(
+            adapter, adapter.prepare_texts(seen, texts), plan, select or Selection(), entry, target, token_target
+        )
 
 
 def _weighing(methods: Sequence[str]) -> list[str]:
@@ -133,7 +135,7 @@ def _weighing(methods: Sequence[str]) -> list[str]:
     return names or ["gradcam"]
 
 
-def _recording(column: Column) -> _Recording:
+def _recording(column: MethodCall) -> _Recording:
     needs = column.method.needs | {"patch_gradient"}
     method: Method = replace(column.method, needs=needs)
     return _Recording(column.key, column.name, method, column.options, column.layer, column.paths)
@@ -155,16 +157,16 @@ def _inspected(
     if entry is not None:
         spans = (spans[find_label(entry, [span.label for span in spans])],)
     targets = adapter.targets(inputs, [spans], target, token_target)
-    found = compute(adapter, inputs, targets, plan)
+    found = compute_maps(adapter, inputs, targets, plan)
     chances = adapter.alternatives(inputs, targets)
-    said = (*inputs.warnings[0], *inputs.text_warnings[0], *cancelled(plan, found.orthogonal))
+    said = (*inputs.warnings[0], *inputs.text_warnings[0], *orthogonal_warnings(plan, found.orthogonal))
     made = []
     for k, span in enumerate(targets.spans):
         for column in plan:
             kept = found.maps[column.key]
             # Where no text can enter, all entries share what the picture has.
             own = kept[k if adapter.text_conditioned(targets.kind, column.method.reads_gradient) else 0]
-            other = targets.other if adapter.sites.axis(column.paths[0]) == "text" else None
+            other = targets.other if adapter.structure.axis(column.paths[0]) == "text" else None
             compared = other is not None and int(other[k]) >= 0
             width = own.shape[-1] // 2
             # Of a caption that is compared with nothing, the second half is empty.

@@ -14,8 +14,8 @@ from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
 from grounding.adapter.structure import Layer
 from grounding.core.errors import LayerError
-from grounding.engine.passes import trace
-from grounding.engine.plan import Column
+from grounding.engine.passes import run_passes
+from grounding.engine.plan import MethodCall
 from grounding.methods.base import Method
 
 
@@ -28,16 +28,16 @@ def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = No
     targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]], target)
     shapes = _foldable(adapter, inputs, targets)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
-    column = Column("", "", recording, {}, paths=tuple(shapes))
-    [chunk] = trace(adapter, inputs, targets, [column])
-    aliases = adapter.sites.aliases()
+    column = MethodCall("", "", recording, {}, paths=tuple(shapes))
+    [chunk] = run_passes(adapter, inputs, targets, [column])
+    aliases = adapter.structure.aliases()
     grid = adapter.grid(inputs)
     return tuple(
         Layer(
             path,
             shape,
             bool(adapter.to_grid(chunk.trace.gradients[path], grid, path).any()),
-            path == adapter.sites.tap,
+            path == adapter.structure.tap,
             aliases.get(path, ""),
         )
         for path, shape in shapes.items()

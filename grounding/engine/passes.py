@@ -18,7 +18,7 @@ from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
 from grounding.adapter.vision_cache import ENCODED, finite, keep, remembered
-from grounding.engine.plan import Column, wanted_signals
+from grounding.engine.plan import MethodCall, wanted_signals
 from grounding.methods.trace import Trace, precise
 
 # Numbers that the fast way may hold at once per target: rows of attention and hidden features; about 0.25 GB.
@@ -30,20 +30,22 @@ READ_BY_ROWS = ("cross", "decoder", "fusion")
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class TraceChunk:
     """The columns that can be computed from a trace, and which of the K targets it is about.
 
     `orthogonal` are the taps at which the gradient of one target per picture is at right angles to the features.
     """
 
-    columns: tuple[Column, ...]
+    columns: tuple[MethodCall, ...]
     trace: Trace
     members: list[int]
     scores: Tensor
     orthogonal: frozenset[str] = frozenset()
 
 
-def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Column]) -> Generator[Chunk, None, None]:
+def run_passes(
+    adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[MethodCall]
+) -> Generator[TraceChunk, None, None]:
     """Run the model as often as the plan needs (mostly once) and yield every chunk of targets.
 
     The first chunk has a target of every picture. Raises NumericError for NaN or Inf, LayerError, ModelError.
@@ -56,7 +58,7 @@ def trace(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[Col
             yield from _one_pass(adapter, inputs, targets, slow, fast if rule is None else [], rule)
 
 
-def is_fast(adapter: Adapter, targets: Targets, column: Column) -> bool:
+def is_fast(adapter: Adapter, targets: Targets, column: MethodCall) -> bool:
     """Whether a column needs no more than shifts at fast taps."""
     taps = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
     needs = column.method.needs
@@ -68,10 +70,10 @@ def _one_pass(
     adapter: Adapter,
     inputs: Inputs,
     targets: Targets,
-    slow: Sequence[Column],
-    fast: Sequence[Column],
+    slow: Sequence[MethodCall],
+    fast: Sequence[MethodCall],
     rule: str | None,
-) -> Iterator[Chunk]:
+) -> Iterator[TraceChunk]:
     taps, attention = wanted_signals(adapter, slow)
     starts = _starts(adapter, fast)
     own = _of_pictures(adapter, {**starts, **taps}), _of_pictures(adapter, attention)
@@ -81,7 +83,7 @@ def _one_pass(
         seen = remembered(adapter, inputs, *own)
         here = _without(here[0], own[0]), _without(here[1], own[1])
     with Recorder(adapter.model, *here, rule) as recorder:
-        encoded = seen[ENCODED] if seen else adapter.encode(inputs)
+        encoded = seen[ENCODED] if seen else adapter.encode_images(inputs)
         scores = adapter.score(inputs, encoded, targets)
         recorder.check()
         if not seen:
@@ -108,20 +110,20 @@ def _one_pass(
             yield from _fast_chunks(record, columns, inputs, scores)
 
 
-def _starts(adapter: Adapter, fast: Sequence[Column]) -> dict[str, bool]:
+def _starts(adapter: Adapter, fast: Sequence[MethodCall]) -> dict[str, bool]:
     """What the fast columns start from, none of it with a gradient."""
     return {path: False for column in fast for tap in column.paths for path in (tap, *adapter.fast_taps[tap])}
 
 
 def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
-    return {path: gradient for path, gradient in paths.items() if adapter.sites.axis(path) == "image"}
+    return {path: gradient for path, gradient in paths.items() if adapter.structure.axis(path) == "image"}
 
 
 def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str, bool]:
     return {path: gradient for path, gradient in paths.items() if path not in others}
 
 
-def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
+def look(adapter: Adapter, inputs: Inputs, plan: Sequence[MethodCall]) -> None:
     """Run the vision stack once and remember what a plan needs of it, before the model writes texts from it."""
     taps, attention = wanted_signals(adapter, plan)
     starts = {path: False for tap, others in adapter.fast_taps.items() if tap in taps for path in (tap, *others)}
@@ -132,12 +134,12 @@ def look(adapter: Adapter, inputs: Inputs, plan: Sequence[Column]) -> None:
 
 def _slow_chunks(
     record: Trace,
-    columns: Sequence[Column],
+    columns: Sequence[MethodCall],
     taps: Mapping[str, bool],
     attention: Mapping[str, bool],
     scores: Tensor,
     rule: str | None,
-) -> Iterator[Chunk]:
+) -> Iterator[TraceChunk]:
     """One backward per group of targets that do not get into each other's way: their sum gives each its gradient."""
     wanted_taps = [path for path, gradient in taps.items() if gradient]
     wanted_attention = [path for path, gradient in attention.items() if gradient]
@@ -159,13 +161,13 @@ def _slow_chunks(
             weight_gradients={path: named[path] for path in wanted_attention},
         )
         flat = _orthogonal(chunk) if number == 0 and rule is None else frozenset()
-        yield Chunk(tuple(columns), chunk, members, scores.detach(), flat)
+        yield TraceChunk(tuple(columns), chunk, members, scores.detach(), flat)
 
 
 def _shares_sequences(record: Trace, leaves: Sequence[str]) -> bool:
     """Whether targets are differences of what single sequences score, at leaves that have the sequences first: all
     targets of a sequence then have one gradient there, and those that it is compared with are theirs alone."""
-    return record.targets.other is not None and all(record.adapter.sites.axis(path) == "text" for path in leaves)
+    return record.targets.other is not None and all(record.adapter.structure.axis(path) == "text" for path in leaves)
 
 
 def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, units: Tensor) -> Tensor:
@@ -183,19 +185,19 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     """
     adapter, targets = record.adapter, record.targets
     image, text = targets.image.tolist(), targets.units.tolist()
-    last = {s.attention[-1] for name, s in adapter.sites.stacks.items() if name in READ_BY_ROWS and s.attention}
-    if any(adapter.sites.axis(path) == "image" for path in leaves) or not adapter.sites.text_stacks:
+    last = {s.attention[-1] for name, s in adapter.structure.stacks.items() if name in READ_BY_ROWS and s.attention}
+    if any(adapter.structure.axis(path) == "image" for path in leaves) or not adapter.structure.text_stacks:
         claims = [{b} for b in image]
     elif not leaves:
         claims = [set() for _ in image]
     elif _shares_sequences(record, leaves):
-        groups = one_each([{t} for t in text])
+        groups = disjoint_groups([{t} for t in text])
         return [groups[0], [k for group in groups[1:] for k in group]] if len(groups) > 1 else groups
     elif targets.rows is None or not last.issuperset(leaves):
         claims = [{t} for t in text]
     else:
         claims = [{(t, int(i)) for i in row.nonzero()} for t, row in zip(text, targets.rows, strict=True)]
-    return one_each(claims)
+    return disjoint_groups(claims)
 
 
 def _orthogonal(chunk: Trace) -> frozenset[str]:
@@ -221,13 +223,15 @@ def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
         encoded = record.adapter.from_tap(tap, leaf)
         if encoded is None:
             return False
-        members = one_each([{b} for b in record.targets.image.tolist()])[0]
+        members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
     return at_right_angles(*(record.adapter.to_grid(precise(t), record.grid, tap) for t in (leaf, gradient)))
 
 
-def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, scores: Tensor) -> Iterator[Chunk]:
+def _fast_chunks(
+    record: Trace, columns: tuple[MethodCall, ...], inputs: Inputs, scores: Tensor
+) -> Iterator[TraceChunk]:
     """All targets at once, or as many as fit: gradients with respect to one shift vector per target, at one tap."""
     [tap], rule = columns[0].paths, columns[0].method.rule
     features = record.outputs[tap].detach()
@@ -238,10 +242,10 @@ def _fast_chunks(record: Trace, columns: tuple[Column, ...], inputs: Inputs, sco
         gradient = record.adapter.shifts(tap, inputs, record.targets.select(members), record.outputs, rule)
         finite(gradient, f"gradient at {tap}")
         chunk = record.of(members, shifts={tap: gradient})
-        yield Chunk(columns, chunk, members, scores.detach(), frozenset([tap]) if flat else frozenset())
+        yield TraceChunk(columns, chunk, members, scores.detach(), frozenset([tap]) if flat else frozenset())
 
 
-def one_each(claims: Sequence[Collection[Hashable]]) -> list[list[int]]:
+def disjoint_groups(claims: Sequence[Collection[Hashable]]) -> list[list[int]]:
     """Indices in groups in which nothing is claimed twice: the first group that has room takes each in turn."""
     groups: list[list[int]] = []
     taken: list[set[Hashable]] = []

@@ -21,7 +21,7 @@ DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Column:
+class MethodCall:
     """One method with its options at its layers: one column of the figure, one key in every file."""
 
     key: str
@@ -43,13 +43,13 @@ class Column:
         return layers[0] if len(layers) == 1 else join_layers(layers)
 
 
-def columns(
+def plan_methods(
     adapter: Adapter,
     methods: str | Sequence[str] | None = None,
     layers: str | int | Sequence[str | int] = (),
     options: Mapping[str, Any] | None = None,
     average_layers: bool = False,
-) -> tuple[Column, ...]:
+) -> tuple[MethodCall, ...]:
     """The columns of an explanation; the name "default" stands for the architecture's default methods.
 
     `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
@@ -65,20 +65,22 @@ def columns(
     taps = _taps(adapter, named)
     if average_layers and len(taps) < 2:
         raise OptionError(f"averaging needs at least two different layers, got {len(taps)}")
-    made: list[Column] = []
+    made: list[MethodCall] = []
     for name in names:
         method: Method = METHODS[name]
         chosen = method.options(given.get(name, {}), name)
         if not method.reads_tap:
-            made.append(Column(name, name, method, chosen))
+            made.append(MethodCall(name, name, method, chosen))
             continue
         if average_layers:
             key = f"{name}@{'+'.join(taps)}"
-            made.append(Column(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values())))
+            made.append(
+                MethodCall(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values()))
+            )
             continue
         for layer, path in taps.items():
             key = f"{name}@{layer}" if len(taps) > 1 else name
-            made.append(Column(key, name, method, chosen, path, (path,)))
+            made.append(MethodCall(key, name, method, chosen, path, (path,)))
     _check_stacks(adapter, made)
     return tuple(made)
 
@@ -93,7 +95,7 @@ def _taps(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
     return taps
 
 
-def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, bool], dict[str, bool]]:
+def wanted_signals(adapter: Adapter, plan: Sequence[MethodCall]) -> tuple[dict[str, bool], dict[str, bool]]:
     """Taps and attention modules to record -> whether their gradient is needed: the union over all columns."""
     taps: dict[str, bool] = {}
     attention: dict[str, bool] = {}
@@ -101,8 +103,8 @@ def wanted_signals(adapter: Adapter, plan: Sequence[Column]) -> tuple[dict[str, 
         needs = column.method.needs
         gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
         taps |= {path: taps.get(path, False) or gradient for path in column.paths}
-        for stack, reading in column.method.reads(column.options, adapter.sites).items():
-            for path in adapter.sites.stack(stack).attention[reading.blocks]:
+        for stack, reading in column.method.reads(column.options, adapter.structure).items():
+            for path in adapter.structure.stack(stack).attention[reading.blocks]:
                 attention[path] = attention.get(path, False) or reading.gradient
     return taps, attention
 
@@ -113,14 +115,14 @@ def available(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _missing(adapter: Adapter, method: Method, options: Mapping[str, Any]) -> list[str]:
-    return [stack for stack in method.reads(options, adapter.sites) if not adapter.sites.attention(stack)]
+    return [stack for stack in method.reads(options, adapter.structure) if not adapter.structure.attention(stack)]
 
 
-def _check_stacks(adapter: Adapter, made: Sequence[Column]) -> None:
+def _check_stacks(adapter: Adapter, made: Sequence[MethodCall]) -> None:
     """Raises OptionError for a method that reads attention the architecture does not have."""
     for column in made:
         if missing := _missing(adapter, column.method, column.options):
-            why = f": {adapter.sites.unrecorded}" if missing[0] in adapter.sites.stacks else ""
+            why = f": {adapter.structure.unrecorded}" if missing[0] in adapter.structure.stacks else ""
             raise OptionError(
                 f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have{why} "
                 f"(methods it has: {', '.join(available(adapter))})"

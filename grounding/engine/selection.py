@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from grounding.core.errors import OptionError, TextError
-from grounding.core.text import Span, Tokens
+from grounding.core.text import Span, TokenizedText
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Selection:
         if (self.where or self.contrast) and (self.words or self.phrases):
             raise OptionError("where and contrast ask about single tokens: not with words or phrases")
 
-    def spans(self, tokens: Tokens) -> tuple[Span, ...]:
+    def spans(self, tokens: TokenizedText) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for what is not there."""
         if tokens.classes:
             return self._classes(tokens)
@@ -56,7 +56,7 @@ class Selection:
             chosen += [] if found is None else [found]
         return tuple(chosen)
 
-    def _classes(self, tokens: Tokens) -> tuple[Span, ...]:
+    def _classes(self, tokens: TokenizedText) -> tuple[Span, ...]:
         """Classes have no parts."""
         if self.words or self.phrases or not isinstance(self.tokens, bool):
             raise OptionError("a class has no tokens, words or phrases to choose: it is explained as a whole")
@@ -66,11 +66,11 @@ class Selection:
     def _named(self) -> list[str]:
         return [] if isinstance(self.tokens, bool) else [str(name) for name in self.tokens]
 
-    def _single(self, tokens: Tokens) -> tuple[Span, ...]:
+    def _single(self, tokens: TokenizedText) -> tuple[Span, ...]:
         """Tokens; of a text that has none but special ones, those."""
         return tokens.tokens(special=self.special or not tokens.visible)
 
-    def _asked(self, tokens: Tokens) -> Iterator[Span]:
+    def _asked(self, tokens: TokenizedText) -> Iterator[Span]:
         """Questions about tokens that are not there. Raises TextError where it is unclear at which place."""
         places = self._single(tokens)
         named = places if isinstance(self.tokens, bool) else tokens.choose(self._named, places)

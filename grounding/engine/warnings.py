@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from grounding.engine.plan import Column
-from grounding.explanation.explanation import Entry, MapColumn
+from grounding.engine.plan import MethodCall
+from grounding.explanation.explanation import Entry, MethodMaps
 
-# Why such a map is no evidence; the warning of `cancelled` says it once for all entries.
+# Why such a map is no evidence; the warning of `orthogonal_warnings` says it once for all entries.
 ROUNDING = "rounding: <activation, gradient> is 0 at every patch"
 
 
-def cancelled(plan: Sequence[Column], orthogonal: Collection[str]) -> Iterator[str]:
+def orthogonal_warnings(plan: Sequence[MethodCall], orthogonal: Collection[str]) -> Iterator[str]:
     """What to say of class activation maps at taps whose gradient is at right angles to their features."""
     for column in plan:
         paths = [path for path in column.paths if path in orthogonal]
@@ -29,7 +29,7 @@ def cancelled(plan: Sequence[Column], orthogonal: Collection[str]) -> Iterator[s
             yield f"{column.method.title} at {', '.join(paths)} {what}, the LN-rule, there"
 
 
-def unasked(plan: Sequence[Column], entries: Sequence[Entry]) -> Iterator[str]:
+def text_independent_warnings(plan: Sequence[MethodCall], entries: Sequence[Entry]) -> Iterator[str]:
     """What to say of maps that are the same whatever token is asked for at a place of the text."""
     if any(entry.kind in ("where", "contrast") for entry in entries):
         for column in plan:
@@ -40,7 +40,7 @@ def unasked(plan: Sequence[Column], entries: Sequence[Entry]) -> Iterator[str]:
                 )
 
 
-def doubts(made: Mapping[str, MapColumn], entries: Sequence[Entry]) -> Iterator[str]:
+def map_warnings(made: Mapping[str, MethodMaps], entries: Sequence[Entry]) -> Iterator[str]:
     """What a reader of these maps must know."""
     classes = any(entry.kind == "class" for entry in entries)
     parts, asked = ("these classes", "class") if classes else ("the parts of this text", "text")

@@ -18,7 +18,7 @@ DEMO_ENTITIES = 3
 
 
 @dataclass(frozen=True)
-class PointingRules:
+class PointingConfig:
     """`captions`: phrases of the first caption of a picture, or of all. `peak`: see `scoring.read`. `min_entities`:
     pictures need so many chains with boxes (None: 3 in the demo world, where fewer make it easy, else 1). `threshold`:
     where a map's range is cut for its box (None: half). `seed` is for the intervals. Raises OptionError.

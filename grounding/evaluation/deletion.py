@@ -23,7 +23,7 @@ from torch import Tensor
 from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import random_state
-from grounding.adapter.replicate import versions
+from grounding.adapter.replicate import repeat_image
 from grounding.core.errors import ModelError, NumericError
 from grounding.core.geometry import Geometry
 from grounding.explanation.explanation import Explanation
@@ -105,7 +105,7 @@ def scores_of(
     Raises NumericError for NaN or Inf.
     """
     count = len(pixels)
-    repeated, every = versions(inputs, targets, count)
+    repeated, every = repeat_image(inputs, targets, count)
     repeated = replace(repeated, tensors={**repeated.tensors, "pixel_values": pixels})
     scores = adapter.scores(repeated, every)
     if not torch.isfinite(scores).all():
@@ -139,7 +139,7 @@ def baseline_of(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class Areas:
+class CurveAreas:
     """Areas under the curves of one picture, summed over its texts, and the sums they are normalised with."""
 
     deletion: Mapping[str, float]
@@ -149,7 +149,7 @@ class Areas:
     texts: int
 
 
-def areas(adapter: Adapter, case: Case, baseline: Baseline, target: str | None, seed: int) -> Areas:
+def deletion_curves_area(adapter: Adapter, case: Case, baseline: Baseline, target: str | None, seed: int) -> CurveAreas:
     """Trapezoid areas of every method, and of one random order, for one picture.
 
     Areas are those above the score of the picture with nothing left. Divided by the score that the whole picture has
@@ -181,7 +181,7 @@ def areas(adapter: Adapter, case: Case, baseline: Baseline, target: str | None, 
                 insertion[key] += float(np.trapezoid(found.insertion[row] - nothing, found.fraction))
                 if key == CONTROL:
                     full, empty = full + float(found.deletion[row, 0]), empty + float(nothing)
-    return Areas(deletion, insertion, full, empty, len(case.texts))
+    return CurveAreas(deletion, insertion, full, empty, len(case.texts))
 
 
 def _orders(case: Case, seed: int) -> Iterable[tuple[str, int, np.ndarray]]:

@@ -22,7 +22,7 @@ from grounding.adapter.recorder import find_module
 from grounding.core.errors import GroundingError
 from grounding.engine.explain import explain
 from grounding.engine.selection import Selection
-from grounding.evaluation.deletion import BLUR, CONTROL, STEPS, Areas, Baseline, Case, areas
+from grounding.evaluation.deletion import BLUR, CONTROL, STEPS, Baseline, Case, CurveAreas, deletion_curves_area
 from grounding.evaluation.statistics import Estimate, mean, pearson, ratio
 
 WHOLE = Selection(tokens=False)
@@ -74,11 +74,11 @@ def faithfulness(
 
 def _measured(
     adapter: Adapter, cases: Iterable[Case], how: Mapping[str, Any], baseline: Baseline, seed: int
-) -> tuple[list[Areas], list[Case]]:
+) -> tuple[list[CurveAreas], list[Case]]:
     measured, kept, first = [], [], GroundingError("there is no case to measure faithfulness on")
     for case in cases:
         try:
-            measured.append(areas(adapter, case, baseline, how.get("target"), seed))
+            measured.append(deletion_curves_area(adapter, case, baseline, how.get("target"), seed))
             kept.append(case)
         except GroundingError as error:
             first = first if measured else error
@@ -87,7 +87,7 @@ def _measured(
     return measured, kept
 
 
-def _area_scores(measured: Sequence[Areas], key: str, seed: int) -> dict[str, Any]:
+def _area_scores(measured: Sequence[CurveAreas], key: str, seed: int) -> dict[str, Any]:
     gap = [one.full - one.empty for one in measured]
     scores: dict[str, Any] = {}
     for name in ("deletion", "insertion"):
@@ -162,7 +162,7 @@ def cascade(adapter: Adapter, seed: int = 0) -> Iterator[tuple[str, Adapter]]:
     """
     redrawn = copy.deepcopy(adapter)
     generator = torch.Generator().manual_seed(seed)
-    for path in reversed(redrawn.sites.stack("vision").blocks):
+    for path in reversed(redrawn.structure.stack("vision").blocks):
         redraw(find_module(redrawn.model, path), generator)
         yield path, redrawn
     redraw(redrawn.model, generator)

@@ -18,10 +18,10 @@ from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.core.images import ImageError, Picture, open_image
 from grounding.datasets.text_lines import Line, Lines, open_lines, splits_of
 from grounding.engine.explain import explain
-from grounding.engine.plan import available, columns
+from grounding.engine.plan import available, plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.selection import Selection
-from grounding.engine.warnings import doubts
+from grounding.engine.warnings import map_warnings
 from grounding.evaluation.ocr_scoring import (
     BASELINES,
     Aimed,
@@ -31,7 +31,7 @@ from grounding.evaluation.ocr_scoring import (
     reading_summary,
     score_line,
 )
-from grounding.evaluation.phrases import FATAL, TUNING_SPLIT
+from grounding.evaluation.phrases import REQUEST_ERRORS, TUNING_SPLIT
 from grounding.evaluation.report import FORMAT
 from grounding.evaluation.statistics import CONFIDENCE, RESAMPLES
 from grounding.explanation.explanation import Explanation
@@ -60,7 +60,7 @@ DEFINITIONS = {
 
 
 @dataclass(frozen=True)
-class Rules:
+class OcrConfig:
     """What is scored. `limit`: only the first so many lines; `aimed` adds questions for other tokens of the line."""
 
     limit: int | None = None
@@ -73,7 +73,7 @@ class Rules:
 
 
 @dataclass(eq=False)
-class Tally:
+class OcrScores:
     """What one way through a split gave: scores per line, and what was left out and why."""
 
     scored: list[LineScore] = field(default_factory=list)
@@ -88,20 +88,20 @@ class Tally:
 
 
 def evaluate_lines(
-    adapter: Adapter, lines: Lines, rules: Rules | None = None, *, progress: bool = False, **how: Any
+    adapter: Adapter, lines: Lines, rules: OcrConfig | None = None, *, progress: bool = False, **how: Any
 ) -> dict[str, Any]:
     """Score reading and methods on one split and return the document that `scripts/evaluate.py --format json` prints.
 
     `how` are keyword arguments of `explain`: methods, options, layers, target, ... Raises GroundingError where an
     argument is wrong, and where not one line could be scored; a line that fails is counted and named.
     """
-    rules = rules or Rules()
+    rules = rules or OcrConfig()
     if not adapter.generates:
         raise OptionError(f"{adapter.info.type} writes no text: lines are scored with a model that reads them")
     methods = how.get("methods") or [name for name in METHODS if name in available(adapter)]
     how = {**how, "methods": methods, "batch_size": BATCH, "seed": rules.seed}
     # Before anything runs: a wrong name costs nothing.
-    plan = columns(adapter, methods, how.get("layers", ()), how.get("options"), how.get("average_layers", False))
+    plan = plan_methods(adapter, methods, how.get("layers", ()), how.get("options"), how.get("average_layers", False))
     adapter.check_kind(how.get("target"), how.get("token_target"))
     select = Aimed(seed=rules.seed) if rules.aimed else Selection(caption=False)
     tally = _tally(adapter, lines, rules.limit, {**how, "select": select}, progress)
@@ -144,7 +144,7 @@ def _characters(scored: Sequence[LineScore]) -> int:
 
 
 def _recommended(
-    adapter: Adapter, lines: Lines, rules: Rules, how: Mapping[str, Any], keys: Sequence[str], progress: bool
+    adapter: Adapter, lines: Lines, rules: OcrConfig, how: Mapping[str, Any], keys: Sequence[str], progress: bool
 ) -> dict[str, Any] | None:
     """The method that points best on the validation split; None where that is the split being scored, where there is
     none, for a part of a split, and where no line of it is read."""
@@ -167,9 +167,9 @@ def _recommended(
 # ---------------------------------------------------------------- through the lines
 
 
-def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, Any], progress: bool) -> Tally:
+def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, Any], progress: bool) -> OcrScores:
     """Read, explain and score lines, a batch at a time. Raises GroundingError where none could be scored."""
-    tally = Tally()
+    tally = OcrScores()
     chosen = lines.lines[:limit]
     with tqdm(total=len(chosen), desc=lines.split, unit="line", disable=not progress) as bar:
         for first in range(0, len(chosen), BATCH):
@@ -177,7 +177,7 @@ def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, 
             batch = [(line, picture) for line in part if (picture := _opened(lines, line, tally)) is not None]
             for line, found in _explained(adapter, lines, batch, how, tally):
                 # What the methods say of their maps is in the scores already.
-                tally.warnings.update(set(found.warnings) - set(doubts(found.columns, found.entries)))
+                tally.warnings.update(set(found.warnings) - set(map_warnings(found.columns, found.entries)))
                 tally.scored.append(score_line(line, found))
             bar.update(len(part))
     if not tally.scored:
@@ -186,7 +186,7 @@ def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, 
     return tally
 
 
-def _opened(lines: Lines, line: Line, tally: Tally) -> Picture | None:
+def _opened(lines: Lines, line: Line, tally: OcrScores) -> Picture | None:
     """The picture of a line; None for one that cannot be used or that the boxes do not fit: counted and named."""
     try:
         picture = open_image(line.picture)
@@ -200,7 +200,7 @@ def _opened(lines: Lines, line: Line, tally: Tally) -> Picture | None:
 
 
 def _explained(
-    adapter: Adapter, lines: Lines, batch: Sequence[tuple[Line, Picture]], how: Mapping[str, Any], tally: Tally
+    adapter: Adapter, lines: Lines, batch: Sequence[tuple[Line, Picture]], how: Mapping[str, Any], tally: OcrScores
 ) -> list[tuple[Line, Explanation]]:
     """The lines of a batch with what the model wrote; where the batch fails, each by itself, and failures counted."""
     if not batch:
@@ -209,7 +209,7 @@ def _explained(
         found = explain(adapter, [picture for _, picture in batch], None, **how)
         return list(zip((line for line, _ in batch), found, strict=True))
     except GroundingError as error:
-        if isinstance(error, FATAL) and not tally.scored:
+        if isinstance(error, REQUEST_ERRORS) and not tally.scored:
             raise
         if len(batch) > 1:
             return [done for one in batch for done in _explained(adapter, lines, [one], how, tally)]

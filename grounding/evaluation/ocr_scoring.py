@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from grounding.core.boxes import seen_points
 from grounding.core.geometry import Box, Geometry
-from grounding.core.text import Span, Tokens
+from grounding.core.text import Span, TokenizedText
 from grounding.datasets.text_lines import GROUPS, Line
 from grounding.engine.selection import Selection
 from grounding.evaluation.pointing import RANDOM
@@ -53,7 +53,7 @@ class Aimed(Selection):
     caption: bool = False
     seed: int = 0
 
-    def spans(self, tokens: Tokens) -> tuple[Span, ...]:
+    def spans(self, tokens: TokenizedText) -> tuple[Span, ...]:
         """The tokens, then the questions."""
         own = super().spans(tokens)
         draw = random.Random(f"{self.seed}/{tokens.text}")

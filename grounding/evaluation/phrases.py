@@ -24,10 +24,10 @@ from grounding.datasets.caption_lists import ALL
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset, Record
 from grounding.engine.explain import aim, explain
-from grounding.engine.plan import columns
+from grounding.engine.plan import plan_methods
 from grounding.engine.provenance import provenance_of
-from grounding.engine.warnings import doubts
-from grounding.evaluation.config import FEW, PointingRules
+from grounding.engine.warnings import map_warnings
+from grounding.evaluation.config import FEW, PointingConfig
 from grounding.evaluation.deletion import Baseline, Case
 from grounding.evaluation.faithfulness import WHOLE, faithfulness
 from grounding.evaluation.pointing import (
@@ -49,11 +49,11 @@ BASELINE: Baseline = "blur"
 TUNING_SPLIT = "val"
 TUNING = tuple(round(float(t), 2) for t in [0.02, 0.04, 0.06, 0.08, *np.arange(0.1, 0.91, 0.05)])
 # Wrong for every picture alike, where already the first one has it: no case for counting.
-FATAL = (LayerError, OptionError, TargetError, UnknownNameError)
+REQUEST_ERRORS = (LayerError, OptionError, TargetError, UnknownNameError)
 
 
 @dataclass(frozen=True)
-class Rules(PointingRules):
+class PhraseConfig(PointingConfig):
     """What is scored, and how.
 
     `limit`: only the first so many pictures that qualify. `tune_threshold`: per method the threshold with the best IoU
@@ -77,7 +77,7 @@ class Rules(PointingRules):
 
 
 @dataclass(eq=False)
-class Tally:
+class PhraseScores:
     """What one way through a split gave: scores per picture, and what was left out and why."""
 
     scored: list[dict[str, MapScores]] = field(default_factory=list)
@@ -103,20 +103,20 @@ class Tally:
 
 
 def evaluate(
-    adapter: Adapter, dataset: Dataset, rules: Rules | None = None, *, progress: bool = False, **how: Any
+    adapter: Adapter, dataset: Dataset, rules: PhraseConfig | None = None, *, progress: bool = False, **how: Any
 ) -> dict[str, Any]:
     """Score methods on one split and return the document that `scripts/evaluate.py --format json` prints.
 
     `how` are keyword arguments of `explain`: methods, options, layers, target, seed, ... Raises GroundingError where an
     argument is wrong, and where not one phrase could be scored; a picture that fails is counted and named.
     """
-    rules = rules or Rules()
+    rules = rules or PhraseConfig()
     rules = replace(rules, min_entities=rules.entities(dataset.folder))
     how = {**how, "select": WHOLE}
     swaps = Swaps.read(dataset.folder)
     # Before anything runs: a wrong name costs nothing.
     aimed, options = aim(adapter, how.get("target"), how.get("options"))
-    plan = columns(aimed, how.get("methods"), how.get("layers", ()), options, how.get("average_layers", False))
+    plan = plan_methods(aimed, how.get("methods"), how.get("layers", ()), options, how.get("average_layers", False))
     adapter.check_kind(how.get("target"), how.get("token_target"))
     keys = [column.key for column in plan]
     thresholds = dict.fromkeys(keys, rules.cut)
@@ -159,7 +159,7 @@ def evaluate(
     return document
 
 
-def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, Any]) -> dict[str, Any]:
+def _rules(adapter: Adapter, dataset: Dataset, rules: PhraseConfig, how: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the numbers depend on, in words and values."""
     return {
         "layout": dataset.layout,
@@ -181,18 +181,18 @@ def _rules(adapter: Adapter, dataset: Dataset, rules: Rules, how: Mapping[str, A
 def _tally(
     adapter: Adapter,
     dataset: Dataset,
-    rules: Rules,
+    rules: PhraseConfig,
     thresholds: Sequence[float],
     how: Mapping[str, Any],
     progress: bool,
     keep_cases: bool = False,
     swaps: Swaps | None = None,
-) -> Tally:
+) -> PhraseScores:
     """Explain and score every picture that qualifies; with `swaps`, compare its first caption with wrong ones.
 
     Raises GroundingError where none could be scored.
     """
-    tally = Tally(problems=list(dataset.problems))
+    tally = PhraseScores(problems=list(dataset.problems))
     seen = 0
     for name in tqdm(dataset.ids, desc=dataset.split, unit="picture", disable=not progress):
         if seen == rules.limit:
@@ -212,13 +212,13 @@ def _tally(
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
             found = explain(adapter, [str(picture)], [list(texts)], **how)[0]
         except GroundingError as error:
-            if isinstance(error, FATAL) and not tally.scored:
+            if isinstance(error, REQUEST_ERRORS) and not tally.scored:
                 raise
             tally.failed(error, len(mentions))
             continue
         explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
         for one in found:  # what the methods say of their maps is in the scores already
-            tally.warnings.update(set(one.warnings) - set(doubts(one.columns, one.entries)))
+            tally.warnings.update(set(one.warnings) - set(map_warnings(one.columns, one.entries)))
         tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
         tally.compare(adapter, record, swaps, dataset, how.get("target"))
         if keep_cases:
@@ -239,7 +239,7 @@ def _file(record: Record) -> Path:
     return record.picture
 
 
-def _mentions(record: Record, dataset: Dataset, rules: Rules, tally: Tally) -> list[Mention]:
+def _mentions(record: Record, dataset: Dataset, rules: PhraseConfig, tally: PhraseScores) -> list[Mention]:
     """The mentions to score, none where the picture does not qualify; what is left out is counted."""
     mentions, skipped = mentions_of(record, rules.captions, dataset.heldout or frozenset())
     if len(record.boxes) < (rules.min_entities or 1):

@@ -22,7 +22,7 @@ from grounding.core.boxes import Peak, inside, overlap, pixel_mask, seen_points
 from grounding.core.geometry import Box, Geometry
 from grounding.datasets.records import Phrase, Record, normal
 from grounding.evaluation.statistics import mean, pearson
-from grounding.explanation.explanation import EntryMap, Explanation
+from grounding.explanation.explanation import Explanation, PatchMap
 from grounding.explanation.maps import box as box_of
 
 Captions = Literal["first", "all"]
@@ -120,7 +120,7 @@ def score_picture(
 def score_maps(
     boxes: Mapping[str, tuple[Box, ...]],
     mentions: Sequence[Mention],
-    maps: Sequence[Mapping[str, EntryMap]],
+    maps: Sequence[Mapping[str, PatchMap]],
     peak: Peak = "patch",
     thresholds: Sequence[float] = (THRESHOLD,),
     closed: bool = False,
@@ -135,7 +135,7 @@ def score_maps(
     seen = geometry.seen_cells
     scores: dict[str, MapScores] = {}
     for key in maps[0]:
-        known: dict[bytes, Reading] = {}  # maps that do not see the text are the same for every phrase
+        known: dict[bytes, MapMeasures] = {}  # maps that do not see the text are the same for every phrase
         readings = []
         for own in maps:
             content = own[key].raw.tobytes()
@@ -152,7 +152,7 @@ def score_maps(
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class MapMeasures:
     """Read off one map: peak (x, y), mean heat and share of all heat by chain, box by threshold, share of the seen area
     that is hot."""
 
@@ -165,15 +165,15 @@ class Reading:
 
 
 def read(
-    found: EntryMap, masks: Mapping[str, Bool[np.ndarray, "height width"]], peak: Peak, thresholds: Sequence[float]
-) -> Reading:
+    found: PatchMap, masks: Mapping[str, Bool[np.ndarray, "height width"]], peak: Peak, thresholds: Sequence[float]
+) -> MapMeasures:
     """Read a map; a degenerate one has no peak, no means, no energies, no box, no area.
 
     `patch`: the peak is the centre of the strongest seen patch. `pixel`: the first maximum in row-major order of the
     map at original size (bilinear), as the centre of that pixel.
     """
     if not found.status:
-        return Reading(found.raw, None, {}, {}, dict.fromkeys(thresholds), None)
+        return MapMeasures(found.raw, None, {}, {}, dict.fromkeys(thresholds), None)
     heat = found.heat()
     seen = ~np.isnan(heat)
     parts = {chain: heat[mask & seen] for chain, mask in masks.items()}
@@ -186,7 +186,7 @@ def read(
     if peak == "pixel":
         row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
         where = (float(column) + 0.5, float(row) + 0.5)
-    return Reading(found.raw, where, means, energies, {t: box_of(heat, t) for t in thresholds}, area)
+    return MapMeasures(found.raw, where, means, energies, {t: box_of(heat, t) for t in thresholds}, area)
 
 
 def baselines(
@@ -214,7 +214,7 @@ def baselines(
 
 
 def _phrase_score(
-    mention: Mention, reading: Reading, boxes: Mapping[str, tuple[Box, ...]], peak: Peak, closed: bool
+    mention: Mention, reading: MapMeasures, boxes: Mapping[str, tuple[Box, ...]], peak: Peak, closed: bool
 ) -> PhraseScore:
     own = boxes[mention.chain]
     return PhraseScore(

@@ -25,7 +25,7 @@ from grounding.batch.rows import PROMPT
 from grounding.core.geometry import Box
 from grounding.datasets.records import Phrase, Record
 from grounding.evaluation.pointing import Mention, why_no_box
-from grounding.explanation.explanation import EntryMap
+from grounding.explanation.explanation import PatchMap
 from grounding.explanation.maps import Status, diagnose, limits, rescale
 
 # The part of a picture that the first box of a chain must exceed.
@@ -34,12 +34,12 @@ SMALL = "small"
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class PhraseMaps:
     """A phrase of a picture with its maps by column key, or with the `reason` for which there are none."""
 
     phrase: Phrase
     mention: Mention
-    maps: Mapping[str, EntryMap] | None
+    maps: Mapping[str, PatchMap] | None
     reason: str = ""
 
 
@@ -52,11 +52,11 @@ class Cases:
 
     boxes: Mapping[str, tuple[Box, ...]]
     mentions: list[Mention] = field(default_factory=list)
-    maps: list[Mapping[str, EntryMap]] = field(default_factory=list)
+    maps: list[Mapping[str, PatchMap]] = field(default_factory=list)
     phrases: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, mention: Mention, maps: Mapping[str, EntryMap], phrases: int) -> None:
+    def add(self, mention: Mention, maps: Mapping[str, PatchMap], phrases: int) -> None:
         """One case."""
         self.mentions.append(mention)
         self.maps.append(maps)
@@ -73,13 +73,13 @@ class Protocol:
     name: str
     kind: str
     closed: bool
-    cases: Callable[[Record, Sequence[Told]], Cases]
+    cases: Callable[[Record, Sequence[PhraseMaps]], Cases]
     unit: str
     text: str
     hit: str
 
 
-def mention_anybox(record: Record, told: Sequence[Told]) -> Cases:
+def mention_anybox(record: Record, told: Sequence[PhraseMaps]) -> Cases:
     """A case for each phrase that has boxes and maps."""
     cases = Cases(record.boxes)
     for one in told:
@@ -92,10 +92,10 @@ def mention_anybox(record: Record, told: Sequence[Told]) -> Cases:
     return cases
 
 
-def chain_unionbox(record: Record, told: Sequence[Told]) -> Cases:
+def chain_unionbox(record: Record, told: Sequence[PhraseMaps]) -> Cases:
     """A case for each chain with a first box that is large enough and maps for at least one mention."""
     cases = Cases({chain: (around(boxes),) for chain, boxes in record.boxes.items()})
-    chains: dict[str, list[Told]] = {}
+    chains: dict[str, list[PhraseMaps]] = {}
     for one in told:
         if one.phrase.chain in record.boxes:
             chains.setdefault(one.phrase.chain, []).append(one)
@@ -114,7 +114,7 @@ def chain_unionbox(record: Record, told: Sequence[Told]) -> Cases:
     return cases
 
 
-def _whole(chain: str, own: Sequence[Told]) -> Mention:
+def _whole(chain: str, own: Sequence[PhraseMaps]) -> Mention:
     """A chain as one mention: every text and type of its phrases; held out where all of them are."""
     texts = dict.fromkeys(one.mention.text for one in own)
     types = dict.fromkeys(kind for one in own for kind in one.mention.types)
@@ -127,7 +127,7 @@ def around(boxes: Sequence[Box]) -> Box:
     return min(x0), min(y0), max(x1), max(y1)
 
 
-def average(maps: Sequence[EntryMap]) -> EntryMap:
+def average(maps: Sequence[PatchMap]) -> PatchMap:
     """The mean of what speaks for the entries of several maps of one method, each rescaled to [0, 1] over what was
     seen. A map without evidence adds nothing; where none has any, so has the mean.
 
@@ -141,7 +141,7 @@ def average(maps: Sequence[EntryMap]) -> EntryMap:
         raw += np.sum(scaled, axis=0, dtype=np.float64) / len(maps)
     status = diagnose(raw, seen, signed=False) if found else Status("degenerate", first.status.reason)
     column = replace(first.column, signed=False, maps=raw[None], status=(status,))
-    return EntryMap(first.entry, column, raw, status, first.geometry)
+    return PatchMap(first.entry, column, raw, status, first.geometry)
 
 
 _ALL = (

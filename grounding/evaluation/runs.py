@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from grounding.batch.rows import PROMPT, About, Row, explanation_of
+from grounding.batch.rows import PROMPT, Row, RunMetadata, from_row
 from grounding.batch.run_folder import RunFolder
 from grounding.core.demo import data_name
 from grounding.core.errors import DataError, GroundingError
@@ -25,11 +25,11 @@ from grounding.core.images import Picture
 from grounding.core.printable import escape
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Caption, Dataset, Record
-from grounding.evaluation.config import FEW, PointingRules
+from grounding.evaluation.config import FEW, PointingConfig
 from grounding.evaluation.pointing import BASELINES, MISSING, Captions, MapScores, mention_of, score_maps, summary
-from grounding.evaluation.protocols import TABLE, Protocol, Told
+from grounding.evaluation.protocols import TABLE, PhraseMaps, Protocol
 from grounding.evaluation.report import FORMAT
-from grounding.explanation.explanation import EntryMap
+from grounding.explanation.explanation import PatchMap
 
 NOT_READ, NOT_IN_RUN, OTHER_CAPTION = "not_read", "not_in_run", "other_caption"
 NO_BOXES = "no_boxes"
@@ -37,7 +37,7 @@ _NO_PIXELS = Image.new("RGB", (1, 1))
 
 
 @dataclass(frozen=True)
-class RunRules(PointingRules):
+class RunScoreConfig(PointingConfig):
     """What of a run is scored. `protocol`: by name; none: all those that the run has texts for."""
 
     captions: Captions = "all"
@@ -45,7 +45,7 @@ class RunRules(PointingRules):
 
 
 @dataclass(eq=False)
-class Tally:
+class RunScores:
     """What one protocol scored, per picture, and what it left out and why. `texts` counts the run's texts for it."""
 
     protocol: Protocol
@@ -55,7 +55,7 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_pictures: Counter[str] = field(default_factory=Counter)
 
-    def add(self, record: Record, told: Sequence[Told], rules: RunRules) -> None:
+    def add(self, record: Record, told: Sequence[PhraseMaps], rules: RunScoreConfig) -> None:
         """Score a picture, or count why not."""
         cases = self.protocol.cases(record, told)
         self.skipped += cases.skipped
@@ -85,15 +85,15 @@ def run_dataset(run: RunFolder, folder: str | Path | None = None) -> Dataset:
 
 
 def evaluate_run(
-    run: RunFolder, dataset: Dataset, rules: RunRules | None = None, *, progress: bool = False
+    run: RunFolder, dataset: Dataset, rules: RunScoreConfig | None = None, *, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
     """One document per protocol, by its name, as `scripts/evaluate.py --run --format json` prints them.
 
     Raises DataError for a damaged run, GroundingError where a protocol that was asked for, or any, scores nothing.
     """
-    rules = rules or RunRules()
+    rules = rules or RunScoreConfig()
     rules = replace(rules, min_entities=rules.entities(dataset.folder))
-    tallies = [Tally(TABLE[name]) for name in rules.protocol or TABLE]
+    tallies = [RunScores(TABLE[name]) for name in rules.protocol or TABLE]
     problems = [*_doubts(run, dataset), *dataset.problems]
     for rows in tqdm(run.pictures(), desc="scored", unit="picture", disable=not progress):
         name = rows[0]["image"]
@@ -133,7 +133,7 @@ def _doubts(run: RunFolder, dataset: Dataset) -> list[str]:
     return said
 
 
-def _few(record: Record, rules: RunRules, tallies: Sequence[Tally]) -> bool:
+def _few(record: Record, rules: RunScoreConfig, tallies: Sequence[RunScores]) -> bool:
     """Whether a picture has too few entities to be scored, and counted as such."""
     if len(record.boxes) >= (rules.min_entities or 1):
         return False
@@ -148,7 +148,7 @@ def _captions(record: Record, captions: Captions) -> tuple[Caption, ...]:
     return record.captions[:1] if captions == "first" else record.captions
 
 
-def _silence(run: RunFolder, tally: Tally, problems: Sequence[str]) -> str:
+def _silence(run: RunFolder, tally: RunScores, problems: Sequence[str]) -> str:
     """Why a protocol scored nothing."""
     name = tally.protocol.name
     counts = run.counts()
@@ -169,7 +169,9 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items())
 
 
-def _document(tally: Tally, about: About, dataset: Dataset, rules: RunRules, problems: Sequence[str]) -> dict[str, Any]:
+def _document(
+    tally: RunScores, about: RunMetadata, dataset: Dataset, rules: RunScoreConfig, problems: Sequence[str]
+) -> dict[str, Any]:
     protocol = tally.protocol
     thresholds = dict.fromkeys(about.methods, rules.cut)
     return {
@@ -216,13 +218,13 @@ class _Maps:
 
     def __init__(self, rows: Sequence[Row], run: RunFolder) -> None:
         self.rows = {row["line"]: row for row in rows}
-        self.maps: dict[tuple[str, int, int, int], Mapping[str, EntryMap]] = {}
+        self.maps: dict[tuple[str, int, int, int], Mapping[str, PatchMap]] = {}
         about, shared = run.about, run.shared(rows)
         kinds = {protocol.kind for protocol in TABLE.values()}
         for row in rows:
             if row["entries"] is None:
                 continue
-            found = explanation_of(row, about, _stand_in(row), shared, prompts=True)
+            found = from_row(row, about, _stand_in(row), shared, prompts=True)
             for place, entry in enumerate(found.entries):
                 if entry.kind in kinds:
                     maps = {key: found.map(place, key) for key in found.columns}
@@ -232,7 +234,7 @@ class _Maps:
         """How many texts of a kind there are."""
         return sum(key[0] == kind for key in self.maps)
 
-    def told(self, captions: Sequence[Caption], kind: str, heldout: frozenset[str]) -> list[Told]:
+    def told(self, captions: Sequence[Caption], kind: str, heldout: frozenset[str]) -> list[PhraseMaps]:
         """Every phrase with its maps, or why there are none."""
         made = []
         for caption in captions:
@@ -241,7 +243,7 @@ class _Maps:
                 maps = None if reason else self.maps.get((kind, caption.line, phrase.start, phrase.end))
                 cut = kind != PROMPT and maps is None and not reason and self.rows[caption.line]["truncated"]
                 made.append(
-                    Told(phrase, mention_of(phrase, heldout), maps, reason or (NOT_READ if cut else NOT_IN_RUN))
+                    PhraseMaps(phrase, mention_of(phrase, heldout), maps, reason or (NOT_READ if cut else NOT_IN_RUN))
                 )
         return made
 

@@ -82,11 +82,11 @@ def beaten(adapter: Adapter, record: Record, swaps: Swaps, heldout: frozenset[st
     if not record.captions:
         return []
     caption, adapter = record.captions[0], adapter.aimed(kind)
-    seen = adapter.see([str(record.picture)])
+    seen = adapter.prepare_images([str(record.picture)])
     scores: list[float] = []
     texts = [caption.text, *changed_captions(caption, record, swaps, heldout)]
     for first in range(0, len(texts), BATCH):
-        inputs = adapter.read(seen, [texts[first : first + BATCH]])
+        inputs = adapter.prepare_texts(seen, [texts[first : first + BATCH]])
         targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], kind)
         scores += adapter.scores(inputs, targets).tolist()
     return [float(scores[0] > score) for score in scores[1:]]

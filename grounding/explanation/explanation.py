@@ -49,7 +49,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MapColumn:
+class MethodMaps:
     """One method at one layer: raw maps (entries, rows, columns), or (1, rows, columns) where all entries share one.
 
     `text_conditioned` is False where the method cannot see the text; `status` has one item per stored map.
@@ -79,11 +79,11 @@ class MapColumn:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EntryMap:
+class PatchMap:
     """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`."""
 
     entry: Entry
-    column: MapColumn
+    column: MethodMaps
     raw: Float[np.ndarray, "rows columns"]
     status: Status
     geometry: Geometry
@@ -144,7 +144,7 @@ class Explanation:
     picture: Picture
     caption: str
     entries: tuple[Entry, ...]
-    columns: Mapping[str, MapColumn]
+    columns: Mapping[str, MethodMaps]
     geometry: Geometry
     target: str
     token_target: str | None
@@ -167,7 +167,7 @@ class Explanation:
         """
         return find_label(which, [entry.label for entry in self.entries], occurrence)
 
-    def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> EntryMap:
+    def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> PatchMap:
         """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
         key = next(iter(self.columns)) if column is None else column
         if key not in self.columns:
@@ -175,12 +175,12 @@ class Explanation:
         entry, chosen = self.index(which, occurrence), self.columns[key]
         place = chosen.index(entry)
         raw = chosen.maps[place]
-        return EntryMap(self.entries[entry], chosen, raw, chosen.status[place], self.geometry.of_map(*raw.shape))
+        return PatchMap(self.entries[entry], chosen, raw, chosen.status[place], self.geometry.of_map(*raw.shape))
 
-    def __getitem__(self, which: int | str) -> EntryMap:
+    def __getitem__(self, which: int | str) -> PatchMap:
         return self.map(which)
 
-    def __iter__(self) -> Iterator[EntryMap]:
+    def __iter__(self) -> Iterator[PatchMap]:
         return (self.map(i) for i in range(len(self.entries)))
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
 from grounding.core.printable import escape
 from grounding.core.text import Alternative
-from grounding.explanation.explanation import SCHEMA_VERSION, Entry, EntryMap, Explanation, MapColumn
+from grounding.explanation.explanation import SCHEMA_VERSION, Entry, Explanation, MethodMaps, PatchMap
 from grounding.explanation.maps import Status
 
 
@@ -40,15 +40,15 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
             "seen": [float(edge) for edge in geometry.seen],
             "sha256": picture.sha256,
             "warnings": list(picture.warnings),
-            "crop": plain(picture.crop),
+            "crop": to_builtin(picture.crop),
         },
-        "model": {"id": None, "type": None} | plain(explanation.model),
+        "model": {"id": None, "type": None} | to_builtin(explanation.model),
         "caption": explanation.caption,
         "origin": explanation.origin,
         "truncated": explanation.truncated,
         "target": explanation.target,
         "token_target": explanation.token_target,
-        "score": plain(explanation.score),
+        "score": to_builtin(explanation.score),
         "entries": [
             entry_json(entry)
             | {"maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns}}
@@ -59,7 +59,7 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
                 "method": column.method,
                 "title": column.title,
                 "layer": column.layer,
-                "options": plain(column.options),
+                "options": to_builtin(column.options),
                 "signed": column.signed,
                 "text_conditioned": column.text_conditioned,
                 **_own_grid(column, geometry),
@@ -68,12 +68,12 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
         },
         "geometry": geometry.to_dict(),
         "warnings": list(explanation.warnings),
-        "provenance": plain(explanation.provenance),
-        "files": plain(files or {}),
+        "provenance": to_builtin(explanation.provenance),
+        "files": to_builtin(files or {}),
     }
 
 
-def _own_grid(column: MapColumn, geometry: Geometry) -> dict[str, Any]:
+def _own_grid(column: MethodMaps, geometry: Geometry) -> dict[str, Any]:
     """Rows and columns of maps whose layer has another grid than the geometry."""
     rows, columns = column.maps.shape[1:]
     return {} if (rows, columns) == (geometry.rows, geometry.columns) else {"grid": [rows, columns]}
@@ -87,9 +87,9 @@ def entry_json(entry: Entry) -> dict[str, Any]:
         "start": entry.start,
         "end": entry.end,
         "token_id": entry.token_id,
-        "score": plain(entry.score),
-        "probability": plain(entry.probability),
-        "alternatives": [plain(vars(one)) for one in entry.alternatives],
+        "score": to_builtin(entry.score),
+        "probability": to_builtin(entry.probability),
+        "alternatives": [to_builtin(vars(one)) for one in entry.alternatives],
     }
 
 
@@ -98,14 +98,14 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=1) + "\n"
 
 
-def _map(found: EntryMap) -> dict[str, Any]:
+def _map(found: PatchMap) -> dict[str, Any]:
     low, high = found.range
     peak, box = found.peak, found.box
     return {
         "peak": None if peak is None else [float(v) for v in peak],
         "box": None if box is None else [int(v) for v in box],
-        "min": plain(low),
-        "max": plain(high),
+        "min": to_builtin(low),
+        "max": to_builtin(high),
         "status": found.status.status,
         "reason": found.status.reason,
         "layer": found.column.layer,
@@ -113,7 +113,7 @@ def _map(found: EntryMap) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """`value` in JSON's types: NumPy scalars, tuples and mappings converted, numbers that are not finite null."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -122,10 +122,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_builtin(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset | np.ndarray):
         items = sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
-        return [plain(item) for item in items]
+        return [to_builtin(item) for item in items]
     return str(value)
 
 
@@ -178,12 +178,12 @@ def _finite(value: Any) -> float:
 
 def _column(
     key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
-) -> MapColumn:
+) -> MethodMaps:
     stored = of_entries if about["text_conditioned"] else of_entries[:1]
     wanted = (len(stored), *about.get("grid", (geometry.rows, geometry.columns)))
     if maps.shape != wanted or maps.dtype.kind != "f":
         raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
-    return MapColumn(
+    return MethodMaps(
         key=key,
         method=about["method"],
         title=about["title"],

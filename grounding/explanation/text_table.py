@@ -12,7 +12,7 @@ from grounding.explanation.labels import entry_title, likelihood, next_best, ori
 if TYPE_CHECKING:
     from grounding.adapter.structure import Layer
     from grounding.core.text import Alternative
-    from grounding.explanation.explanation import Entry, EntryMap, Explanation
+    from grounding.explanation.explanation import Entry, Explanation, PatchMap
 
 LABEL_WIDTH = 32
 WIDEST = 160
@@ -74,7 +74,7 @@ def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
     return rows
 
 
-def _cells(found: EntryMap) -> list[str]:
+def _cells(found: PatchMap) -> list[str]:
     if not found.status:
         return ["no evidence", "-"]
     peak, box = found.peak, found.box

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import OptionError
 from grounding.core.registry import did_you_mean
 from grounding.methods.options import THRESHOLD, Fraction, convert
@@ -27,10 +27,10 @@ class Reading:
 
 
 # From a method's options and the sites of an architecture: stack -> what is read of it.
-Reads = Callable[[Mapping[str, Any], Sites], Mapping[str, Reading]]
+Reads = Callable[[Mapping[str, Any], ModelStructure], Mapping[str, Reading]]
 
 
-def nothing(_options: Mapping[str, Any], _sites: Sites) -> Mapping[str, Reading]:
+def nothing(_options: Mapping[str, Any], _structure: ModelStructure) -> Mapping[str, Reading]:
     """Of a method that reads no attention."""
     return {}
 

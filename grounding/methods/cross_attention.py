@@ -8,18 +8,18 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.methods.attention import one_block, one_head
 from grounding.methods.base import Reading, method
 from grounding.methods.trace import Trace
 
 
-def _weights(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"cross": Reading(one_block("cross_attention", options, sites, "cross"))}
+def _weights(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"cross": Reading(one_block("cross_attention", options, structure, "cross"))}
 
 
-def _gradients(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"cross": Reading(one_block("gradient_x_cross_attention", options, sites, "cross"), gradient=True)}
+def _gradients(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"cross": Reading(one_block("gradient_x_cross_attention", options, structure, "cross"), gradient=True)}
 
 
 @method("Cross-attention", {"attention"}, reads=_weights)
@@ -32,8 +32,8 @@ def cross_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -
     return trace.patches(trace.chain(trace.text_rows(), one_head("cross_attention", weights, head), "cross"))
 
 
-def _fusion(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"fusion": Reading(one_block("attention_gradcam", options, sites, "fusion"), gradient=True)}
+def _fusion(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"fusion": Reading(one_block("attention_gradcam", options, structure, "fusion"), gradient=True)}
 
 
 @method("Attention Grad-CAM", {"attention", "attention_gradient"}, reads=_fusion)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import OptionError
 from grounding.methods.attention import index_of
 from grounding.methods.base import Reading, method
@@ -17,13 +17,13 @@ from grounding.methods.chains import normalised, normalised_relevance_row, relev
 from grounding.methods.trace import Trace
 
 
-def _reads(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    count = len(sites.attention("vision"))
+def _reads(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    count = len(structure.attention("vision"))
     blocks = slice(index_of(options["start_layer"], count, "relevance.start_layer") if count else 0, None)
     led = Reading(gradient=True)
-    if sites.readout == "fusion":
+    if structure.pooling == "fusion":
         return {"fusion": led, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}
-    if sites.readout != "cross":
+    if structure.pooling != "cross":
         if options["encoder"] == "rollout":
             raise OptionError(
                 "option relevance.encoder: rollout is for vision stacks that are read through another one"
@@ -53,7 +53,7 @@ def relevance(
         if encoder == "relevance":
             return trace.patches(normalised_relevance_row(trace, row, _led(trace, "vision", blocks)))
     else:
-        row = _fusion_row(trace) if trace.has("fusion") else trace.readout_row()
+        row = _fusion_row(trace) if trace.has("fusion") else trace.pooling_row()
         if encoder != "rollout":
             return trace.patches(relevance_row(trace, row, _led(trace, "vision", blocks)))
     for weights in reversed(trace.attentions(blocks=blocks)):

@@ -25,7 +25,7 @@ class Trace:
     """The signals of k targets at one tap. Reading an undeclared one is an error.
 
     Outputs, attention weights and their gradients have the pictures of the batch first, or its texts' sequences (see
-    `Sites`); gradients are there only where targets do not get into each other's way. `shifts` (k, D) stand for them at
+    `ModelStructure`); gradients are there only where targets do not get into each other's way. `shifts` (k, D) stand for them at
     fast taps. The readers of taps below give one row per target, those of attention one matrix per picture or text:
     `chain` multiplies each target's row with its own.
     """
@@ -77,7 +77,9 @@ class Trace:
     @property
     def compares(self) -> bool:
         """Whether targets are compared with other sequences at this tap: where every text has a sequence of its own."""
-        return self.tap is not None and self.adapter.sites.axis(self.tap) == "text" and self.targets.other is not None
+        return (
+            self.tap is not None and self.adapter.structure.axis(self.tap) == "text" and self.targets.other is not None
+        )
 
     def weighted(
         self, weights: Float[Tensor, "k D"], *, centred: bool = False, other: bool = False
@@ -102,13 +104,13 @@ class Trace:
     def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """Attention weights of the blocks of a stack, first to last, per picture or text."""
         self._declared("attention")
-        return [precise(self.weights[path]) for path in self.adapter.sites.stack(stack).attention[blocks]]
+        return [precise(self.weights[path]) for path in self.adapter.structure.stack(stack).attention[blocks]]
 
     def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """d score / d attention weights of the blocks of a stack, first to last: those of the one target that each
         picture or text (or row of it) has here."""
         self._declared("attention_gradient")
-        return [precise(self.weight_gradients[path]) for path in self.adapter.sites.stack(stack).attention[blocks]]
+        return [precise(self.weight_gradients[path]) for path in self.adapter.structure.stack(stack).attention[blocks]]
 
     def chain(
         self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str = "vision"
@@ -123,11 +125,11 @@ class Trace:
 
     def owner(self, stack: str = "vision") -> Int[Tensor, "k"]:
         """Which matrix of a stack belongs to each target: that of its picture, or of its text's sequence."""
-        return self._owner(self.adapter.sites.stack(stack).blocks[0])
+        return self._owner(self.adapter.structure.stack(stack).blocks[0])
 
     def has(self, stack: str) -> bool:
         """Whether the architecture has such a stack."""
-        return stack in self.adapter.sites.stacks
+        return stack in self.adapter.structure.stacks
 
     def text_rows(self) -> Float[Tensor, "k Q"]:
         """The places of the text side's sequence from which chains of attention start: weights that sum to 1."""
@@ -135,21 +137,21 @@ class Trace:
 
     def picture_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
         """What a row over the sequence of the `fusion` stack says of the vision stack's tokens in it."""
-        before, _ = self.adapter.sequence(self.adapter.sites.stack("fusion").blocks[0])
-        first = before - self.adapter.sites.prefix
+        before, _ = self.adapter.sequence(self.adapter.structure.stack("fusion").blocks[0])
+        first = before - self.adapter.structure.prefix
         return row[:, first : first + self.tokens]
 
     @property
     def tokens(self) -> int:
         """N, the length of the vision stack's sequence, prefix included."""
-        return self.adapter.sites.prefix + self.grid[0] * self.grid[1]
+        return self.adapter.structure.prefix + self.grid[0] * self.grid[1]
 
-    def readout_row(self) -> Float[Tensor, "k N"]:
+    def pooling_row(self) -> Float[Tensor, "k N"]:
         """How much each token of the vision stack's output is read: where chains of attention start."""
         row = self.adapter.pooling_weights(len(self.targets), self.tokens)
         if row is not None:
             return row
-        if self.adapter.sites.readout == "cross":
+        if self.adapter.structure.pooling == "cross":
             [weights] = self.attentions("cross", slice(-1, None))
             return self.chain(self.text_rows(), weights.mean(1), "cross")
         row = self.text_rows()
@@ -176,7 +178,7 @@ class Trace:
         if other:
             assert self.targets.other is not None
             return self.targets.other
-        return self.targets.units if self.adapter.sites.axis(path) == "text" else self.targets.image
+        return self.targets.units if self.adapter.structure.axis(path) == "text" else self.targets.image
 
     def _rows(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
         """One row per target of what the tap has per picture or text; not copied where they are the same."""

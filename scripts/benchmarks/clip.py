@@ -23,7 +23,7 @@ from adapters.clip.adapter import ClipAdapter
 from benchmarks.meter import Cost, cost, quietly, say
 from grounding.core.images import open_image
 from grounding.engine.explain import compute, explain
-from grounding.engine.plan import columns
+from grounding.engine.plan import plan_methods
 
 SIZES = "pictures"
 UNIT = "one bare image-tower forward pass on the same pictures"
@@ -60,7 +60,7 @@ def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> li
                 continue
             naive = None if variant else loops.get(method)
             tell(f"{count} pictures: {method} {variant or ''}")
-            plan = columns(adapter, [method], options=options)
+            plan = plan_methods(adapter, [method], options=options)
             # A memory of its own for every run, or all but the first would find the pass made already.
             found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
@@ -138,7 +138,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
     """One full forward and backward pass, gradients of every parameter included, and the map of one target."""
     model, kept = adapter.model, []
-    layer = model.get_submodule(adapter.sites.tap)
+    layer = model.get_submodule(adapter.structure.tap)
 
     def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
         out.retain_grad()

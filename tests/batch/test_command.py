@@ -87,7 +87,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(command, tmp_path):
 def test_a_log_has_lines_of_progress(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    bar = progress.Bar(name="process 1 of 2")
+    bar = progress.ProgressBar(name="process 1 of 2")
     run = RunFolder(Path("run"), {"ids": ["a"] * 250, "fingerprint": {"shard_size": 50}})
     bar.begins(run, [1, 3], 100)
     failed = [{"status": "failed_read"}, {"status": "ok"}]
@@ -99,7 +99,7 @@ def test_a_log_has_lines_of_progress(monkeypatch, capsys):
     assert lines[0] == "run: 100 pictures to do in 2 of 5 shards (process 1 of 2)"
     # 20 pictures after 80 seconds: 80 are left. Nothing after 40, and nothing yet at 120.
     assert lines[1:] == ["process 1 of 2:  20% 20/100 [01:20<05:20,  4.00s/picture, 2 rows failed]"]
-    quiet = progress.Bar(quiet=True)
+    quiet = progress.ProgressBar(quiet=True)
     quiet.begins(run, [1], 100)
     now[0] += 400
     quiet.rows(failed, 10)

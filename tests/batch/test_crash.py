@@ -12,7 +12,7 @@ import pytest
 from grounding.batch.run_folder import LOCK, MANIFEST
 from grounding.core.errors import OutputError
 from tests.support import batch
-from tests.support.batch import Hands
+from tests.support.batch import Executor
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def killed(monkeypatch, at, do):
 
 
 def test_killed_at_every_single_step_and_resumed_it_equals_an_uninterrupted_run(go, tmp_path, monkeypatch):
-    whole = batch.content(go("whole", Hands({"3.png"})).path)
+    whole = batch.content(go("whole", Executor({"3.png"})).path)
     step, half, aside = 0, 0, 0
-    while killed(monkeypatch, step, partial(go, f"at-{step}", Hands({"3.png"}))):
+    while killed(monkeypatch, step, partial(go, f"at-{step}", Executor({"3.png"}))):
         folder = tmp_path / f"at-{step}"
         half += bool(batch.leftovers(folder))
         for file in folder.glob("part-*.parquet"):
             assert file.read_bytes() == whole[file.name]  # under its own name a table is whole
-        go(f"at-{step}", Hands({"3.png"}))
+        go(f"at-{step}", Executor({"3.png"}))
         left = batch.content(folder)
         damaged = [name for name in left if ".damaged-" in name]
         aside += len(damaged)
@@ -111,10 +111,10 @@ def test_killed_while_rows_are_tried_again_it_comes_to_the_same_in_the_end(go, t
     whole = batch.content(tmp_path / "whole")
     step = 0
     while True:
-        go(f"at-{step}", Hands({"3.png"}))
-        if not killed(monkeypatch, step, partial(go, f"at-{step}", Hands(), retry=["failed_model"])):
+        go(f"at-{step}", Executor({"3.png"}))
+        if not killed(monkeypatch, step, partial(go, f"at-{step}", Executor(), retry=["failed_model"])):
             break
-        go(f"at-{step}", Hands(), retry=["failed_model"])
+        go(f"at-{step}", Executor(), retry=["failed_model"])
         left = batch.content(tmp_path / f"at-{step}")
         assert {name: data for name, data in left.items() if ".damaged-" not in name} == whole, step
         step += 1

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from grounding.batch.explainer import Grounder, Job
-from grounding.batch.requests import Ask
+from grounding.batch.explainer import BatchExplainer, ImageJob
+from grounding.batch.requests import TextRequest
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
 from grounding.core.images import open_image
 from grounding.engine.selection import Selection
@@ -25,7 +25,9 @@ def cleared(monkeypatch):
 
 def jobs(count, texts=TEXTS[:2]):
     return [
-        Job(f"{i}", open_image(noise(30 + i, 30, i)), tuple(Ask(line, text) for line, text in enumerate(texts)))
+        ImageJob(
+            f"{i}", open_image(noise(30 + i, 30, i)), tuple(TextRequest(line, text) for line, text in enumerate(texts))
+        )
         for i in range(count)
     ]
 
@@ -36,7 +38,7 @@ class Watched:
     def __init__(self, error=None, *, above=0, of=None):
         self.adapter, self.sizes = models.clip_adapter(dtype=torch.float32), []
         self.texts = []
-        see, read = self.adapter.see, self.adapter.read
+        see, read = self.adapter.prepare_images, self.adapter.read
 
         def seen(images):
             self.sizes.append(len(images))
@@ -49,10 +51,10 @@ class Watched:
             self.texts.append(sum(len(own) for own in texts))
             return read(inputs, texts)
 
-        self.adapter.see, self.adapter.read = seen, reads
+        self.adapter.prepare_images, self.adapter.read = seen, reads
 
     def rows(self, made=None, **how):
-        return Grounder(self.adapter, HOW | how).rows(jobs(6) if made is None else made)
+        return BatchExplainer(self.adapter, HOW | how).rows(jobs(6) if made is None else made)
 
 
 def names(rows):
@@ -105,7 +107,7 @@ def test_no_memory_at_all_fails_every_text_alone():
 
 def test_numbers_that_are_not_finite_cost_one_picture():
     watched = Watched()
-    see = watched.adapter.see
+    see = watched.adapter.prepare_images
 
     def seen(images):
         inputs = see(images)
@@ -114,7 +116,7 @@ def test_numbers_that_are_not_finite_cost_one_picture():
                 inputs.tensors["pixel_values"][i] = float("nan")
         return inputs
 
-    watched.adapter.see = seen
+    watched.adapter.prepare_images = seen
     rows = watched.rows()
     assert [row["id"] for row in rows if row["status"] == "failed_numeric"] == ["3#0", "3#1"]
     assert [row["status"] for row in rows].count("ok") == 10
@@ -153,7 +155,7 @@ def test_ctrl_c_is_no_failure_of_a_picture(error):
 @pytest.mark.parametrize("error", [OptionError("no such option"), LayerError("dead")])
 def test_what_is_wrong_for_all_stops_the_run_unless_something_has_worked(error):
     watched = Watched(error, of=2)
-    grounder = Grounder(watched.adapter, HOW)
+    grounder = BatchExplainer(watched.adapter, HOW)
     with pytest.raises(type(error)):
         grounder.rows(jobs(3))
     grounder.rows(jobs(2))
@@ -168,11 +170,11 @@ def test_memory_is_given_back_between_the_halves(cleared):
 
 def test_texts_about_phrases_are_read_once_each_and_come_back_with_their_captions():
     asks = (
-        Ask(0, "a man and a man", ((0, 5), (10, 15)), {(0, 5): "image of a man", (10, 15): "image of a man"}),
-        Ask(1, "a man", (), {(0, 5): "image of a man"}),
+        TextRequest(0, "a man and a man", ((0, 5), (10, 15)), {(0, 5): "image of a man", (10, 15): "image of a man"}),
+        TextRequest(1, "a man", (), {(0, 5): "image of a man"}),
     )
     watched = Watched()
-    rows = watched.rows([Job("a", open_image(noise(30, 30)), asks)])
+    rows = watched.rows([ImageJob("a", open_image(noise(30, 30)), asks)])
     assert watched.texts == [3]
     kinds = [[(e["kind"], e["label"], e["start"], e["end"]) for e in row["entries"]] for row in rows]
     assert kinds[0] == [

@@ -10,14 +10,14 @@ import pytest
 from grounding.batch.rows import (
     PROMPT,
     STATUSES,
-    About,
+    RunMetadata,
     about_of,
+    deduplicate_shared_maps,
     doubts_of,
     explained,
-    explanation_of,
     failed,
+    from_row,
     maps_bytes,
-    share_maps,
     status_of,
     to_table,
 )
@@ -48,7 +48,7 @@ def through(tmp_path):
 
 def back(row, picture, what=ABOUT, rows=None, **options):
     shared = {key: one[key] for key in what.shared for one in rows or [row] if one[key] is not None}
-    return explanation_of(row, what, picture, shared, **options)
+    return from_row(row, what, picture, shared, **options)
 
 
 def equal(found, wanted):
@@ -146,7 +146,7 @@ def test_maps_that_do_not_see_the_text_are_stored_once_a_picture_and_found_again
     rows = [failed("a", 0, "x", "failed_model", "why"), *(explained("a", i + 1, made[i], {}) for i in range(3))]
     rows += [explained("b", i, made[3 + i], {}) for i in range(2)]
     bare = maps_bytes(rows, ABOUT)
-    share_maps(rows, ABOUT.shared)
+    deduplicate_shared_maps(rows, ABOUT.shared)
     rows = through(rows)
     assert ABOUT.shared == ("rollout",)
     assert [row["rollout"] is not None for row in rows] == [False, True, False, False, True, False]
@@ -194,7 +194,7 @@ def test_a_failed_row_has_no_explanation(through):
     assert row["caption"] is None
     assert row["status"] in STATUSES
     with pytest.raises(GroundingError, match=r"row 'a#0' has no maps: failed_decode \(cut short\)"):
-        explanation_of(row, ABOUT, open_image(noise(9, 9)), {})
+        from_row(row, ABOUT, open_image(noise(9, 9)), {})
 
 
 def test_the_bytes_of_a_table_are_the_same_for_the_same_rows():
@@ -208,14 +208,14 @@ def test_a_foreign_table_is_refused(tmp_path):
     with pytest.raises(GroundingError, match="the table was not written by a batch run"):
         about_of(pa.table({"a": [1]}))
     with pytest.raises(GroundingError, match="not a table of a batch run"):
-        About.from_json("{}")
-    assert About.from_json(ABOUT.to_json()) == ABOUT
+        RunMetadata.from_json("{}")
+    assert RunMetadata.from_json(ABOUT.to_json()) == ABOUT
     assert "\n" not in ABOUT.to_json()
     json.loads(ABOUT.to_json())
 
 
 def test_warnings_are_counted_by_row_without_what_methods_say_of_their_maps():
-    about = About({"gradcam": {"title": "Grad-CAM", "layer": "b.1"}}, "similarity", None, {}, {})
+    about = RunMetadata({"gradcam": {"title": "Grad-CAM", "layer": "b.1"}}, "similarity", None, {}, {})
     rows = [{"warnings": ["cropped", "cropped", "Grad-CAM of 'a' is no evidence"]}, {"warnings": ["cropped", "blue"]}]
     assert doubts_of([*rows, {"warnings": None}, {}], about) == {"cropped": 2, "blue": 1}
     blank = [{"gradcam": {"status": one}} for one in (["degenerate", "ok"], ["degenerate"], ["ok", "degenerate"])]

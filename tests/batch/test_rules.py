@@ -2,9 +2,9 @@
 
 import pytest
 
-from grounding.batch.config import Work
-from grounding.batch.executors import Rank
-from grounding.batch.failure_limit import Budget
+from grounding.batch.config import RunConfig
+from grounding.batch.executors import ProcessRank
+from grounding.batch.failure_limit import FailureLimit
 from grounding.batch.ray import places
 from grounding.batch.requests import sample_of
 from grounding.batch.rows import failed
@@ -13,7 +13,7 @@ from grounding.core.errors import BudgetError, DataError, OptionError
 from grounding.core.text import Generate
 from grounding.datasets.subset import chosen_ids, picked
 from tests.support import batch
-from tests.support.batch import Hands
+from tests.support.batch import Executor
 
 GOOD = {"status": "ok"}
 BAD = failed("a", 0, "x", "failed_decode", "cut short")
@@ -34,30 +34,30 @@ def fill(budget, pattern):
 
 def test_more_than_five_in_a_hundred_after_five_hundred_rows():
     spread = "." * 19 + "x"  # 5 %
-    assert fill(Budget(), spread * 50) is None
-    assert fill(Budget(), "xx" + spread * 24 + "." * 17) is None  # 26 of 499
-    assert fill(Budget(), "xx" + spread * 24 + "." * 20) == 500  # 26 of 500
-    assert fill(Budget(), spread * 30 + "x") == 601  # 31 of 601
-    assert fill(Budget(share=0.5, after=4), "xxx..") == 4
+    assert fill(FailureLimit(), spread * 50) is None
+    assert fill(FailureLimit(), "xx" + spread * 24 + "." * 17) is None  # 26 of 499
+    assert fill(FailureLimit(), "xx" + spread * 24 + "." * 20) == 500  # 26 of 500
+    assert fill(FailureLimit(), spread * 30 + "x") == 601  # 31 of 601
+    assert fill(FailureLimit(share=0.5, after=4), "xxx..") == 4
 
 
 def test_a_hundred_in_a_row():
-    assert fill(Budget(), "x" * 100) == 100
-    assert fill(Budget(), "." * 9000 + "x" * 99 + "." + "x" * 99) is None
-    assert fill(Budget(), "." * 4000 + "x" * 200) == 4100
-    assert fill(Work("data", max_failed=1).budget(), "x" * 600) is None  # whatever fails
-    assert fill(Work("data", max_failed=0.5).budget(), ("." * 3 + "x") * 250) is None
+    assert fill(FailureLimit(), "x" * 100) == 100
+    assert fill(FailureLimit(), "." * 9000 + "x" * 99 + "." + "x" * 99) is None
+    assert fill(FailureLimit(), "." * 4000 + "x" * 200) == 4100
+    assert fill(RunConfig("data", max_failed=1).budget(), "x" * 600) is None  # whatever fails
+    assert fill(RunConfig("data", max_failed=0.5).budget(), ("." * 3 + "x") * 250) is None
     with pytest.raises(OptionError, match="from 0 to 1"):
-        Work("data", max_failed=1.5)
+        RunConfig("data", max_failed=1.5)
     with pytest.raises(
         BudgetError, match=r"stopped: 100 rows in a row failed \(100 failed_decode\); the first: cut sh"
     ):
-        Budget().add([BAD] * 250)
+        FailureLimit().add([BAD] * 250)
     assert BudgetError("x").exit_code == 4
 
 
 def test_degenerate_and_truncated_rows_are_no_failures():
-    assert Budget().add([{"status": "degenerate"}, {"status": "ok_truncated"}] * 400) is None
+    assert FailureLimit().add([{"status": "degenerate"}, {"status": "ok_truncated"}] * 400) is None
 
 
 def test_a_cluster_counts_whole_shards():
@@ -65,16 +65,16 @@ def test_a_cluster_counts_whole_shards():
         failures = [{"status": "failed_read", "error": "gone"}] * bad + [{"status": "degenerate", "error": "x"}]
         return {"rows": good + bad, "failures": failures}
 
-    budget = Budget()
+    budget = FailureLimit()
     for _ in range(25):
         budget.add_shard(shard(19, 1))
     with pytest.raises(BudgetError, match=r"stopped: 31 of 530 rows failed, more than 5% .*the first: gone"):
         budget.add_shard(shard(24, 6))
-    budget = Budget()
+    budget = FailureLimit()
     budget.add_shard(shard(0, 60))
     with pytest.raises(BudgetError, match="120 rows in a row"):
         budget.add_shard(shard(0, 60))
-    budget = Budget()
+    budget = FailureLimit()
     budget.add_shard(shard(0, 60))
     budget.add_shard(shard(1, 3))
     budget.add_shard(shard(0, 60))
@@ -83,7 +83,7 @@ def test_a_cluster_counts_whole_shards():
 def test_a_run_whose_rows_all_failed_was_hopeless(tmp_path):
     go = batch.driven(tmp_path)
 
-    class Hopeless(Hands):
+    class Hopeless(Executor):
         def rows(self, run, shard):
             return [failed(name, 0, "x", "failed_decode", f"{name} is bad") for name in run.members(shard)]
 
@@ -118,7 +118,7 @@ def test_broken_rows_of_a_list_belong_to_the_whole_of_it(tmp_path):
     folder = batch.data(tmp_path, 3)
     with (folder / "captions.txt").open("a") as file:
         file.write(",no name\n")
-    dataset = Work(data=str(folder)).dataset()
+    dataset = RunConfig(data=str(folder)).dataset()
     assert len(dataset.broken) == 1
     assert chosen_ids(dataset, None, None, 0) == ("0.png", "1.png", "2.png", *dataset.broken)
     assert chosen_ids(dataset, 2, None, 0) == ("0.png", "1.png")
@@ -129,7 +129,7 @@ def test_broken_rows_of_a_list_belong_to_the_whole_of_it(tmp_path):
 
 
 def test_captions_first_all_none(tmp_path):
-    dataset = Work(data=str(batch.data(tmp_path, 1, ["", "one", "two"]))).dataset()
+    dataset = RunConfig(data=str(batch.data(tmp_path, 1, ["", "one", "two"]))).dataset()
     every = sample_of(dataset, "0.png", "all", ())
     assert [(ask.line, ask.caption) for ask in every.asks] == [(1, "one"), (2, "two")]
     assert [failure.line for failure in every.failures] == [0]
@@ -142,7 +142,7 @@ def test_captions_first_all_none(tmp_path):
 
 
 def test_a_picture_without_a_usable_caption_is_one_failure(tmp_path):
-    dataset = Work(data=str(batch.data(tmp_path, 1, ["", " "]))).dataset()
+    dataset = RunConfig(data=str(batch.data(tmp_path, 1, ["", " "]))).dataset()
     assert [f.line for f in sample_of(dataset, "0.png", "all", ()).failures] == [0, 1]
     assert [f.line for f in sample_of(dataset, "0.png", "first", ()).failures] == [0]
 
@@ -163,7 +163,7 @@ def test_a_picture_without_a_usable_caption_is_one_failure(tmp_path):
 )
 def test_numbers_and_names_that_make_no_sense(how, words):
     with pytest.raises(OptionError, match=words):
-        Work(data="x", **how)
+        RunConfig(data="x", **how)
 
 
 def test_statuses_that_there_are_not_come_with_the_nearest():
@@ -184,16 +184,16 @@ def test_no_folder_is_made_for_a_wrong_status(tmp_path):
 def test_data_without_pictures_is_one_line(tmp_path):
     (tmp_path / "captions.txt").write_text("image,caption\n")
     with pytest.raises(DataError, match="lists no pictures"):
-        Work(data=str(tmp_path)).dataset()
+        RunConfig(data=str(tmp_path)).dataset()
 
 
 def test_shards_are_shared_by_their_number():
-    ranks = [Rank(i, 3) for i in range(3)]
+    ranks = [ProcessRank(i, 3) for i in range(3)]
     shares = [rank.share([0, 1, 2, 5, 6, 9]) for rank in ranks]
     assert shares == [[0, 6, 9], [1], [2, 5]]
-    assert Rank().share([4, 7]) == [4, 7]
-    assert Rank.of_launch("cpu") == Rank()
-    assert Rank().device("auto") == "auto"
+    assert ProcessRank().share([4, 7]) == [4, 7]
+    assert ProcessRank.of_launch("cpu") == ProcessRank()
+    assert ProcessRank().device("auto") == "auto"
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ def test_a_rank_waits_for_what_the_others_compute_again(tmp_path):
 
     run = batch.driven(tmp_path)()
     stamps = {shard: run.stamp(shard) for shard in run.shards}
-    waiting = threading.Thread(target=Rank(0, 2).wait_for, args=(run, stamps), daemon=True)
+    waiting = threading.Thread(target=ProcessRank(0, 2).wait_for, args=(run, stamps), daemon=True)
     waiting.start()
     for shard in run.shards:
         assert waiting.is_alive()
-        run.commit(shard, Hands().rows(run, shard), 0.0)
+        run.commit(shard, Executor().rows(run, shard), 0.0)
     waiting.join(10)
     assert not waiting.is_alive()
-    Rank().wait_for(run, {0: run.stamp(0)})  # alone: nobody to wait for
+    ProcessRank().wait_for(run, {0: run.stamp(0)})  # alone: nobody to wait for

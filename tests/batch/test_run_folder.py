@@ -16,7 +16,7 @@ from grounding.batch.run_folder import LOCK, MANIFEST, RunFolder, check_folder, 
 from grounding.core.errors import DataError, DifferentRunError, GroundingError, OutputError
 from grounding.core.files import STAGING
 from tests.support import batch
-from tests.support.batch import Hands, Heard
+from tests.support.batch import Executor, Heard
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def go(tmp_path):
 
 
 def test_the_same_again_computes_nothing_and_changes_nothing(go):
-    run = go(hands=Hands({"0.png"}))
+    run = go(hands=Executor({"0.png"}))
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.path.glob("part-*")}
-    hands, heard = Hands({"0.png"}), Heard()
+    hands, heard = Executor({"0.png"}), Heard()
     assert exit_code(go(hands=hands, watch=heard)) == exit_code(run) == 3
     assert (hands.done, heard.todo, heard.pictures) == ([], [], 0)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.path.glob("part-*")} == before
@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_set_aside_computed_again_and_reported(go, damage):
     table, side = run.part(1), run.sidecar(1)
     DAMAGE[damage](table, side)
     had = table.read_bytes() if table.exists() else None
-    hands, heard = Hands(), Heard()
+    hands, heard = Executor(), Heard()
     go(hands=hands, watch=heard)
     assert hands.done == [1]
     left = batch.content(run.path)
@@ -115,22 +115,22 @@ def test_a_table_that_does_not_fit_its_sidecar_is_never_read(go):
 
 
 def test_failures_are_listed_anew_after_each_run(go):
-    run = go(hands=Hands({"1.png", "4.png"}))
+    run = go(hands=Executor({"1.png", "4.png"}))
     listed = [json.loads(line) for line in (run.path / "failures.jsonl").read_text().splitlines()]
     assert [one["id"] for one in listed] == ["1.png#1", "4.png#1"]
     assert listed[0] == {"id": "1.png#1", "image": "1.png", "status": "failed_model", "error": "why"}
     (run.path / "failures.jsonl").write_text("lost\n")
     heard = Heard()
-    go(hands=Hands(), retry=["failed_model"], watch=heard)
+    go(hands=Executor(), retry=["failed_model"], watch=heard)
     assert (heard.todo, heard.pictures) == ([0, 2], 2)
     assert (run.path / "failures.jsonl").read_text() == ""
     assert exit_code(run) == 0
 
 
 def test_another_run_in_the_folder_is_named_by_what_differs(go):
-    go(hands=Hands(model="a", captions="all", batch_size=8))
+    go(hands=Executor(model="a", captions="all", batch_size=8))
     with pytest.raises(DifferentRunError) as error:
-        go(hands=Hands(model="b" * 99, captions="first", batch_size=8, extra=1))
+        go(hands=Executor(model="b" * 99, captions="first", batch_size=8, extra=1))
     assert error.value.exit_code == 2
     words = str(error.value)
     assert f'model: "a" there, "{"b" * 49}... now' in words
@@ -146,7 +146,7 @@ def test_another_run_in_the_folder_is_named_by_what_differs(go):
 def test_a_second_run_refuses_while_the_first_holds_the_folder(go, tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / LOCK):
-        hands = Hands()
+        hands = Executor()
         with pytest.raises(OutputError, match=r"another run is writing into .*run: wait for it") as error:
             go(hands=hands)
     assert error.value.exit_code == 1
@@ -238,18 +238,18 @@ def test_an_incomplete_run_is_not_merged(go):
 
 def test_a_merge_refuses_ids_twice_and_other_pictures(go):
     run = go()
-    own = Hands().rows(run, 1)
+    own = Executor().rows(run, 1)
     run.commit(1, [*own, own[-1]], 0.0)
     with pytest.raises(DataError, match=r"the id '3.png#1' stands in the run twice"):
         run.merge()
-    run.commit(1, Hands().rows(run, 0), 0.0)
+    run.commit(1, Executor().rows(run, 0), 0.0)
     with pytest.raises(DataError, match=r"part-00001.parquet has other pictures than the manifest says"):
         run.merge()
     assert batch.leftovers(run.path) == []
 
 
 def test_status_counts_what_is_done(go):
-    run = go(hands=Hands({"0.png"}))
+    run = go(hands=Executor({"0.png"}))
     run.sidecar(2).unlink()
     found = status_of(run)
     assert found["shards"] == {"done": 2, "of": 3}

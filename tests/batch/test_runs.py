@@ -13,7 +13,7 @@ import pytest
 from grounding import explain
 from grounding.batch.decode_pool import Opening
 from grounding.batch.figures import explanations
-from grounding.batch.rows import PROMPT, explanation_of
+from grounding.batch.rows import PROMPT, from_row
 from grounding.batch.run import exit_code
 from grounding.batch.run_folder import MANIFEST, RunFolder
 from grounding.core.errors import BudgetError, DataError, DifferentRunError, LayerError, OptionError
@@ -73,7 +73,7 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
     dataset = what.dataset()
     picture = Opening(dataset.root)(dataset.read("first").picture)
     run_folder = RunFolder.open(tmp_path / "run")
-    found = explanation_of(rows[0], run_folder.about, picture, run_folder.shared(rows), prompts=True)
+    found = from_row(rows[0], run_folder.about, picture, run_folder.shared(rows), prompts=True)
     alone = explain(load.adapter, picture.path, "image of a red car", methods=what.methods)
     place = next(i for i, entry in enumerate(found.entries) if entry.kind == PROMPT)
     assert close(found.entries[place].score, alone.entries[0].score)
@@ -309,14 +309,14 @@ def test_a_shard_dropped_half_way_is_computed_again(tmp_path):
     folder = data(tmp_path / "data", 4)
     whole = batch.content(run(tmp_path / "whole", work(folder)).path)
     load = Counting()
-    see = load.adapter.see
+    see = load.adapter.prepare_images
 
     def stopped(images):
         if "3.png" in str(images[-1].path):
             raise KeyboardInterrupt
         return see(images)
 
-    load.adapter.see = stopped
+    load.adapter.prepare_images = stopped
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", work(folder), load)
     assert sorted(p.name for p in (tmp_path / "run").glob("part-*")) == ["part-00000.json", "part-00000.parquet"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adapters.shared.tokenization import pad, tokenise
 from grounding.core.errors import ModelError, TextError
 from grounding.core.printable import escape
-from grounding.core.text import Tokens, check_text, word_spans
+from grounding.core.text import TokenizedText, check_text, word_spans
 from tests.support import models
 
 TOKENIZER = models.tokenizer()
@@ -118,7 +118,7 @@ def test_phrases_behind_the_limit_are_refused():
 
 
 def test_lower_case_that_changes_the_length_moves_nothing():
-    tokens = Tokens("İstanbul red", (1,), ((9, 12),), (False,))
+    tokens = TokenizedText("İstanbul red", (1,), ((9, 12),), (False,))
     assert tokens.phrase("RED").start == 9
 
 

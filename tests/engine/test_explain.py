@@ -14,11 +14,11 @@ import adapters
 from adapters import ADAPTERS
 from grounding import METHODS, Selection, explain
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import Sites
+from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import GroundingError, LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.engine.layers import list_layers
-from grounding.engine.passes import one_each, trace
-from grounding.engine.plan import available, columns
+from grounding.engine.passes import disjoint_groups
+from grounding.engine.plan import available
 from grounding.explanation.figures.overlays import overlay
 from grounding.methods.base import Method
 from tests.conftest import noise
@@ -65,13 +65,13 @@ def test_activations_and_attentions_are_uniform(any_adapter):
     inputs, _ = prepared(any_adapter)
     rows, columns_ = any_adapter.grid(inputs)
     assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns_)
-    if not any_adapter.sites.attention("vision"):
+    if not any_adapter.structure.attention("vision"):
         with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
             any_adapter.attentions(inputs)
         return
     attentions = any_adapter.attentions(inputs)
-    assert len(attentions) == len(any_adapter.sites.stacks["vision"].blocks)
-    tokens = any_adapter.sites.prefix + rows * columns_
+    assert len(attentions) == len(any_adapter.structure.stacks["vision"].blocks)
+    tokens = any_adapter.structure.prefix + rows * columns_
     for weights in attentions:
         assert weights.shape[2:] == (tokens, tokens)
         assert weights.sum(-1).numpy() == pytest.approx(1)
@@ -95,7 +95,7 @@ def test_recorded_attention_keeps_causal_and_padding_masks(clip, picture):
     texts["attention_mask"][1, 2] = 0
     with torch.no_grad():
         expected = clip.model.get_text_features(**texts).pooler_output
-    with Recorder(clip.model, attention=dict.fromkeys(clip.sites.stacks["vision"].attention, False)):
+    with Recorder(clip.model, attention=dict.fromkeys(clip.structure.stacks["vision"].attention, False)):
         found = clip.model.get_text_features(**texts).pooler_output
     assert close(found, expected)
 
@@ -103,7 +103,7 @@ def test_recorded_attention_keeps_causal_and_padding_masks(clip, picture):
 def test_shift_gradient_equals_score_from(any_adapter):
     """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
     inputs, targets = prepared(any_adapter)
-    for layer in (None, "0", "-1.in" if any_adapter.sites.stacks["vision"].inputs else "-1"):
+    for layer in (None, "0", "-1.in" if any_adapter.structure.stacks["vision"].inputs else "-1"):
         tap = any_adapter.resolve(layer)
         plan = columns(any_adapter, ["gradcam"], [tap])
         shift = torch.zeros(len(targets), any_adapter.activations(inputs, tap).shape[-1], dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_a_changed_block_is_run_and_not_recomputed(clip, picture, tower, change)
         block.self_attn.register_forward_hook(lambda module, args, out: (0.1 * out[0], *out[1:]))
     found = explain(clip, picture, CAPTION, methods=["gradcam"])
     for entry, (score, features, gradient, _) in zip(
-        found, tutorial_runs(clip, picture, CAPTION, clip.sites.tap), strict=True
+        found, tutorial_runs(clip, picture, CAPTION, clip.structure.tap), strict=True
     ):
         assert entry.entry.score == pytest.approx(score, abs=1e-6)
         assert close(entry.raw.ravel(), vision.gradcam(features[1:], gradient[1:]))
@@ -208,12 +208,14 @@ def test_one_forward_pass_for_all_methods(any_adapter, picture):
     texts = [["red car", "two dogs"], ["a bus"]]
     known = available(any_adapter)
     methods = [name for name in ("gradcam", "gradcam_ln", "rollout", "attention") if name in known]
-    any_adapter.see([picture])  # grids of convolutional networks are found once, by a pass of a blank picture
+    any_adapter.prepare_images(
+        [picture]
+    )  # grids of convolutional networks are found once, by a pass of a blank picture
     counted.clear()
     explain(any_adapter, [picture, noise(40, 40)], texts, methods=methods)
     # Off the fast taps the backward rule has a pass of its own, through the vision stack where the tap is in it.
     assert len(counted) == (
-        1 if any_adapter.fast_taps or any_adapter.sites.axis(any_adapter.sites.tap) == "text" else 2
+        1 if any_adapter.fast_taps or any_adapter.structure.axis(any_adapter.structure.tap) == "text" else 2
     )
     counted.clear()
     methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
@@ -242,7 +244,7 @@ def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
     handle = clip.model.vision_model.encoder.layers[0].register_forward_hook(
         lambda module, args, out: counted.append(1)
     )
-    seen = clip.see(pictures)
+    seen = clip.prepare_images(pictures)
     first = explain(clip, seen, "red car", methods=["gradcam", "gradcam_ln", "rollout"])
     assert len(counted) == 1
     again = explain(clip, seen, [["two dogs", "a bus"], ["red car"]], methods=["gradcam", "gradcam_ln", "rollout"])
@@ -260,13 +262,13 @@ def test_pictures_seen_once_are_passed_once_for_all_later_texts(clip):
     pixels = seen.tensors["pixel_values"]
     dark = explain(clip, replace(seen, tensors={"pixel_values": 0 * pixels}), "red car", methods=["gradcam"])
     assert dark[0].entries[0].score != pytest.approx(first[0].entries[0].score, abs=1e-6)
-    one = explain(clip, clip.see(pictures[:1]), "red car")
+    one = explain(clip, clip.prepare_images(pictures[:1]), "red car")
     assert one.caption == "red car"
 
 
 def test_attention_that_sees_the_text_is_read_for_every_target(clip, picture):
     """An architecture whose attention depends on the text gets one map per entry, without any gradient."""
-    clip.__dict__["sites"] = replace(clip.sites, text_stacks=frozenset({"vision"}))
+    clip.__dict__["structure"] = replace(clip.structure, text_stacks=frozenset({"vision"}))
     found = explain(clip, picture, CAPTION, methods=["rollout"])
     assert found.columns["rollout"].maps.shape[0] == len(found.entries)
     assert all(m.raw.max() > 0 for m in found)
@@ -350,7 +352,7 @@ def test_fast_chunks_that_do_not_fit_are_split(clip, picture, monkeypatch):
 
 def test_shift_gradient_equals_finite_differences(any_adapter):
     inputs, targets = prepared(any_adapter)
-    tap = any_adapter.sites.tap
+    tap = any_adapter.structure.tap
     width = any_adapter.activations(inputs).shape[-1]
     direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step = 1e-5 * direction.repeat(len(targets), 1)
@@ -447,7 +449,7 @@ def test_token_counts_are_checked_with_numbers(clip):
 
 
 def test_text_independent_maps_are_stored_once_and_said(any_adapter, picture):
-    if any_adapter.sites.text_stacks:
+    if any_adapter.structure.text_stacks:
         found = explain(any_adapter, picture, CAPTION, methods=["rollout"])
         assert found.columns["rollout"].maps.shape[0] == len(found.entries)
         assert not any("does not see the text" in w for w in found.warnings)
@@ -471,9 +473,9 @@ def test_a_target_without_text_says_so(picture):
 
 
 def test_a_readout_without_an_answer_is_refused(clip, picture):
-    sites = clip.sites
-    clip.__dict__["sites"] = replace(sites, readout="attention_pool")
-    assert isinstance(clip.sites, Sites)
+    structure = clip.structure
+    clip.__dict__["structure"] = replace(structure, pooling="attention_pool")
+    assert isinstance(clip.structure, ModelStructure)
     with pytest.raises(ModelError, match="must override pooling_weights"):
         explain(clip, picture, CAPTION, methods=["rollout"])
 
@@ -497,7 +499,7 @@ def test_wrong_pairings_are_refused(clip, images, texts, words):
 
 
 def test_batches_have_each_picture_once():
-    assert one_each([{b} for b in [0, 0, 1, 0, 1, 2]]) == [[0, 2, 5], [1, 4], [3]]
+    assert disjoint_groups([{b} for b in [0, 0, 1, 0, 1, 2]]) == [[0, 2, 5], [1, 4], [3]]
 
 
 # ---------------------------------------------------------------- texts of a CLIP

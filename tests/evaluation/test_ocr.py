@@ -9,12 +9,12 @@ import pytest
 
 from grounding.core.demo import demo_lines
 from grounding.core.errors import DataError, GroundingError, NumericError, OptionError, UnknownNameError
-from grounding.core.text import Tokens
+from grounding.core.text import TokenizedText
 from grounding.datasets.text_lines import Line, open_lines
 from grounding.evaluation import ocr as evaluation
 from grounding.evaluation.kinds import LINES, PHRASES, evaluation_of, suited
 from grounding.evaluation.line_report import markdown
-from grounding.evaluation.ocr import Rules, evaluate_lines
+from grounding.evaluation.ocr import evaluate_lines
 from grounding.evaluation.ocr_scoring import (
     Aimed,
     Hit,
@@ -261,7 +261,7 @@ def test_the_position_prior_knows_the_tokens_place_alone():
 
 
 def test_questions_follow_from_text_and_seed():
-    tokens = Tokens("ab ca", tuple(range(6)), tuple((i, i + (i < 5)) for i in range(6)), (*[False] * 5, True))
+    tokens = TokenizedText("ab ca", tuple(range(6)), tuple((i, i + (i < 5)) for i in range(6)), (*[False] * 5, True))
     spans = Aimed(seed=0).spans(tokens)
     own, asked = spans[:5], spans[5:]
     assert [span.kind for span in spans] == ["token"] * 5 + ["where"] * 4
@@ -272,7 +272,7 @@ def test_questions_follow_from_text_and_seed():
         assert span.asked != tokens.text[span.start]
     assert Aimed(seed=0).spans(tokens) == spans
     assert len({tuple(span.asked for span in Aimed(seed=seed).spans(tokens)[5:]) for seed in range(9)}) > 1
-    same = Tokens("aa", (0, 0), ((0, 1), (1, 2)), (False, False))
+    same = TokenizedText("aa", (0, 0), ((0, 1), (1, 2)), (False, False))
     assert len(Aimed().spans(same)) == 2  # no other letter to ask for
 
 

@@ -16,7 +16,7 @@ from grounding.evaluation import faithfulness as believing
 from grounding.evaluation import phrases as evaluation
 from grounding.evaluation.deletion import CONTROL, Case, areas, cell_numbers, order_of
 from grounding.evaluation.faithfulness import EVERYTHING, cascade, faithfulness, text_sensitivity
-from grounding.evaluation.phrases import Rules, evaluate
+from grounding.evaluation.phrases import evaluate
 from grounding.evaluation.report import as_json, markdown, warnings_of
 from tests.cli.test_ground import ROOT, answer, script
 from tests.conftest import noise
@@ -363,7 +363,7 @@ def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
     for name, redrawn in cascade(clip, seed=0):
         state = redrawn.model.state_dict()
         changed.append((name, {key for key, value in state.items() if not torch.equal(value, before[key])}))
-    blocks = clip.sites.stacks["vision"].blocks
+    blocks = clip.structure.stacks["vision"].blocks
     assert [name for name, _ in changed] == [*reversed(blocks), EVERYTHING]
     assert all(key.startswith(blocks[-1]) for key in changed[0][1])
     assert {key.startswith(tuple(blocks[-2:])) for key in changed[1][1]} == {True}

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from adapters import load
-from grounding.batch.rows import About, explained, failed, share_maps
+from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, explained, failed
 from grounding.batch.run_folder import RunFolder, write_manifest
 from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.open import open_dataset
 from grounding.engine.explain import explain
-from grounding.engine.plan import columns
+from grounding.engine.plan import plan_methods
 from grounding.engine.selection import Selection
-from grounding.evaluation.phrases import Rules, evaluate
+from grounding.evaluation.phrases import evaluate
 from grounding.evaluation.protocols import around, average
-from grounding.evaluation.runs import RunRules, evaluate_run, run_dataset
+from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
 from grounding.explanation.explanation import Entry
 from tests.evaluation.test_phrases import command  # noqa: F401  (fixture)
 from tests.support.explanations import column, explanation, noise, whole
@@ -26,7 +26,7 @@ from tests.support.tolerances import HALF_ENERGY, close
 
 GEOMETRY = whole(80, 80)  # 4 x 4 patches of 20 pixels, their centres at 10, 30, 50, 70
 COMMON = {"layer": "vision.11", "options": {"threshold": 0.0}, "signed": True, "text_conditioned": True}
-ABOUT = About(
+ABOUT = RunMetadata(
     {"gradcam": {"method": "gradcam", "title": "Gradcam", **COMMON}},
     "similarity",
     "leave-one-out",
@@ -122,7 +122,7 @@ def write_run(path, data, rows, about=ABOUT, shards=None, source=None):
     run = RunFolder.open(path)
     for shard in run.shards if shards is None else shards:
         members = [row for name in run.members(shard) for row in rows[name]]
-        share_maps(members, about.shared)
+        deduplicate_shared_maps(members, about.shared)
         run.commit(shard, members, 0.0)
     return run
 
@@ -200,7 +200,7 @@ def test_pixels_count_to_the_edge_of_the_box_around(tmp_path):
     data = open_dataset(tmp_path / "data", "test")
     maps = {"a dog": delta((0, 0))}
     documents = evaluate_run(
-        write_run(tmp_path / "run", data, {"one": rows_of(data, "one", maps, maps)}), data, RunRules(peak="pixel")
+        write_run(tmp_path / "run", data, {"one": rows_of(data, "one", maps, maps)}), data, RunScoreConfig(peak="pixel")
     )
     assert hits(documents) == {ANY: 0, UNION: 1}
     assert hits(documents, "random") == {ANY: pytest.approx(18**2 / 6400), UNION: pytest.approx(20**2 / 6400)}
@@ -289,8 +289,8 @@ def test_the_box_around_others():
 def test_a_chain_is_averaged_over_the_captions_that_are_read(tmp_path, twice):
     maps = {"a dog": delta((1, 1)), "an old dog": 2 * delta((0, 0)) + delta((1, 1))}
     run = write_run(tmp_path / "run", twice, {"one": rows_of(twice, "one", maps, maps)})
-    assert evaluate_run(run, twice, RunRules(captions="first"))[UNION]["phrases"] == 1
-    first = evaluate_run(run, twice, RunRules(captions="first", protocol=(ANY,)))
+    assert evaluate_run(run, twice, RunScoreConfig(captions="first"))[UNION]["phrases"] == 1
+    first = evaluate_run(run, twice, RunScoreConfig(captions="first", protocol=(ANY,)))
     assert (list(first), first[ANY]["phrases"]) == ([ANY], 1)
     # The second map's peak is elsewhere, but the mean has (1 + 1 / 2) / 2 in the box against 1 / 2 there.
     assert hits(evaluate_run(run, twice))[UNION] == 1
@@ -342,7 +342,7 @@ def several_rows(data):
 
 def test_every_phrase_is_scored_or_counted(tmp_path, several):
     run = write_run(tmp_path / "run", several, several_rows(several))
-    documents = evaluate_run(run, several, RunRules(min_entities=2))
+    documents = evaluate_run(run, several, RunScoreConfig(min_entities=2))
     common = {"failed_oom": 2, "other_caption": 2, "min_entities": 4}
     assert documents[ANY]["skipped"] == common | {"not_read": 1, "not_in_run": 2}
     assert documents[UNION]["skipped"] == common | {"not_in_run": 3}
@@ -390,7 +390,7 @@ def test_runs_of_one_protocol(tmp_path, data):
         assert f"{other} cannot be scored" in said
         assert said.endswith(f"ground_flickr30k.py makes them with --protocols {other}")
         with pytest.raises(GroundingError, match=f"{other} cannot be scored"):
-            evaluate_run(run, data, RunRules(protocol=(ANY, UNION)))
+            evaluate_run(run, data, RunScoreConfig(protocol=(ANY, UNION)))
     with pytest.raises(GroundingError, match="mention-anybox cannot be scored"):
         evaluate_run(write_run(tmp_path / "neither", data, {"one": rows_of(data, "one")}), data)
 
@@ -401,7 +401,7 @@ def test_runs_with_nothing_to_score(tmp_path, data):
         evaluate_run(write_run(tmp_path / "failed", data, {"one": [row]}), data)
     run = run_of(tmp_path, data, delta((0, 0)), delta((0, 0)))
     with pytest.raises(GroundingError, match=r"mention-anybox scored nothing .*pictures: min_entities 1"):
-        evaluate_run(run, data, RunRules(min_entities=3))
+        evaluate_run(run, data, RunScoreConfig(min_entities=3))
     for path in data.folder.glob("Annotations/*"):
         path.unlink()
     with pytest.raises(GroundingError, match=r"scored nothing .*pictures: failed_input 1\); first of all: .*changed"):
@@ -431,7 +431,7 @@ def test_the_data_of_a_run(tmp_path, data):
 def test_rules_that_mean_nothing():
     for wrong in ({"threshold": 0}, {"threshold": 1.1}, {"min_entities": 0}):
         with pytest.raises(OptionError):
-            RunRules(**wrong)
+            RunScoreConfig(**wrong)
 
 
 # ---------------------------------------------------------------- as with the model
@@ -440,7 +440,7 @@ def test_rules_that_mean_nothing():
 def test_a_run_scores_as_the_model_does(tmp_path, several):
     """The same phrases explained by the engine, stored as float16, and scored by `evaluate`; a tokenizer of words."""
     clip = load(None, device="cpu")
-    plan = columns(clip, ["gradcam", "rollout"])
+    plan = plan_methods(clip, ["gradcam", "rollout"])
     rows = {}
     for name in several.ids:
         record = several.read(name)
@@ -449,7 +449,7 @@ def test_a_run_scores_as_the_model_does(tmp_path, several):
         select = [[Selection(tokens=False, phrases=own) for own in places]]
         [made] = explain(clip, [str(record.picture)], [texts], select=select, methods=["gradcam", "rollout"])
         rows[name] = [explained(name, line, one, {}) for line, one in enumerate(made)]
-    about = About.of(clip, plan, "similarity", "leave-one-out", 0)
+    about = RunMetadata.of(clip, plan, "similarity", "leave-one-out", 0)
     run = write_run(tmp_path / "run", several, rows, about)
     stored = evaluate_run(run, several)[ANY]
     direct = evaluate(clip, several, Rules(captions="all"), methods=["gradcam", "rollout"])

@@ -15,7 +15,7 @@ from PIL import Image
 from grounding.core import files
 from grounding.core.errors import GroundingError, OptionError
 from grounding.explanation.explanation import Entry, Explanation
-from grounding.explanation.serialization import dumps, plain
+from grounding.explanation.serialization import dumps
 from grounding.explanation.storage import OutputError, check_output, load, save, slug, to_json
 from tests.support.explanations import column, explanation, noise, whole
 

@@ -55,7 +55,7 @@ def test_all_cams_of_a_convolutional_network(tap):
 def test_all_cams_of_image_classifiers(kind, layer):
     """Three pictures in one batch, each with a class of its own, at the default tap and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
-    path, prefix = adapter.resolve(layer), adapter.sites.prefix
+    path, prefix = adapter.resolve(layer), adapter.structure.prefix
     found = explain(adapter, PICTURES, test_classifier.ASKED, methods=CAMS, layers=[path])
     for picture, index, one in zip(PICTURES, test_classifier.INDICES, found, strict=True):
         _, *kept, _ = test_classifier.tutorial(adapter, picture, index, path)
@@ -72,7 +72,7 @@ def test_all_cams_of_any_module(net, tap):
     adapter = test_module.made(net(), tap, width=64, height=48 if net is nets.ViT else 96)
     found = explain(adapter, PICTURES, [3, 0, 4], methods=CAMS)
     for picture, index, one in zip(PICTURES, (3, 0, 4), found, strict=True):
-        kept = test_module.tutorial(adapter.model, adapter.preprocess(picture), index, adapter.sites.tap)
+        kept = test_module.tutorial(adapter.model, adapter.preprocess(picture), index, adapter.structure.tap)
         pair = [test_classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))

@@ -8,8 +8,7 @@ import torch
 
 from grounding import METHODS, Selection, explain
 from grounding.core.errors import LayerError, OptionError
-from grounding.engine.passes import trace
-from grounding.engine.plan import available, columns
+from grounding.engine.plan import available, plan_methods
 from tests.conftest import noise
 from tests.support import models
 from tests.support.oracles import vision
@@ -186,9 +185,9 @@ def test_a_method_reads_only_what_it_declares(clip, trocr, picture, name):
     inputs = clip.prepare([picture], [[CAPTION]])
     targets = clip.targets(inputs, [[inputs.tokens[0].caption()]])
     for signal in method.needs:
-        [chunk] = list(trace(clip, inputs, targets, columns(clip, [name])))
+        [chunk] = list(trace(clip, inputs, targets, plan_methods(clip, [name])))
         less = replace(method, needs=method.needs - {signal})
-        path = clip.sites.tap if method.reads_tap else None
+        path = clip.structure.tap if method.reads_tap else None
         with pytest.raises(RuntimeError, match=f"reads '{signal}'"):
             less(chunk.trace.at(path, less.needs))
 

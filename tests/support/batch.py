@@ -3,13 +3,12 @@
 import csv
 import json
 
-from grounding.batch.config import Description, Work
-from grounding.batch.executors import Here
-from grounding.batch.progress import Watch
-from grounding.batch.rows import About, explained, failed, share_maps
-from grounding.batch.run import drive
+from grounding.batch.config import RunConfig, RunDescription
+from grounding.batch.executors import LocalExecutor
+from grounding.batch.progress import Progress
+from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, explained, failed
+from grounding.batch.run import run_batch
 from grounding.datasets.subset import chosen_ids
-from grounding.explanation.serialization import plain
 from tests.conftest import noise
 from tests.support import models
 from tests.support.explanations import explanation
@@ -37,13 +36,13 @@ class Counting:
 
     def __init__(self, adapter=None):
         self.adapter, self.loads, self.seen = adapter or models.clip_adapter(), 0, []
-        see = self.adapter.see
+        see = self.adapter.prepare_images
 
         def counted(images):
             self.seen += [str(getattr(image, "path", image)).rpartition("/")[2] for image in images]
             return see(images)
 
-        self.adapter.see = counted
+        self.adapter.prepare_images = counted
 
     def __call__(self):
         self.loads += 1
@@ -53,7 +52,7 @@ class Counting:
 def work(folder, **changed):
     """What is computed: in this process, one thread, two pictures a shard."""
     how = {"methods": ("gradcam", "rollout"), "workers": 0, "threads": 1, "shard_size": 2, "batch_size": 2}
-    return Work(data=str(folder), **(how | changed))
+    return RunConfig(data=str(folder), **(how | changed))
 
 
 def run(output, what, load=None, *, limit=None, drawn=None, **options):
@@ -61,7 +60,7 @@ def run(output, what, load=None, *, limit=None, drawn=None, **options):
     load = load or Counting()
     dataset = what.dataset() if "dataset" not in options else options.pop("dataset")
     ids = chosen_ids(dataset, limit, drawn, 0)
-    return drive(output, what, dataset, ids, Here(load, what, lambda _rows, _pictures: None), **options)
+    return run_batch(output, what, dataset, ids, LocalExecutor(load, what, lambda _rows, _pictures: None), **options)
 
 
 def rows(folder):
@@ -101,13 +100,13 @@ def about(made):
     """What rows of explanations like this one have in common."""
     names = ("method", "title", "layer", "options", "signed", "text_conditioned")
     methods = {key: {name: getattr(column, name) for name in names} for key, column in made.columns.items()}
-    return About(methods, made.target, made.token_target, dict(made.model), plain(made.provenance))
+    return RunMetadata(methods, made.target, made.token_target, dict(made.model), plain(made.provenance))
 
 
 ABOUT = about(MADE)
 
 
-class Hands:
+class Executor:
     """Commits rows that are made beforehand; `done` are the shards it was asked for."""
 
     def __init__(self, fails=(), **fingerprint):
@@ -116,7 +115,7 @@ class Hands:
 
     def describe(self, ids):
         self.described += 1
-        return Description(self.fingerprint, ABOUT, 1)
+        return RunDescription(self.fingerprint, ABOUT, 1)
 
     def compute(self, run, shards, retry):
         for shard in shards:
@@ -129,11 +128,11 @@ class Hands:
             made.append(explained(name, 0, MADE, {}))
             bad = failed(name, 1, "x", "failed_model", "why") if name in self.fails else explained(name, 1, MADE, {})
             made.append(bad)
-        share_maps(made, ABOUT.shared)
+        deduplicate_shared_maps(made, ABOUT.shared)
         return made
 
 
-class Heard(Watch):
+class Heard(Progress):
     """Remembers what it is told."""
 
     def __init__(self):
@@ -148,10 +147,10 @@ class Heard(Watch):
 
 def driven(tmp_path):
     """A function that begins or resumes a run of five pictures in three shards."""
-    what = Work(data=str(data(tmp_path / "data", 5)))
+    what = RunConfig(data=str(data(tmp_path / "data", 5)))
     dataset = what.dataset()
 
     def go(folder="run", hands=None, **options):
-        return drive(tmp_path / folder, what, dataset, dataset.ids, hands or Hands(), **options)
+        return run_batch(tmp_path / folder, what, dataset, dataset.ids, hands or Executor(), **options)
 
     return go

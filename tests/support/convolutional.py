@@ -9,10 +9,10 @@ from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.core.text import Tokens
+from grounding.core.text import TokenizedText
 
 ROWS, COLUMNS, STEP = 4, 6, 4
 CLASSES = 4
@@ -73,8 +73,8 @@ class ClassAdapter(Adapter):
         self.tap = tap
 
     @cached_property
-    def sites(self):
-        return Sites(stacks={"vision": Stack((self.tap,))}, tap=self.tap, readout="mean", prefix=0)
+    def structure(self):
+        return ModelStructure(stacks={"vision": Stack((self.tap,))}, tap=self.tap, pooling="mean", prefix=0)
 
     def pixels(self, image):
         """Of a PIL picture: (3, 16, 24), from 0 to 1."""
@@ -82,7 +82,7 @@ class ClassAdapter(Adapter):
         levels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).double() / 255
         return levels.reshape(ROWS * STEP, COLUMNS * STEP, 3).movedim(-1, 0)
 
-    def see(self, images):
+    def prepare_images(self, images):
         pictures = tuple(open_image(image) for image in images)
         size = (COLUMNS * STEP, ROWS * STEP)
         grid = (ROWS, COLUMNS)
@@ -90,10 +90,10 @@ class ClassAdapter(Adapter):
         pixels = torch.stack([self.pixels(p.image) for p in pictures])
         return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
 
-    def read(self, inputs, texts):
+    def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        tokens = tuple(Tokens(text, (int(text),), ((0, len(text)),), (False,)) for text in flat)
+        tokens = tuple(TokenizedText(text, (int(text),), ((0, len(text)),), (False,)) for text in flat)
         return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
 
     def targets(self, inputs, spans, kind=None, token_target=None):
@@ -103,7 +103,7 @@ class ClassAdapter(Adapter):
         image = torch.tensor(inputs.text_image)[owner]
         return Targets(kind, image, owner, tuple(s for own in spans for s in own), {"class": number}, token_target)
 
-    def encode(self, inputs):
+    def encode_images(self, inputs):
         return self.model(inputs.tensors["pixel_values"])
 
     def score(self, inputs, encoded, targets):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.explanation.explanation import Entry, Explanation, MapColumn
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps
 from grounding.explanation.maps import diagnose
 
 LABELS = ("man in red", "man", "red")
@@ -22,7 +22,7 @@ def column(key, maps, geometry, *, signed=True, shared=False, **options):
     maps = np.asarray(maps, np.float32)
     status = tuple(diagnose(m, geometry.seen_cells, signed=signed) for m in maps)
     name = key.split("@")[0]
-    return MapColumn(key, name, name.title(), "vision.11", options, signed, not shared, maps, status)
+    return MethodMaps(key, name, name.title(), "vision.11", options, signed, not shared, maps, status)
 
 
 def whole(width, height, rows=4, columns=4):

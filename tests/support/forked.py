@@ -53,7 +53,7 @@ def arm(script, moment, number):
         "load": (script, "load", True),
         "begin": (config, "write_manifest", False),
         "decode": (decode_pool, "_finished", False),
-        "explain": (explainer.Grounder, "_explained", True),
+        "explain": (explainer.BatchExplainer, "_explained", True),
         "share": (shards, "share_maps", True),
         "table": (run_folder, "write_whole", False),
         "written": (Path, "replace", False),

@@ -9,10 +9,10 @@ from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.core.text import Tokens, word_spans
+from grounding.core.text import TokenizedText, word_spans
 
 ROWS, COLUMNS, PATCH = 4, 5, 2
 
@@ -32,10 +32,10 @@ class LinearAdapter(Adapter):
         self.info = ModelInfo(id="linear", type="linear")
 
     @cached_property
-    def sites(self):
-        return Sites(stacks={"vision": Stack(("layer",))}, tap="layer", readout="mean", prefix=0)
+    def structure(self):
+        return ModelStructure(stacks={"vision": Stack(("layer",))}, tap="layer", pooling="mean", prefix=0)
 
-    def see(self, images):
+    def prepare_images(self, images):
         pictures = tuple(open_image(image) for image in images)
         size = (self.shown * PATCH, ROWS * PATCH)
         pixels = np.ones((len(pictures), 1, ROWS * PATCH, COLUMNS * PATCH))
@@ -50,10 +50,11 @@ class LinearAdapter(Adapter):
         tensors = {"pixel_values": torch.from_numpy(pixels)}
         return Inputs(pictures, geometry, (), (), tensors, ((),) * len(pictures))
 
-    def read(self, inputs, texts):
+    def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]
         tokens = tuple(
-            Tokens(t, tuple(range(len(word_spans(t)))), word_spans(t), (False,) * len(word_spans(t))) for t in flat
+            TokenizedText(t, tuple(range(len(word_spans(t)))), word_spans(t), (False,) * len(word_spans(t)))
+            for t in flat
         )
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
         return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
@@ -65,7 +66,7 @@ class LinearAdapter(Adapter):
         image = torch.tensor(inputs.text_image)
         return Targets(kind, image, owner, tuple(s for own in spans for s in own), {"seeds": seeds}, token_target)
 
-    def encode(self, inputs):
+    def encode_images(self, inputs):
         pixels = inputs.tensors["pixel_values"][:, 0]
         return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2))  # (B, rows, columns)
 

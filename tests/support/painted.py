@@ -10,10 +10,10 @@ from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture, open_image
-from grounding.core.text import Generate, Tokens
+from grounding.core.text import Generate, TokenizedText
 
 ROWS, COLUMNS, CELL = 2, 8, 4
 CHARACTERS = " abcdefO0#"
@@ -55,10 +55,10 @@ class PaintedAdapter(Adapter):
         self.calls = 0
 
     @cached_property
-    def sites(self):
-        return Sites(stacks={"vision": Stack(("layer",))}, tap="layer", readout="mean", prefix=0)
+    def structure(self):
+        return ModelStructure(stacks={"vision": Stack(("layer",))}, tap="layer", pooling="mean", prefix=0)
 
-    def see(self, images):
+    def prepare_images(self, images):
         self.calls += 1
         pictures = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
         geometry = tuple(
@@ -68,7 +68,7 @@ class PaintedAdapter(Adapter):
         pixels = torch.stack([torch.from_numpy(np.array(p.image.convert("L"))) for p in pictures])
         return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
 
-    def read(self, inputs, texts):
+    def prepare_texts(self, inputs, texts):
         levels = inputs.tensors["pixel_values"][:, CELL // 2, CELL // 2 :: CELL].double() / STEP
         tokens = []
         for own, codes in zip(texts, levels.round().long().tolist(), strict=True):
@@ -76,7 +76,7 @@ class PaintedAdapter(Adapter):
             text = "".join(MISREAD.get(CHARACTERS[code], CHARACTERS[code]) for code in codes).rstrip()
             places = (*((i, i + 1) for i in range(len(text))), (len(text), len(text)))
             ids = (*(CHARACTERS.index(sign) for sign in text), END)
-            tokens.append(Tokens(text, ids, places, (*(False for _ in text), True)))
+            tokens.append(TokenizedText(text, ids, places, (*(False for _ in text), True)))
         owner = tuple(range(len(texts)))
         origins = ("generated",) * len(texts)
         return replace(
@@ -90,7 +90,7 @@ class PaintedAdapter(Adapter):
         channel = torch.tensor([CHARACTERS.index(span.asked) if span.asked else span.token_id for span in flat])
         return Targets(kind, owner, owner, flat, {"channel": channel}, token_target)
 
-    def encode(self, inputs):
+    def encode_images(self, inputs):
         pixels = inputs.tensors["pixel_values"].double()
         cells = pixels.unfold(1, CELL, CELL).unfold(2, CELL, CELL).mean((-1, -2)).flatten(1) / STEP
         shown = (cells[..., None] - torch.arange(END)).abs() < 0.5

@@ -11,10 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.structure import Sites, Stack
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
-from grounding.core.text import Tokens, word_spans
+from grounding.core.text import TokenizedText, word_spans
 
 WIDTH, HEADS, PATCH, ROWS, COLUMNS = 16, 2, 8, 3, 5
 
@@ -72,12 +72,12 @@ class MeanAdapter(Adapter):
         self.info = ModelInfo(id="mean", type="mean")
 
     @cached_property
-    def sites(self):
+    def structure(self):
         blocks = tuple(f"blocks.{i}" for i in range(2))
         stack = Stack(blocks, tuple(f"{b}.norm" for b in blocks), tuple(f"{b}.attend" for b in blocks))
-        return Sites(stacks={"vision": stack}, tap="blocks.1", readout="mean", prefix=0)
+        return ModelStructure(stacks={"vision": stack}, tap="blocks.1", pooling="mean", prefix=0)
 
-    def see(self, images):
+    def prepare_images(self, images):
         pictures = tuple(open_image(image) for image in images)
         size = (COLUMNS * PATCH, ROWS * PATCH)
         pixels = [torch.frombuffer(bytearray(p.image.resize(size).tobytes()), dtype=torch.uint8) for p in pictures]
@@ -87,12 +87,12 @@ class MeanAdapter(Adapter):
         )
         return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
 
-    def read(self, inputs, texts):
+    def prepare_texts(self, inputs, texts):
         tokens = []
         for text in (text for own in texts for text in own):
             spans = word_spans(text)
             ids = tuple(sum(map(ord, text[a:b].lower())) % 97 for a, b in spans)
-            tokens.append(Tokens(text, ids, spans, (False,) * len(ids)))
+            tokens.append(TokenizedText(text, ids, spans, (False,) * len(ids)))
         owner = tuple(b for b, own in enumerate(texts) for _ in own)
         return replace(inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(tokens))
 
@@ -116,7 +116,7 @@ class MeanAdapter(Adapter):
             token_target,
         )
 
-    def encode(self, inputs):
+    def encode_images(self, inputs):
         return self.model(inputs.tensors["pixel_values"])
 
     def score(self, inputs, encoded, targets):

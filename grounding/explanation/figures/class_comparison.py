@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from grounding.core import files
 from grounding.core.errors import OptionError
 from grounding.explanation import png
-from grounding.explanation.explanation import Explanation, MapColumn
+from grounding.explanation.explanation import Explanation, MethodMaps
 from grounding.explanation.figures import wording
 from grounding.explanation.figures.comparison import Comparison
 from grounding.explanation.figures.painter import Limits, limits_of
@@ -85,7 +85,7 @@ class Member(Comparison):
         across = min(width, usable, height * geometry.width / geometry.height)
         return Grid((across, across * geometry.height / geometry.width), count)
 
-    def _limits(self, column: MapColumn, entry: int) -> Limits:
+    def _limits(self, column: MethodMaps, entry: int) -> Limits:
         return self.shared[column.key] if self.shared else super()._limits(column, entry)
 
     @property

@@ -10,7 +10,7 @@ from typing import cast
 
 from matplotlib.figure import Figure
 
-from grounding.explanation.explanation import EntryMap, Explanation, MapColumn
+from grounding.explanation.explanation import Explanation, MethodMaps, PatchMap
 from grounding.explanation.figures import wording
 from grounding.explanation.figures.options import _check
 from grounding.explanation.figures.painter import Limits, Painter, has_evidence, limits_of
@@ -57,11 +57,11 @@ class Comparison:
     layout: str
 
     @cached_property
-    def _shared(self) -> list[MapColumn]:
+    def _shared(self) -> list[MethodMaps]:
         return [c for c in self.explanation.columns.values() if c.shared]
 
     @cached_property
-    def _own(self) -> list[MapColumn]:
+    def _own(self) -> list[MethodMaps]:
         return [c for c in self.explanation.columns.values() if not c.shared]
 
     @cached_property
@@ -213,10 +213,10 @@ class Comparison:
             ]
             yield from self._lines_of([*label, *self._column_lines(column, limits)], cells)
 
-    def _map(self, column: MapColumn, entry: int) -> EntryMap:
+    def _map(self, column: MethodMaps, entry: int) -> PatchMap:
         return self.explanation.map(entry, column.key)
 
-    def _limits(self, column: MapColumn, entry: int) -> Limits:
+    def _limits(self, column: MethodMaps, entry: int) -> Limits:
         if self.scale == "caption":
             return self._caption_limits[column.key]
         return limits_of([self._map(column, entry)], self.style, self.scale, self.fixed)
@@ -241,7 +241,7 @@ class Comparison:
             *([Line(f"or: {others}", 6.5, most=2)] if others else []),
         ]
 
-    def _column_lines(self, column: MapColumn, limits: Limits) -> list[Line]:
+    def _column_lines(self, column: MethodMaps, limits: Limits) -> list[Line]:
         options = wording.changed_options(column)
         note = [Line(wording.shared_note(self.explanation), 7.0, ALERT)] if column.shared else []
         shown = self.scale == "caption" and limits[0] < limits[1]
@@ -256,14 +256,14 @@ class Comparison:
     def _picture_cell(self) -> Cell:
         return Cell(self._painter.picture, "picture", [Line("Picture", 9.0, INK, "bold")], self._stretch_note())
 
-    def _overlay_cell(self, column: MapColumn, entry: int, *, titled: bool) -> Cell:
+    def _overlay_cell(self, column: MethodMaps, entry: int, *, titled: bool) -> Cell:
         found, limits = self._map(column, entry), self._limits(column, entry)
         short = " · ".join(part for part in (column.title, wording.short_layer(column.layer or "")) if part)
         above = self._column_lines(column, limits) if titled else [Line(short, 6.5, most=1)] if self._wrapped else []
         panel, name = self._painter.overlay(found, limits), f"overlay:{column.key}:{entry}"
         return Cell(panel, name, above, self._below(found, limits), self._lines_over(found, limits))
 
-    def _below(self, found: EntryMap, limits: Limits) -> Block:
+    def _below(self, found: PatchMap, limits: Limits) -> Block:
         low, _ = found.range
         raw = Line(f"raw {wording.span(found.range)}" if low == low else "raw: none seen", 6.5)
         if has_evidence(found, limits):
@@ -272,7 +272,7 @@ class Comparison:
         reason = found.status.reason or "a single value: no range to draw"
         return [Line(f"no evidence: {reason}", 7.0, ALERT), raw]
 
-    def _lines_over(self, found: EntryMap, limits: Limits) -> list[Segment]:
+    def _lines_over(self, found: PatchMap, limits: Limits) -> list[Segment]:
         return grid_lines(found.geometry) if self.style.grid and has_evidence(found, limits) else []
 
     def _stretch_note(self) -> Block:

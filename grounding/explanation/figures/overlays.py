@@ -12,7 +12,7 @@ from typing import Any, cast
 from PIL import Image
 
 from grounding.core.images import Picture
-from grounding.explanation.explanation import EntryMap, Explanation
+from grounding.explanation.explanation import Explanation, PatchMap
 from grounding.explanation.figures.options import _check
 from grounding.explanation.figures.painter import Limits, Painter, limits_of
 from grounding.explanation.figures.pixels import Style, fit
@@ -22,7 +22,7 @@ LEAST_OVERLAY, LONGEST_OVERLAY, LEAST_SIDE = 768, 1600, 64  # pixels
 
 
 def overlay(
-    entry_map: EntryMap,
+    entry_map: PatchMap,
     picture: Picture | Image.Image,
     *,
     limits: Limits | None = None,

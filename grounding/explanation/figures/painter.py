@@ -1,4 +1,4 @@
-"""One map over its picture: from an `EntryMap` to pixels."""
+"""One map over its picture: from an `PatchMap` to pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from grounding.core.errors import OptionError
 from grounding.core.geometry import Geometry
 from grounding.explanation import maps as mapping
-from grounding.explanation.explanation import EntryMap
+from grounding.explanation.explanation import PatchMap
 from grounding.explanation.figures.pixels import (  # fmt: skip
     FADE_TO,
     Rgb,
@@ -31,19 +31,19 @@ from grounding.explanation.figures.pixels import (  # fmt: skip
 Limits = tuple[float, float]
 
 
-def with_sign(entry_map: EntryMap, style: Style) -> bool:
+def with_sign(entry_map: PatchMap, style: Style) -> bool:
     """Whether a map is drawn around zero, negative values included."""
     return style.signed and entry_map.column.signed
 
 
-def drawn_values(entry_map: EntryMap, style: Style) -> Float[np.ndarray, "rows columns"]:
+def drawn_values(entry_map: PatchMap, style: Style) -> Float[np.ndarray, "rows columns"]:
     """What is drawn of a map, on the patch grid; NaN where no patch was seen."""
     values = entry_map.raw if with_sign(entry_map, style) else entry_map.view
     return np.where(entry_map.geometry.seen_cells, values, np.nan)
 
 
 def limits_of(
-    entry_maps: list[EntryMap], style: Style, scale: mapping.Scale = "entry", fixed: Limits | None = None
+    entry_maps: list[PatchMap], style: Style, scale: mapping.Scale = "entry", fixed: Limits | None = None
 ) -> Limits:
     """The values at the ends of the colour map that these maps share; maps without evidence have no say.
 
@@ -58,7 +58,7 @@ def limits_of(
     return low, high
 
 
-def clipped(entry_map: EntryMap, style: Style, limits: Limits) -> tuple[float, float]:
+def clipped(entry_map: PatchMap, style: Style, limits: Limits) -> tuple[float, float]:
     """Which parts of the seen patches lie below and above the ends of the colour map, as fractions."""
     values = drawn_values(entry_map, style)
     values = values[np.isfinite(values)]
@@ -66,7 +66,7 @@ def clipped(entry_map: EntryMap, style: Style, limits: Limits) -> tuple[float, f
 
 
 @lru_cache(maxsize=2)
-def _box_of(entry_map: EntryMap) -> tuple[int, int, int, int] | None:
+def _box_of(entry_map: PatchMap) -> tuple[int, int, int, int] | None:
     """Found once for heat map and overlay."""
     return entry_map.box
 
@@ -97,7 +97,7 @@ class Painter:
     def _pale(self) -> Rgb:
         return faded(self.picture)
 
-    def overlay(self, entry_map: EntryMap, limits: Limits) -> Rgb:
+    def overlay(self, entry_map: PatchMap, limits: Limits) -> Rgb:
         """The heat over the picture."""
         if not has_evidence(entry_map, limits):
             return self._without_evidence(self._pale)
@@ -106,19 +106,19 @@ class Painter:
         panel = blend(self._ground, self._tint(entry_map, unit), self.style.opacity, weight)
         return self._marked(panel, self._pale, entry_map)
 
-    def heat(self, entry_map: EntryMap, limits: Limits) -> Rgb:
+    def heat(self, entry_map: PatchMap, limits: Limits) -> Rgb:
         """The heat alone, in the colour map's own colours."""
         plain = np.full((*self.size, 3), FADE_TO, np.uint8)
         if not has_evidence(entry_map, limits):
             return self._without_evidence(plain)
         return self._marked(self._tint(entry_map, self._unit(entry_map, limits)), plain, entry_map)
 
-    def _unit(self, entry_map: EntryMap, limits: Limits) -> Float[np.ndarray, "height width"]:
+    def _unit(self, entry_map: PatchMap, limits: Limits) -> Float[np.ndarray, "height width"]:
         values = entry_map.raw if with_sign(entry_map, self.style) else entry_map.view
         heat = entry_map.geometry.to_original(values, size=self.size, cells=self.style.cells)
         return mapping.rescale(heat, *limits)
 
-    def _tint(self, entry_map: EntryMap, unit: Float[np.ndarray, "height width"]) -> Rgb:
+    def _tint(self, entry_map: PatchMap, unit: Float[np.ndarray, "height width"]) -> Rgb:
         return colours(unit, self.style.diverging if with_sign(entry_map, self.style) else self.style.cmap)
 
     def _without_evidence(self, pale: Rgb) -> Rgb:
@@ -130,7 +130,7 @@ class Painter:
         unseen[self.geometry.seen_slices(self.size)] = False
         return unseen
 
-    def _marked(self, panel: Rgb, pale: Rgb, entry_map: EntryMap) -> Rgb:
+    def _marked(self, panel: Rgb, pale: Rgb, entry_map: PatchMap) -> Rgb:
         panel = hatch(panel, pale, self._unseen)
         if self.grid:
             panel = draw_grid(panel, entry_map.geometry)
@@ -147,6 +147,6 @@ class Painter:
         return panel
 
 
-def has_evidence(entry_map: EntryMap, limits: Limits) -> bool:
+def has_evidence(entry_map: PatchMap, limits: Limits) -> bool:
     """Whether there is anything to draw."""
     return bool(entry_map.status) and limits[1] > limits[0]

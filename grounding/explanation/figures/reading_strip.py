@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from grounding.core.errors import GroundingError
-from grounding.explanation.explanation import Explanation, MapColumn
+from grounding.explanation.explanation import Explanation, MethodMaps
 from grounding.explanation.figures import fonts, wording
 from grounding.explanation.figures.label_placement import extent, spread
 from grounding.explanation.figures.pixels import Rgb, distorted, faded, fit, hatch, resized
@@ -57,7 +57,7 @@ class _Strips:
     """One figure in the making."""
 
     explanation: Explanation
-    columns: Sequence[MapColumn]
+    columns: Sequence[MethodMaps]
     placed: list[tuple[str, list[Placed]]] = field(default_factory=list)
 
     def draw(self) -> Figure:
@@ -149,7 +149,7 @@ class _Strips:
             )
         return f"Below 50%: {_listed(names, len(doubted))}" if names else ""
 
-    def _heading(self, column: MapColumn) -> Block:
+    def _heading(self, column: MethodMaps) -> Block:
         parts = [wording.short_layer(column.layer) if column.layer else "", wording.changed_options(column)]
         line = " · ".join(part for part in parts if part)
         note = "no evidence about single tokens: does not see the text, one map for all entries"
@@ -219,7 +219,7 @@ class _Strips:
         place = f"at sign {self.explanation.entries[entry].start}"
         return f"{title} {place}" if title.startswith("(") else f"'{title}' {place}"
 
-    def _remarks(self, column: MapColumn) -> Iterator[Line]:
+    def _remarks(self, column: MethodMaps) -> Iterator[Line]:
         """What is odd about a strip: tokens behind what was read before, tokens without evidence."""
         back = reading_order(self.explanation, column.key)
         if back:

@@ -9,7 +9,7 @@ from math import floor
 from typing import Any
 
 from grounding.core.errors import GroundingError
-from grounding.explanation.explanation import Entry, EntryMap, Explanation, MapColumn
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps, PatchMap
 from grounding.explanation.figures.fonts import printable
 from grounding.explanation.figures.painter import Limits, clipped
 from grounding.explanation.figures.pixels import Style
@@ -57,7 +57,7 @@ def facts(explanation: Explanation) -> str:
     return " · ".join(parts)
 
 
-def drawn_around_zero(columns: Iterable[MapColumn], style: Style) -> tuple[list[MapColumn], list[MapColumn]]:
+def drawn_around_zero(columns: Iterable[MethodMaps], style: Style) -> tuple[list[MethodMaps], list[MethodMaps]]:
     """The columns drawn from low to high, and those drawn around zero."""
     chosen = list(columns)
     return [c for c in chosen if not (style.signed and c.signed)], [c for c in chosen if style.signed and c.signed]
@@ -69,7 +69,7 @@ def symmetric(limits: Limits) -> Limits:
     return -reach, reach
 
 
-def scale_note(columns: Iterable[MapColumn], style: Style, scale: Scale, fixed: Limits | None) -> str:
+def scale_note(columns: Iterable[MethodMaps], style: Style, scale: Scale, fixed: Limits | None) -> str:
     """Which values have the ends of the colour map, and what becomes of negative ones."""
     plain, around = drawn_around_zero(columns, style)
     middle = "zero in the middle"
@@ -94,7 +94,7 @@ def scale_note(columns: Iterable[MapColumn], style: Style, scale: Scale, fixed: 
     return "; ".join(parts) + "."
 
 
-def titles(columns: Iterable[MapColumn]) -> str:
+def titles(columns: Iterable[MethodMaps]) -> str:
     """The names of methods, each once."""
     return ", ".join(dict.fromkeys(c.title for c in columns))
 
@@ -191,7 +191,7 @@ def _chance(entry: Entry) -> str:
     return f" · p={entry.probability:.2f}" if entry.probability >= 0.095 else f" · p={entry.probability:.1g}"
 
 
-def changed_options(column: MapColumn) -> str:
+def changed_options(column: MethodMaps) -> str:
     """The options that are not at the method's defaults; all of them where the method is not here any more."""
     usual = _defaults(column.method)
     return ", ".join(f"{k} {_value(v)}" for k, v in column.options.items() if k not in usual or usual[k] != v)
@@ -215,7 +215,7 @@ def short_layer(layer: str) -> str:
     return re.sub(r"(?<![\w.])(?:\w+\.)+?(?=\w+\.\d+(?:\.[a-zA-Z_]\w*)*(?:,|$))", "…", layer)
 
 
-def clipping(entry_map: EntryMap, style: Style, limits: Limits) -> str:
+def clipping(entry_map: PatchMap, style: Style, limits: Limits) -> str:
     """How much of a map a fixed scale cuts off; empty where it is nothing."""
     parts = zip(clipped(entry_map, style, limits), ("below", "above"), strict=True)
     return " and ".join(f"{percent(part)} of the patches {where} the scale" for part, where in parts if part)

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, SwiftFor
 import adapters
 from adapters.classifier.adapter import ClassifierAdapter
 from grounding import Explanation, Selection, explain
-from grounding.adapter.classification import Labels
+from grounding.adapter.classification import ClassNames
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.text import Classes
 from grounding.engine.layers import list_layers
@@ -27,7 +27,7 @@ INDICES = [2, 8, 1]
 def tutorial(adapter, picture, index, path):
     """Logits, features and gradient of one picture by a full backward with hooks on the bare model, and attention."""
     model, kept = adapter.model, {}
-    if adapter.sites.attention("vision"):
+    if adapter.structure.attention("vision"):
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
     pixels = adapter.image_processor(picture, return_tensors="pt")["pixel_values"].to(adapter.dtype)
@@ -58,7 +58,7 @@ def test_gradcam_equals_the_oracle(kind, layer):
     found = explain(adapter, PICTURES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
     for picture, index, explanation in zip(PICTURES, INDICES, found, strict=True):
         logits, features, gradient, _ = tutorial(adapter, picture, index, path)
-        expected = vision.gradcam(*(as_patches(t, adapter.sites.prefix) for t in (features, gradient)))
+        expected = vision.gradcam(*(as_patches(t, adapter.structure.prefix) for t in (features, gradient)))
         [entry] = explanation.entries
         assert (entry.kind, entry.token_id, entry.label) == ("class", index, models.CLASSES[index])
         assert close(explanation[0].raw.ravel(), expected)
@@ -85,8 +85,8 @@ def test_attention_methods_equal_the_oracle(kind, read):
     methods = ["rollout", "relevance", "gradient_rollout"]
     found = explain(adapter, PICTURES, ASKED, methods=methods)
     for picture, index, explanation in zip(PICTURES, INDICES, found, strict=True):
-        *_, pairs = tutorial(adapter, picture, index, adapter.sites.tap)
-        row, prefix = read(pairs[0][0].shape[-1]), adapter.sites.prefix
+        *_, pairs = tutorial(adapter, picture, index, adapter.structure.tap)
+        row, prefix = read(pairs[0][0].shape[-1]), adapter.structure.prefix
         for name, matrix in zip(
             methods,
             (vision.rollout([a for a, _ in pairs]), vision.relevance(pairs), vision.gradient_rollout(pairs)),
@@ -110,7 +110,7 @@ def test_attention_that_cannot_be_chained_is_refused_with_the_reason(kind, why, 
 def test_the_predicted_class_is_explained_and_named(tmp_path):
     adapter = models.classifier_adapter()
     found = explain(adapter, PICTURES[0])
-    best = int(tutorial(adapter, PICTURES[0], 0, adapter.sites.tap)[0].argmax())
+    best = int(tutorial(adapter, PICTURES[0], 0, adapter.structure.tap)[0].argmax())
     assert (found.entries[0].token_id, found.origin, found.caption, found.target) == (best, "predicted", "", "class")
     assert "target class, predicted by the model" in headline(found)
     assert "p" in explanation_table(found).split()
@@ -159,7 +159,7 @@ def test_wrong_classes_are_refused(asked, error, words):
 
 
 def test_names_of_several_classes_are_refused_with_their_indices():
-    labels = Labels(
+    labels = ClassNames(
         ("crane", "crane", "great white shark, white shark", "tiger, white shark", "tank, army tank", "Tank")
     )
     with pytest.raises(TargetError, match="'Crane' names 2 classes of the model: 0 'crane', 1 'crane'; give the index"):
@@ -224,13 +224,13 @@ def test_layers_of_a_network_have_grids_of_their_own():
     with pytest.raises(LayerError, match=r"\(1, 16, 1, 1\) is no patch grid: expected maps over the whole picture"):
         explain(adapter, PICTURES[0], target=1, layers=["resnet.pooler"])
     with pytest.raises(LayerError, match="nothing to point at; use a larger picture"):
-        models.classifier_adapter(size=(16, 16)).see(PICTURES[:1])
+        models.classifier_adapter(size=(16, 16)).prepare_images(PICTURES[:1])
 
 
 def test_the_fast_tap_is_left_where_the_head_was_changed():
     adapter = models.classifier_adapter()
     plain = explain(adapter, PICTURES[0], target=1)
-    assert list(adapter.fast_taps) == [adapter.sites.tap]
+    assert list(adapter.fast_taps) == [adapter.structure.tap]
     handle = adapter.model.classifier.register_forward_hook(lambda module, args, out: 2 * out)
     assert not adapter.fast_taps
     assert close(explain(adapter, PICTURES[0], target=1)[0].raw, 2 * plain[0].raw)
@@ -243,17 +243,17 @@ def test_layers_that_ran_twice_are_not_listed():
     """A Swin's dropout runs within windows and over the picture: only one of its outputs is a patch grid."""
     adapter = models.classifier_adapter("swin", size=(48, 48))
     found = [layer.path for layer in list_layers(adapter, PICTURES[0])]
-    assert adapter.sites.tap in found
+    assert adapter.structure.tap in found
     assert not [path for path in found if path.endswith("blocks.0.dropout")]
 
 
 def test_the_predicted_class_costs_one_pass_at_the_fast_tap():
     adapter, counted = models.classifier_adapter(), []
-    adapter.see(PICTURES[:1])
+    adapter.prepare_images(PICTURES[:1])
     adapter.model.resnet.embedder.pooler.register_forward_hook(lambda module, args, out: counted.append(1))
     explain(adapter, PICTURES[0], methods=["gradcam"])
     assert len(counted) == 1
-    seen = adapter.see(PICTURES[:1])
+    seen = adapter.prepare_images(PICTURES[:1])
     explain(adapter, seen)
     explain(adapter, seen, target=[1, 2])
     assert len(counted) == 2
@@ -335,4 +335,4 @@ def test_pictures_with_other_channels_than_the_processor_gives():
 def test_the_last_stage_is_the_one_that_ends_last():
     """A list of the stem's layers stands as deep in a SwiftFormer as that of its stages."""
     config = SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], num_labels=3)
-    assert small(config).sites.tap == "swiftformer.encoder.network.6"
+    assert small(config).structure.tap == "swiftformer.encoder.network.6"

@@ -61,7 +61,7 @@ def tutorial(model, pixels, index, path):
 def test_gradcam_equals_the_oracle(net, tap, path, size):
     """Three pictures, a class of its own each, non-square input; the modules have their ReLUs in place."""
     adapter = made(net(), tap, width=size[1], height=size[0])
-    assert adapter.sites.tap == path
+    assert adapter.structure.tap == path
     found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
     for picture, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
         features, gradient = tutorial(adapter.model, adapter.preprocess(picture), index, path)
@@ -118,7 +118,7 @@ def test_gradcam_of_a_score_of_one_quadrant():
 
 def test_a_layer_of_one_cell_names_the_last_with_a_size():
     adapter = made(nets.MobileNet(), width=32, height=32, preprocess=models.to_pixels(32, 32))
-    assert adapter.sites.tap == "features.3"
+    assert adapter.structure.tap == "features.3"
     for tap in ("features", "features.4", "children:0"):
         with pytest.raises(
             LayerError, match=r"no spatial size \(1 x 1\): the last layer that has one is 'features.3' \(2 x 2\)"

@@ -9,7 +9,7 @@ from torch import nn
 
 from adapters.module.adapter import ModuleAdapter
 from grounding import explain
-from grounding.adapter.classification import Labels
+from grounding.adapter.classification import ClassNames
 from grounding.core.errors import LayerError, ModelError, ProbeError, TargetError
 from grounding.core.images import open_image
 from grounding.engine.warnings import doubts
@@ -39,7 +39,7 @@ class ClassBehind(nets.ViT):
 def test_tokens_behind_the_patches(before):
     adapter = made(ClassBehind(before), prefix=before, width=48, height=32)
     path = "encoder.layers.2.ln_1"
-    assert adapter.sites.tap == path
+    assert adapter.structure.tap == path
     found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
     for picture, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
         pair = [
@@ -119,13 +119,13 @@ def test_inputs_of_different_sizes_name_what_gives_them():
 @pytest.mark.parametrize("asked", [-1, "-1"])
 def test_a_negative_index_is_told_the_range(asked):
     with pytest.raises(TargetError, match=r"^ours has no class -1: its 2 classes are 0 to 1$"):
-        Labels(("dog", "cat"), "ours").find(asked)
+        ClassNames(("dog", "cat"), "ours").find(asked)
     with pytest.raises(TargetError, match=r"^ours has no class -1: its only class is 0$"):
-        Labels(("dog",), "ours").find(asked)
+        ClassNames(("dog",), "ours").find(asked)
 
 
 def test_a_name_that_is_a_number_goes_first():
-    assert Labels(("dog", "-1"), "ours").find("-1") == 1
+    assert ClassNames(("dog", "-1"), "ours").find("-1") == 1
 
 
 def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
@@ -139,7 +139,7 @@ def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
 @pytest.mark.parametrize("tap", ["encoder.layers.2", "encoder.ln"])
 def test_a_dead_tap_of_the_users_names_a_live_one(tap):
     adapter = made(nets.ViT(), tap, prefix=2)
-    assert adapter.sites.tap == tap
+    assert adapter.structure.tap == tap
     with pytest.raises(
         LayerError, match=f"layer '{tap}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
     ):
@@ -230,7 +230,7 @@ def test_a_traced_module_cannot_be_watched():
         ModuleAdapter(torch.jit.trace(Fixed(), torch.zeros(1, 3, 32, 32)), preprocess=models.to_pixels(32, 32))
 
 
-def in_place(picture):
+def is_spatial(picture):
     """Changes the very picture that it is given."""
     picture.thumbnail((32, 32))
     return torch.from_numpy(np.array(picture.resize((32, 32)), np.float64) / 255).permute(2, 0, 1)
@@ -238,7 +238,7 @@ def in_place(picture):
 
 def test_the_picture_is_not_the_preprocessings_to_change(tmp_path):
     picture = open_image(noise(90, 60, 1))
-    found = explain(ModuleAdapter(Fixed().double(), preprocess=in_place), picture, target=0)
+    found = explain(ModuleAdapter(Fixed().double(), preprocess=is_spatial), picture, target=0)
     assert (picture.image.size, found.picture.image.size) == ((90, 60), (90, 60))
     found.save(tmp_path / "out")
 
@@ -267,7 +267,7 @@ def test_what_is_normalised_by_picture_needs_its_places_told(moves):
 def test_a_tap_may_be_the_module_itself():
     model = nets.Vgg()
     adapter = ModuleAdapter(model, model.features[16], preprocess=models.to_pixels(64, 64))
-    assert adapter.sites.tap == "features.16"
+    assert adapter.structure.tap == "features.16"
     with pytest.raises(LayerError, match="the Conv2d given as tap is no layer inside Vgg"):
         ModuleAdapter(model, nn.Conv2d(3, 3, 1), preprocess=models.to_pixels(64, 64))
     with pytest.raises(ModelError, match="0 or more, got True"):

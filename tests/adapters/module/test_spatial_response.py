@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from adapters.module.adapter import ModuleAdapter
-from adapters.module.spatial_response import in_place
+from adapters.module.spatial_response import is_spatial
 from grounding import explain
 from grounding.core.errors import LayerError
 from tests.conftest import noise
@@ -34,12 +34,12 @@ def moved(places, rows=8, columns=8):
 
 
 def test_cells_that_lie_as_the_picture_does():
-    assert in_place(moved([(1, 1), (1, 6), (6, 1), (6, 6)]))
-    assert in_place(moved([(0, 3), (2, 4), (5, 2), (7, 7)]))
-    assert in_place(moved([(0, 1), (0, 16), (0, 1), (0, 16)], 1, 20))  # one row: nothing to tell up from down by
-    assert in_place(moved([(1, 0), (1, 0), (16, 0), (16, 0)], 20, 1))
+    assert is_spatial(moved([(1, 1), (1, 6), (6, 1), (6, 6)]))
+    assert is_spatial(moved([(0, 3), (2, 4), (5, 2), (7, 7)]))
+    assert is_spatial(moved([(0, 1), (0, 16), (0, 1), (0, 16)], 1, 20))  # one row: nothing to tell up from down by
+    assert is_spatial(moved([(1, 0), (1, 0), (16, 0), (16, 0)], 20, 1))
     everywhere = torch.rand(8, 8) * 50  # some cells always move more than others
-    assert in_place(moved([(1, 1), (1, 6), (6, 1), (6, 6)]) * everywhere)
+    assert is_spatial(moved([(1, 1), (1, 6), (6, 1), (6, 6)]) * everywhere)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_cells_that_lie_as_the_picture_does():
     ],
 )
 def test_cells_that_do_not(places):
-    assert not in_place(moved(places))
+    assert not is_spatial(moved(places))
 
 
 def test_weights_between_tokens_move_in_rows_and_columns():
@@ -61,13 +61,13 @@ def test_weights_between_tokens_move_in_rows_and_columns():
     weights = torch.full((4, 64, 64), 0.01)
     for own, (row, column) in zip(weights, [(1, 1), (1, 6), (6, 1), (6, 6)], strict=True):
         own[row * 8 + column], own[:, row * 8 + column] = 1, 1
-    assert not in_place(weights)
+    assert not is_spatial(weights)
 
 
 def test_what_never_changes_and_few_cells():
-    assert not in_place(torch.zeros(4, 8, 8))
-    assert not in_place(torch.zeros(4, 2, 2))
-    assert in_place(moved([(0, 0)] * 4, 2, 2))  # each cell sees nearly everything
+    assert not is_spatial(torch.zeros(4, 8, 8))
+    assert not is_spatial(torch.zeros(4, 2, 2))
+    assert is_spatial(moved([(0, 0)] * 4, 2, 2))  # each cell sees nearly everything
 
 
 # ---------------------------------------------------------------- modules
@@ -172,8 +172,8 @@ class Pairs(nn.Module):
 )
 def test_what_only_looks_like_a_map_is_no_tap(net, live, other, words):
     adapter = made(net)
-    assert (adapter.sites.tap, adapter.sites.prefix) == (live, 0)
-    assert other not in adapter.sites.stacks["vision"].blocks
+    assert (adapter.structure.tap, adapter.structure.prefix) == (live, 0)
+    assert other not in adapter.structure.stacks["vision"].blocks
     named = rf"layer '{other}' has no spatial size {words}.*: the last layer that has one is '{live}' \(8 x 8\)"
     with pytest.raises(LayerError, match=named):
         made(net, other)
@@ -198,8 +198,8 @@ def test_a_bright_spot_is_where_it_is(net):
 
 def test_the_tap_is_the_last_layer_that_classes_are_made_of():
     adapter = made(Segments)
-    assert adapter.sites.stacks["vision"].blocks == ("down", "up")
-    assert adapter.sites.tap == "down"
+    assert adapter.structure.stacks["vision"].blocks == ("down", "up")
+    assert adapter.structure.tap == "down"
     with pytest.raises(LayerError, match=r"layer 'up' is dead.*use 'down', or see --list-layers"):
         explain(adapter, noise(SIDE, SIDE, 1), target=0, layers=["up"], methods="gradcam")
 
@@ -223,8 +223,8 @@ class Hybrid(nn.Module):
 @pytest.mark.parametrize("tap", [None, "stem", "merge"])
 def test_layers_of_a_hybrid_keep_their_grids(tap):
     adapter = made(Hybrid, tap)
-    assert adapter.sites.prefix == 1
-    assert adapter.sites.tap == tap or adapter.sites.tap in ("block", "block.norm1", "merge")
+    assert adapter.structure.prefix == 1
+    assert adapter.structure.tap == tap or adapter.structure.tap in ("block", "block.norm1", "merge")
     found = explain(adapter, noise(90, 60, 1), target=0, layers=["stem", "merge"], methods="gradcam")
     assert [column.maps.shape for column in found.columns.values()] == [(1, 16, 16), (1, 8, 8)]
 
@@ -248,4 +248,4 @@ def test_tokens_before_they_are_merged():
 def test_of_an_attention_the_layer_is_taken_that_it_reads():
     vit = models.classifier_model("vit", dtype=torch.float32)
     adapter = ModuleAdapter(vit, preprocess=models.to_pixels(32, 32), prefix=1)
-    assert adapter.sites.tap.endswith("layernorm_before")
+    assert adapter.structure.tap.endswith("layernorm_before")

@@ -46,7 +46,7 @@ def tutorial(adapter, text, layer="encoder.layers.2", picture=None):
 
 def patches(adapter, rows):
     """(N,) rows as (rows, columns) maps."""
-    return np.array(rows)[:, adapter.sites.prefix :].reshape(len(rows), 2, 8)
+    return np.array(rows)[:, adapter.structure.prefix :].reshape(len(rows), 2, 8)
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.layers.1", "encoder.layernorm"])
@@ -63,7 +63,8 @@ def test_gradcam_equals_the_corrected_tutorial_loop(layer, dtype, tolerance):
 def test_gradcam_of_every_kind_of_model(variant):
     found = explain(variant, noise(90, 30), TEXT, methods=["gradcam"], select=TOKENS)
     expected = [
-        vision.gradcam(f[variant.sites.prefix :], g[variant.sites.prefix :]) for _, f, g, _ in tutorial(variant, TEXT)
+        vision.gradcam(f[variant.structure.prefix :], g[variant.structure.prefix :])
+        for _, f, g, _ in tutorial(variant, TEXT)
     ]
     assert close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
 
@@ -72,7 +73,7 @@ def test_gradcam_of_every_kind_of_model(variant):
 def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(variant, layer, monkeypatch):
     found = explain(variant, noise(90, 30), TEXT, methods=["gradcam_ln"], layers=[layer], select=TOKENS)
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", vision.constant_deviation_norm)
-    prefix = variant.sites.prefix
+    prefix = variant.structure.prefix
     expected = [vision.gradcam(f[prefix:], g[prefix:]) for _, f, g, _ in tutorial(variant, TEXT, layer)]
     assert close(found.columns["gradcam_ln"].maps.reshape(len(expected), -1), expected)
 
@@ -392,7 +393,7 @@ def test_targets_of_one_text_that_overlap_get_their_own_backward(trocr):
 
 
 def test_groups_of_targets(trocr):
-    assert tracing.one_each([{1, 2}, {2}, {3}, {1}, set()]) == [[0, 2, 4], [1, 3]]
+    assert tracing.disjoint_groups([{1, 2}, {2}, {3}, {1}, set()]) == [[0, 2, 4], [1, 3]]
 
 
 def test_wrong_models_and_targets_are_refused(trocr):
@@ -480,7 +481,7 @@ def test_a_module_that_is_switched_on_gives_its_caller_what_it_asked_for(trocr):
     flava = models.flava_adapter(kind="matching")
     for adapter, stack in ((trocr, "cross"), (flava, "fusion")):
         seen, inputs = [], adapter.prepare([noise(90, 30)], [[TEXT]])
-        module = adapter.model.get_submodule(adapter.sites.stacks[stack].attention[0])
+        module = adapter.model.get_submodule(adapter.structure.stacks[stack].attention[0])
         handle = module.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(out[1:]))
         adapter.attentions(inputs, stack)
         handle.remove()
