@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 def ground(args: argparse.Namespace) -> int:
     """Explain every picture; a failing one costs its own line and the exit code, never the others' results."""
     from adapters import load
-    from grounding.core.demo import demo_picture
+    from grounding.core.demo import demo_image
     from grounding.core.errors import OptionError, TextError
     from grounding.core.images import open_image
     from grounding.core.text import check_text
@@ -45,7 +45,7 @@ def ground(args: argparse.Namespace) -> int:
     caption = None if args.caption is None else check_text(args.caption)
     if args.revision and not args.model:
         raise OptionError("--revision belongs to --model, which was not given")
-    images = args.image or [str(demo_picture())]
+    images = args.image or [str(demo_image())]
     folders = options.output_folders(args, images)
     keywords = options.explain_keywords(args)
     check_options(**options.figure_keywords(args))
@@ -58,9 +58,9 @@ def ground(args: argparse.Namespace) -> int:
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
-            picture = open_image(image, **options.image_keywords(args))
-            found = explain(adapter, picture, caption, **keywords)
-            report.add(found, folder, options.inspected(args, adapter, picture, caption, **keywords))
+            opened = open_image(image, **options.image_keywords(args))
+            found = explain(adapter, opened, caption, **keywords)
+            report.add(found, folder, options.inspected(args, adapter, opened, caption, **keywords))
     return report.end()
 
 

@@ -55,9 +55,9 @@ def inspect(args: argparse.Namespace) -> int:
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=args.text is None):
-            picture = open_image(image, **options.image_keywords(args))
+            opened = open_image(image, **options.image_keywords(args))
             report.add(
-                explain(adapter, picture, **keywords), folder, options.inspected(args, adapter, picture, **keywords)
+                explain(adapter, opened, **keywords), folder, options.inspected(args, adapter, opened, **keywords)
             )
     return report.end()
 

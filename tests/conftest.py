@@ -38,7 +38,7 @@ def trocr():
 
 
 @pytest.fixture
-def picture():
+def image():
     """A picture that is neither square nor flat."""
     return noise(90, 60)
 

@@ -76,11 +76,11 @@ class ClassifierAdapter(ClassAdapter):
             stack = find_stack(self.model, self._base)
             registers = getattr(self._config, "num_register_tokens", 0) if "registers" in self._type else 0
             prefix = (2 if self._type == "deit" else 1) + registers
-            return ModelStructure({"vision": stack}, tap=stack.inputs[-1], pooling="tokens", prefix=prefix)
+            return ModelStructure({"vision": stack}, layer=stack.inputs[-1], pooling="tokens", prefix=prefix)
         ran = {one.path: one for one in self._layers}
-        blocks, tap = self._stages(ran)
+        blocks, layer = self._stages(ran)
         why = WINDOWS if hasattr(self._config, "window_size") else NO_ATTENTION
-        return ModelStructure({"vision": Stack(blocks)}, tap, pooling="none", prefix=0, pyramid=True, unrecorded=why)
+        return ModelStructure({"vision": Stack(blocks)}, layer, pooling="none", prefix=0, pyramid=True, unrecorded=why)
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, C, H, W)."""
@@ -91,7 +91,7 @@ class ClassifierAdapter(ClassAdapter):
                 f"the image processor gives {given} channels, {self.info.id} takes {taken}: load the model yourself "
                 "and use adapters.module.ModuleAdapter with a preprocess of its own (mode='L' for grey pictures)"
             )
-        return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
+        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
         """What the model gives."""
@@ -112,12 +112,14 @@ class ClassifierAdapter(ClassAdapter):
         """The last stage, where nothing but the head stands behind it."""
         head = self._head
         return (
-            {} if head is None or not parents_unmodified(self.model, self.structure.tap) else {self.structure.tap: ()}
+            {}
+            if head is None or not parents_unmodified(self.model, self.structure.layer)
+            else {self.structure.layer: ()}
         )
 
     def score_from(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Any,
         shift: Float[Tensor, "K D"],
@@ -126,9 +128,9 @@ class ClassifierAdapter(ClassAdapter):
     ) -> Float[Tensor, "K"]:
         """The scores with one shift per target added to all cells of the tap; fast at `fast_taps`."""
         head = self._head
-        if outputs is None or head is None or tap not in self.fast_taps:
-            return super().score_from(tap, inputs, targets, shift, outputs, rule)
-        features = outputs[tap].detach()[targets.image.to(shift.device)]
+        if outputs is None or head is None or layer not in self.fast_taps:
+            return super().score_from(layer, inputs, targets, shift, outputs, rule)
+        features = outputs[layer].detach()[targets.image.to(shift.device)]
         with Recorder(self.model, rule=rule), torch.enable_grad():
             logits = head(features + shift[:, :, None, None])
         own = torch.arange(len(targets), device=logits.device)
@@ -157,7 +159,7 @@ class ClassifierAdapter(ClassAdapter):
 
     @property
     def _head(self) -> Head | None:
-        return None if self._read_out else find_head(self.model, self.structure.tap)
+        return None if self._read_out else find_head(self.model, self.structure.layer)
 
     def _run_on(self, pixels: Tensor) -> Any:
         """The model's output; a transformer's position codes are stretched to an input of another size."""
@@ -224,14 +226,14 @@ class ClassifierAdapter(ClassAdapter):
             patch = self._config.patch_size
             return height // patch, width // patch
         if (height, width) not in self._grids:
-            tap = self.structure.tap
-            with Recorder(self.model, {tap: False}) as recorder:
+            layer = self.structure.layer
+            with Recorder(self.model, {layer: False}) as recorder:
                 self._run_on(self._blank(height, width))
                 recorder.check()
-            found = self._cells(LayerOutput(tap, tuple(recorder.outputs[tap].shape)), (height, width))
+            found = self._cells(LayerOutput(layer, tuple(recorder.outputs[layer].shape)), (height, width))
             if found is None:
                 raise LayerError(
-                    f"layer {tap!r} gives {tuple(recorder.outputs[tap].shape)} for an input of {width} x {height} "
+                    f"layer {layer!r} gives {tuple(recorder.outputs[layer].shape)} for an input of {width} x {height} "
                     "pixels: there is nothing to point at; use a larger picture"
                 )
             self._grids[height, width] = found

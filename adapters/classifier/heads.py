@@ -15,10 +15,10 @@ POOLED, NORMED = ("resnet", "regnet"), ("convnext", "convnextv2")
 POOLS = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential)
 
 
-def find_head(model: Any, tap: str) -> Head | None:
+def find_head(model: Any, layer: str) -> Head | None:
     """The head behind `tap`; None where the family has another one, or where something is attached to it."""
     base, kind = getattr(model, model.base_model_prefix, None), model.config.model_type
-    if base is None or kind not in POOLED + NORMED or not tap.endswith(f"stages.{len(base.encoder.stages) - 1}"):
+    if base is None or kind not in POOLED + NORMED or not layer.endswith(f"stages.{len(base.encoder.stages) - 1}"):
         return None
     parts = [model.classifier, base.pooler if kind in POOLED else base.layernorm]
     inside = [part for whole in parts for part in whole.modules()]

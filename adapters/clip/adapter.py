@@ -70,13 +70,13 @@ class ClipAdapter(Adapter):
     def structure(self) -> ModelStructure:
         """The default tap is the input of the last block's attention: its output is dead, only the CLS is read."""
         stack = find_stack(self.model, "vision_model")
-        return ModelStructure(stacks={"vision": stack}, tap=stack.inputs[-1], pooling="cls", prefix=1)
+        return ModelStructure(stacks={"vision": stack}, layer=stack.inputs[-1], pooling="cls", prefix=1)
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
         tensors = {"pixel_values": found.pixel_values}
-        return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
+        return Inputs(found.images, found.geometry, (), (), tensors, found.warnings)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
@@ -145,7 +145,7 @@ class ClipAdapter(Adapter):
 
     def score_from(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Targets,
         shift: Float[Tensor, "K D"],
@@ -153,9 +153,9 @@ class ClipAdapter(Adapter):
         rule: str | None = None,
     ) -> Float[Tensor, "K"]:
         """The scores with one shift per target added to all patches of the tap; fast at `fast_taps`."""
-        if outputs is None or tap not in self.fast_taps:
-            return super().score_from(tap, inputs, targets, shift, outputs, rule)
-        [before] = self.fast_taps[tap] or (tap,)
+        if outputs is None or layer not in self.fast_taps:
+            return super().score_from(layer, inputs, targets, shift, outputs, rule)
+        [before] = self.fast_taps[layer] or (layer,)
         last = self._last_block(rule)
         owner = targets.image.to(shift.device)
         scores = shift.new_empty(len(targets))
@@ -165,7 +165,7 @@ class ClipAdapter(Adapter):
             patch = torch.ones(len(hidden), dtype=hidden.dtype, device=hidden.device)
             patch[0] = 0
             place = torch.zeros(int(mine.sum()), dtype=torch.long, device=hidden.device)  # the CLS
-            row = last.rows(hidden, place, shift[mine], patch, before_norm=tap == before)
+            row = last.rows(hidden, place, shift[mine], patch, before_norm=layer == before)
             pooled = last.norm(self._vision.post_layernorm, row)
             image = F.normalize(self.model.visual_projection(pooled), dim=-1)
             scores = scores.masked_scatter(mine, (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1))

@@ -93,12 +93,12 @@ class FlavaAdapter(Adapter):
         itself, that of its first."""
         vision = find_stack(self.model, f"{self._root}image_model")
         if self.kind not in FUSED:
-            return ModelStructure({"vision": vision}, tap=vision.inputs[-1], pooling="cls", prefix=1)
+            return ModelStructure({"vision": vision}, layer=vision.inputs[-1], pooling="cls", prefix=1)
         fusion = find_stack(self.model, f"{self._root}multimodal_model")
         text = find_stack(self.model, f"{self._root}text_model")
         return ModelStructure(
             stacks={"vision": vision, "fusion": fusion, "text": text},
-            tap=fusion.inputs[-1 if self.kind == "logit" else 0],
+            layer=fusion.inputs[-1 if self.kind == "logit" else 0],
             pooling="fusion",
             prefix=1,
             text_stacks=frozenset({"fusion"}),
@@ -119,7 +119,7 @@ class FlavaAdapter(Adapter):
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._config.image_config.patch_size)
         tensors = {"pixel_values": found.pixel_values}
-        return Inputs(found.pictures, found.geometry, (), (), tensors, found.warnings)
+        return Inputs(found.images, found.geometry, (), (), tensors, found.warnings)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
@@ -200,20 +200,20 @@ class FlavaAdapter(Adapter):
 
     def shifts(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Targets,
         outputs: Mapping[str, Tensor],
         rule: str | None = None,
     ) -> Float[Tensor, "K D"]:
         """From the rows that are read, see `LastBlock`."""
-        [before] = self.fast_taps[tap] or (tap,)
+        [before] = self.fast_taps[layer] or (layer,)
         last, hidden = self._last_block(rule), outputs[before].detach()
-        first = self.sequence(tap)[0]
+        first = self.sequence(layer)[0]
         patch = torch.zeros(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
         patch[first : first + inputs.geometry[0].rows * inputs.geometry[0].columns] = 1
         if targets.kind in FUSED:
-            return self._fusion.shifts(last, hidden, targets, patch, before_norm=tap == before)
+            return self._fusion.shifts(last, hidden, targets, patch, before_norm=layer == before)
         made = hidden.new_zeros(len(targets), hidden.shape[-1])
         owner = targets.image.to(hidden.device)
         for b in owner.unique().tolist():
@@ -221,7 +221,7 @@ class FlavaAdapter(Adapter):
             with torch.enable_grad():
                 shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
                 place = torch.zeros(len(shift), dtype=torch.long, device=hidden.device)  # the CLS
-                row = last.rows(hidden[b], place, shift, patch, before_norm=tap == before)
+                row = last.rows(hidden[b], place, shift, patch, before_norm=layer == before)
                 embedded = self._towers.image_projection(last.norm(self._towers.image_model.layernorm, row))
                 score = (F.normalize(embedded, dim=-1) * targets.data["seeds"][mine].to(row.dtype)).sum()
             [made[mine]] = torch.autograd.grad(score, shift)

@@ -61,7 +61,7 @@ class ModuleAdapter(ClassAdapter):
     def __init__(
         self,
         model: Any,
-        tap: str | int | nn.Module | None = None,
+        layer: str | int | nn.Module | None = None,
         *,
         preprocess: Any,
         geometry: Callable[[Image.Image], Any] | None = None,
@@ -101,10 +101,10 @@ class ModuleAdapter(ClassAdapter):
             unrecorded=UNRECORDED if self._found.tokens else "it has none",
         )
         # The engine names it where the tap is dead.
-        self.live_layer = self._structure.tap
-        if tap is not None:
-            path = self._path_of(tap) if isinstance(tap, nn.Module) else self.resolve(str(tap))
-            self._structure = replace(self._structure, tap=self._checked(path))
+        self.live_layer = self._structure.layer
+        if layer is not None:
+            path = self._path_of(layer) if isinstance(layer, nn.Module) else self.resolve(str(layer))
+            self._structure = replace(self._structure, layer=self._checked(path))
 
     @property
     def structure(self) -> ModelStructure:
@@ -121,7 +121,7 @@ class ModuleAdapter(ClassAdapter):
         except ProbeError as error:
             hint = "" if self._moves else "; geometry= takes a callable that does the same to places alone"
             raise ProbeError(f"{error}{hint}") from None
-        return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
+        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
         """What the model gives."""
@@ -196,17 +196,17 @@ class ModuleAdapter(ClassAdapter):
         """(rows, columns) of the tap for an input of this size. Raises LayerError."""
         if (height, width) not in self._grids:
             blank = torch.zeros(1, self._channels, height, width, device=self.device, dtype=self.dtype)
-            self._grids[height, width] = self._found.grid(self._structure.tap, blank)
+            self._grids[height, width] = self._found.grid(self._structure.layer, blank)
         return self._grids[height, width]
 
 
-def _moved(geometry: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
+def _moved(geometry: Callable[[Image.Image], Any], image: Image.Image) -> Any:
     """What `geometry` made of a picture, as pixel values."""
-    made = geometry(picture)
+    made = geometry(image)
     return np.atleast_3d(np.asarray(made)).transpose(2, 0, 1) if isinstance(made, Image.Image) else made
 
 
-def scores_of(output: Any, pictures: int = 1) -> Float[Tensor, "B C"]:
+def scores_of(output: Any, images: int = 1) -> Float[Tensor, "B C"]:
     """The scores in whatever a model returns for B pictures; (B,) are those of one class. Raises ModelError where
     there are none."""
     if hasattr(output, "logits"):
@@ -224,8 +224,8 @@ def scores_of(output: Any, pictures: int = 1) -> Float[Tensor, "B C"]:
         output = output[0] if output else None
     if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:] == (1, 1):
         output = output[:, :, 0, 0]
-    if isinstance(output, Tensor) and output.ndim < 2 and output.numel() == pictures:
-        output = output.reshape(pictures, 1)  # one score each, squeezed
+    if isinstance(output, Tensor) and output.ndim < 2 and output.numel() == images:
+        output = output.reshape(images, 1)  # one score each, squeezed
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(f"the model gives {shape}, expected scores of shape (pictures, classes)")

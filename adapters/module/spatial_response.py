@@ -30,19 +30,19 @@ def spatial_response(
     """
     height, width = like.shape[-2:]
     steps = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-    picture = steps.sin().to(like.dtype)
+    image = steps.sin().to(like.dtype)
 
     def outputs(pixels: Tensor) -> dict[str, Tensor]:
         with Recorder(model, dict.fromkeys(known, False)) as recorder:
             run(pixels.clone())
         return recorder.outputs
 
-    before = outputs(picture)
+    before = outputs(image)
     known = {path: known[path] for path, output in before.items() if not _are_weights(output)}
     found = {path: list[Tensor]() for path in known}
     for lower, right in QUARTERS:
         rows, columns = _middle(height, lower), _middle(width, right)
-        changed = picture.clone()
+        changed = image.clone()
         changed[..., rows, columns] -= 2 * (steps[..., rows, columns] * 1.7).cos().to(like.dtype)
         after = outputs(changed)
         for path, layout in known.items():

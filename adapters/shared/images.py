@@ -28,7 +28,7 @@ SEEN_ENOUGH = 0.6
 class Prepared:
     """B pictures as a model takes them: `pixel_values` (B, C, H, W), and one geometry and warnings for each."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[Picture, ...]
     geometry: tuple[Geometry, ...]
     pixel_values: Tensor
     warnings: tuple[tuple[str, ...], ...]
@@ -52,10 +52,8 @@ def prepare_images(
 
     Raises ImageError for a picture that cannot be used, ModelError where pictures of a batch get different sizes.
     """
-    pictures = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
-    tensors = [
-        pixels_of(processor, picture.image if mode == "RGB" else picture.image.convert(mode)) for picture in pictures
-    ]
+    opened = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
+    tensors = [pixels_of(processor, one.pil if mode == "RGB" else one.pil.convert(mode)) for one in opened]
     if len({tensor.shape for tensor in tensors}) > 1:
         shapes = ", ".join("x".join(map(str, tensor.shape[-2:])) for tensor in tensors)
         what = "the image processor" if isinstance(processor, BaseImageProcessor) else "preprocess"
@@ -65,13 +63,10 @@ def prepare_images(
     rows, columns, size = _grid(height, width, patch)
     geometry = tuple(
         geometry_of(moves or processor, p.width, p.height, (height, width), mode=mode).with_grid(rows, columns, size)
-        for p in pictures
+        for p in opened
     )
-    doubts = tuple(
-        (*picture.warnings, *_doubts(adapter, picture, place))
-        for picture, place in zip(pictures, geometry, strict=True)
-    )
-    return Prepared(pictures, geometry, pixel_values, doubts)
+    doubts = tuple((*one.warnings, *_doubts(adapter, one, place)) for one, place in zip(opened, geometry, strict=True))
+    return Prepared(opened, geometry, pixel_values, doubts)
 
 
 def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple[int, int, tuple[float, float] | None]:
@@ -105,12 +100,12 @@ def pixels_of(processor: Any, image: Image.Image) -> Tensor:
     return tensor
 
 
-def _doubts(adapter: Adapter, picture: Picture, geometry: Geometry) -> list[str]:
+def _doubts(adapter: Adapter, image: Picture, geometry: Geometry) -> list[str]:
     doubts = []
     if geometry.seen_fraction < SEEN_ENOUGH:
         share = f"{geometry.seen_fraction:.0%}" if geometry.seen_fraction >= 0.01 else "less than 1%"
         doubts.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
     config = getattr(adapter.model, "config", None)
-    if getattr(config, "demo_world", False) and not is_demo(picture.path, adapter.demo_parts):
+    if getattr(config, "demo_world", False) and not is_demo(image.path, adapter.demo_parts):
         doubts.append(f"{adapter.demo_advice} and says nothing about other pictures; use --model {adapter.example}")
     return doubts

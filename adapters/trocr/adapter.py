@@ -87,7 +87,7 @@ class TrOcrAdapter(Adapter):
         vision = find_stack(self.model, "encoder")
         return ModelStructure(
             stacks={"vision": vision, **decoder_stacks(self.model, "decoder")},
-            tap=vision.blocks[-1],
+            layer=vision.blocks[-1],
             pooling="cross",
             prefix=PREFIX[self._vision.model_type],
             text_stacks=frozenset({"cross"}),
@@ -103,10 +103,8 @@ class TrOcrAdapter(Adapter):
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
-        warnings = tuple(
-            (*own, *_page(p.width, p.height)) for own, p in zip(found.warnings, found.pictures, strict=True)
-        )
-        return Inputs(found.pictures, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
+        warnings = tuple((*own, *_page(p.width, p.height)) for own, p in zip(found.warnings, found.images, strict=True))
+        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
@@ -223,14 +221,14 @@ class TrOcrAdapter(Adapter):
             return {}
         return {last: (), "encoder.layernorm": ()}
 
-    def from_tap(self, tap: str, features: Tensor) -> Tensor | None:
+    def from_tap(self, layer: str, features: Tensor) -> Tensor | None:
         """The last block is read through the encoder's final norm alone."""
         norm: Any = self.model.encoder.layernorm
-        return norm(features) if tap == self.structure.stacks["vision"].blocks[-1] else None
+        return norm(features) if layer == self.structure.stacks["vision"].blocks[-1] else None
 
     def shifts(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Targets,
         outputs: Mapping[str, Tensor],
@@ -238,13 +236,17 @@ class TrOcrAdapter(Adapter):
     ) -> Float[Tensor, "K D"]:
         """All tokens of a text in one decoder graph, see `FastDecoder`."""
         k, row, token, weight = atoms(targets)
-        made = outputs[tap].new_zeros(len(targets), outputs[tap].shape[-1])
+        made = outputs[layer].new_zeros(len(targets), outputs[layer].shape[-1])
         text = targets.text.to(k.device)[k]
         for t in text.unique().tolist():
             mine = text == t
             pairs, place = torch.stack([row[mine], token[mine]], 1).unique(dim=0, return_inverse=True)
             decoder = FastDecoder(
-                self.model, outputs[tap][inputs.text_image[t]], self.structure.prefix, tap != "encoder.layernorm", rule
+                self.model,
+                outputs[layer][inputs.text_image[t]],
+                self.structure.prefix,
+                layer != "encoder.layernorm",
+                rule,
             )
             found = decoder.shifts(inputs.tensors["input_ids"][t], pairs, targets.kind == "log_probability")
             made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])

@@ -111,7 +111,7 @@ class _ReadBack(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class _Image:
     """The picture as the decoder sees it, and how a shift of its patches gets there.
 
     `states` (N, C) are the encoder's, `reach` (N,) is m, over sigma where a norm lies between, `still` (1, C) is the
@@ -154,7 +154,7 @@ class FastDecoder:
         With `log_probability`, of the token's log-probability.
         """
         made = self.features.new_zeros(len(pairs), self.features.shape[-1])
-        picture = self._picture
+        image = self._image
         with torch.enable_grad():
             leaves = self._leaves()
             hidden = self._embed(ids)
@@ -165,18 +165,18 @@ class FastDecoder:
                 mine = ((pairs[:, 0] >= first) & (pairs[:, 0] < first + SEGMENT)).nonzero().flatten()
                 if len(mine):
                     begin = self._directions(last.detach(), pairs[mine] - pairs.new_tensor([first, 0]), log_probability)
-                    made[mine] = picture.back(*self._gather(_batched(last, leaves, begin)))
+                    made[mine] = image.back(*self._gather(_batched(last, leaves, begin)))
         return made
 
     # ------------------------------------------------------------------ the picture's side
 
     @cached_property
-    def _picture(self) -> _Picture:
+    def _image(self) -> _Image:
         patch = torch.ones(len(self.features), dtype=self.features.dtype, device=self.features.device)
         patch[: self.prefix] = 0
         norm = self.model.encoder.layernorm
         if not self.before_norm:
-            return _Picture(self.features, patch, None, lambda states, _along: states)
+            return _Image(self.features, patch, None, lambda states, _along: states)
         # Squares of half-precision features overflow.
         wide = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
         centred = wide - wide.mean(-1, keepdim=True)
@@ -189,7 +189,7 @@ class FastDecoder:
             return moved if along is None else moved + along @ normal / normal.shape[-1]
 
         still = norm.bias[None] if self.rule is None else None
-        return _Picture(norm(self.features), patch / deviation.to(patch.dtype), still, back)
+        return _Image(norm(self.features), patch / deviation.to(patch.dtype), still, back)
 
     @property
     def _project(self) -> Any:
@@ -199,10 +199,10 @@ class FastDecoder:
     @cached_property
     def _cross(self) -> list[_Memory]:
         """The picture in each block."""
-        picture, made = self._picture, []
+        image, made = self._image, []
         for block in self._blocks:
-            still = None if picture.still is None else self._both(block.encoder_attn, picture.still)
-            made.append(_Memory(*self._both(block.encoder_attn, picture.states), picture.reach, still))
+            still = None if image.still is None else self._both(block.encoder_attn, image.still)
+            made.append(_Memory(*self._both(block.encoder_attn, image.states), image.reach, still))
         return made
 
     def _both(self, attention: Any, states: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class FastDecoder:
     def _leaves(self) -> list[Tensor]:
         """Where the backward passes end: zero shifts u of each block, then v of each, and r where it counts."""
         shapes = [self._cross[0].keys[:, :1].shape] * 2 * len(self._blocks)
-        shapes += [] if self._picture.still is None else [self._picture.reach.shape]
+        shapes += [] if self._image.still is None else [self._image.reach.shape]
         return [self.features.new_zeros(shape).requires_grad_() for shape in shapes]
 
     def _gather(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +224,7 @@ class FastDecoder:
             for part, moved in ((block.encoder_attn.k_proj, keys), (block.encoder_attn.v_proj, values)):
                 states = states + rearrange(moved, "n h 1 d -> n (h d)") @ part.weight
         states = states if self._project is None else states @ self._project.weight
-        return states, None if self._picture.still is None else gradients[-1]
+        return states, None if self._image.still is None else gradients[-1]
 
     # ------------------------------------------------------------------ the decoder, row by row
 

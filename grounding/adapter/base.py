@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.patch_layout import Layout, find_layout
 from grounding.adapter.recorder import Recorder, find_module
-from grounding.adapter.replicate import one_picture_per_target
+from grounding.adapter.replicate import one_image_per_target
 from grounding.adapter.structure import ModelInfo, ModelStructure
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.registry import did_you_mean
 from grounding.core.text import Alternative, Asked, Generate, Span, check_text
 
-__all__ = ["TOKEN_TARGETS", "Adapter", "TokenProbability", "ModelInfo"]
+__all__ = ["TOKEN_TARGETS", "Adapter", "ModelInfo", "TokenProbability"]
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
 DEFAULT_METHODS = ("gradcam", "rollout", "relevance")
@@ -212,9 +212,7 @@ class Adapter(ABC):
             return found
         rows, columns = grid
         if pyramid and not prefix:
-            expected = (
-                f"maps over the whole picture, as the {rows} x {columns} of {self.structure.tap!r}, and more than 1 x 1"
-            )
+            expected = f"maps over the whole picture, as the {rows} x {columns} of {self.structure.layer!r}, and more than 1 x 1"
         else:
             expected = (
                 f"{prefix} prefix tokens + {rows} x {columns} patches = {prefix + rows * columns} tokens"
@@ -226,7 +224,7 @@ class Adapter(ABC):
         """Patch features of a layer (default: the default tap), prefix tokens dropped; of a layer on the text side one
         row per caption."""
         path = self.resolve(layer)
-        with Recorder(self.model, taps={path: False}) as recorder:
+        with Recorder(self.model, layers={path: False}) as recorder:
             self._run(inputs, path)
             recorder.check()
         return self.to_grid(recorder.outputs[path], self.grid(inputs), path)
@@ -270,7 +268,7 @@ class Adapter(ABC):
 
     def shifts(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Targets,
         outputs: Mapping[str, Tensor],
@@ -280,16 +278,16 @@ class Adapter(ABC):
 
         `outputs` are what the pass gave at the tap and the places that `fast_taps` names for it.
         """
-        features = outputs[tap]
-        width = self.to_grid(features, self.grid(inputs), tap).shape[-1]
+        features = outputs[layer]
+        width = self.to_grid(features, self.grid(inputs), layer).shape[-1]
         zero = torch.zeros(len(targets), width, dtype=features.dtype, device=features.device)
         with torch.enable_grad():
             zero.requires_grad_()
-            total = self.score_from(tap, inputs, targets, zero, outputs, rule).sum()
+            total = self.score_from(layer, inputs, targets, zero, outputs, rule).sum()
         [gradient] = torch.autograd.grad(total, zero)
         return gradient
 
-    def from_tap(self, tap: str, features: Tensor) -> Tensor | None:  # noqa: ARG002
+    def from_tap(self, layer: str, features: Tensor) -> Tensor | None:  # noqa: ARG002
         """What `encode_images` gives where a fast tap gives `features`, if nothing but a LayerNorm lies between; else None."""
         return None
 
@@ -299,7 +297,7 @@ class Adapter(ABC):
 
     def score_from(
         self,
-        tap: str,
+        layer: str,
         inputs: Inputs,
         targets: Targets,
         shift: Float[Tensor, "K D"],
@@ -313,7 +311,7 @@ class Adapter(ABC):
         one for the taps in `fast_taps`, which starts from the recorded `outputs` and need be right only to first order.
         `rule` is a backward rule as in `Recorder`.
         """
-        return shifted_scores(self, tap, inputs, targets, shift, rule)
+        return shifted_scores(self, layer, inputs, targets, shift, rule)
 
     def check_kind(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
         """Target kind and token target to use (None: the default). Raises TargetError naming what there is."""
@@ -328,17 +326,17 @@ class Adapter(ABC):
 
 
 def shifted_scores(
-    adapter: Adapter, tap: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
+    adapter: Adapter, layer: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
 ) -> Float[Tensor, "K"]:
     """The scores with one vector per target added to all patches of the tap, differentiable in `shift`."""
-    inputs, targets = one_picture_per_target(inputs, targets)
-    module = find_module(adapter.model, tap)
+    inputs, targets = one_image_per_target(inputs, targets)
+    module = find_module(adapter.model, layer)
     grid = adapter.grid(inputs)
 
     def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         # The targets' own sequences come first; others that a score is compared with stay as they are.
-        hidden = adapter.layout(hidden, grid, tap).shifted(hidden, shift)
+        hidden = adapter.layout(hidden, grid, layer).shifted(hidden, shift)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with Recorder(adapter.model, rule=rule):

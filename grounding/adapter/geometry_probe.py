@@ -91,9 +91,9 @@ class _Camera:
             raise ProbeError("the picture does not fill one rectangle of the model input: tiles or a mask")
         return cls(preprocess, width, height, mode, black, white, box)
 
-    def look(self, picture: np.ndarray) -> np.ndarray:
-        """The answer to a grey `picture` (height, width) uint8: its levels (H, W) inside `box`, 0 to 255."""
-        answer = _pixels(self.preprocess(Image.fromarray(picture).convert(self.mode)))
+    def look(self, image: np.ndarray) -> np.ndarray:
+        """The answer to a grey `image` (height, width) uint8: its levels (H, W) inside `box`, 0 to 255."""
+        answer = _pixels(self.preprocess(Image.fromarray(image).convert(self.mode)))
         if answer.shape != self.white.shape:
             raise ProbeError(f"two pictures of one size came out as {self.white.shape} and {answer.shape}")
         top, bottom, left, right = self.box
@@ -163,8 +163,8 @@ def _ramp(camera: _Camera, axis: int, low: float, high: float, dither: int) -> n
     level = DARKEST + np.clip((along[0] - low) / (high - low), 0, 1) * (BRIGHTEST - DARKEST)
     lift = TILT * (2 * across[0] / across[1] - 1)
     noise = np.random.default_rng(0).uniform(-NOISE, NOISE, (across[1], along[1]))
-    picture = np.floor(level + dither * (lift[:, None] + noise) + 0.5).astype(np.uint8)
-    return np.ascontiguousarray(picture if axis == 0 else picture.T)
+    image = np.floor(level + dither * (lift[:, None] + noise) + 0.5).astype(np.uint8)
+    return np.ascontiguousarray(image if axis == 0 else image.T)
 
 
 def _place(level: np.ndarray, low: float, high: float) -> np.ndarray:

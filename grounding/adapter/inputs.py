@@ -24,20 +24,20 @@ class Inputs:
 
     `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
     index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
-    `per_picture` and `per_text` name the tensors that have the pictures, or the texts, first. `origins[t]` says where
+    `per_image` and `per_text` name the tensors that have the pictures, or the texts, first. `origins[t]` says where
     text t is from (`given`, `generated`, `forced`; none: all given). `memory` is the engine's: what it recorded of the
     vision stack without gradients, for later texts of the same pictures while the model stays as it is; `notes` are
     the adapter's own, of these texts.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[Picture, ...]
     geometry: tuple[Geometry, ...]
     tokens: tuple[TokenizedText, ...]
     text_image: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     warnings: tuple[tuple[str, ...], ...] = ()
     text_warnings: tuple[tuple[str, ...], ...] = ()
-    per_picture: tuple[str, ...] = ("pixel_values",)
+    per_image: tuple[str, ...] = ("pixel_values",)
     per_text: tuple[str, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
     origins: tuple[str, ...] = ()

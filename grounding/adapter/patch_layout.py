@@ -70,12 +70,12 @@ def find_layout(
 def _maps(shape: tuple[int, ...], grid: tuple[int, int]) -> Layout | None:
     """Channels first or last, whichever has its sides in the grid's ratio; of both, the one that fits better."""
     found = [Layout(FIRST, *shape[2:]), Layout(LAST, *shape[1:3])]
-    fitting = [layout for layout in found if layout.rows * layout.columns > 1 and _same_picture(layout, grid)]
+    fitting = [layout for layout in found if layout.rows * layout.columns > 1 and _same_image(layout, grid)]
     # The first of equals: channels first is the custom.
     return min(fitting, key=lambda one: abs(log(one.rows / grid[0]) - log(one.columns / grid[1])), default=None)
 
 
-def _same_picture(layout: Layout, grid: tuple[int, int]) -> bool:
+def _same_image(layout: Layout, grid: tuple[int, int]) -> bool:
     """Whether one factor takes the grid to the layout's, each side rounded to whole cells."""
     sides = list(zip((layout.rows, layout.columns), grid, strict=True))
     low = max((own - 1) / other for own, other in sides)

@@ -43,12 +43,12 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
     def __init__(
         self,
         model: nn.Module,
-        taps: Mapping[str, bool] | None = None,
+        layers: Mapping[str, bool] | None = None,
         attention: Mapping[str, bool] | None = None,
         rule: str | None = None,
     ) -> None:
         self.model = model
-        self.taps = dict(taps or {})
+        self.layers = dict(layers or {})
         self.attention = dict(attention or {})
         if rule not in (None, LAYERNORM_RULE):
             raise ValueError(f"unknown backward rule {rule!r} (there is: {LAYERNORM_RULE})")
@@ -66,7 +66,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             stack.enter_context(torch.no_grad())
             stack.enter_context(random_state(self.model))
             stack.enter_context(_frozen(self.model))
-            for path, gradient in self.taps.items():
+            for path, gradient in self.layers.items():
                 module = find_module(self.model, path)
                 stack.enter_context(_hook(module, lambda out, p=path, g=gradient: self._take_output(p, out, g)))
             if self.rule:
@@ -87,7 +87,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 
     def check(self) -> None:
         """Raise ModelError where something that was asked for never ran, LayerError likewise for a tap."""
-        for path in self.taps:
+        for path in self.layers:
             if path not in self.outputs:
                 raise LayerError(f"layer {path!r} took no part in the forward pass; see --list-layers")
         for path in self.attention:

@@ -52,7 +52,7 @@ class ModelStructure:
     """
 
     stacks: Mapping[str, Stack]
-    tap: str
+    layer: str
     pooling: str
     prefix: int
     text_stacks: frozenset[str] = frozenset()
@@ -78,7 +78,7 @@ class ModelStructure:
         attention; `fusion:-1.in`: in another stack; anything else: a dotted module path. Raises LayerError.
         """
         if layer is None:
-            return self.tap
+            return self.layer
         name, _, rest = layer.rpartition(":")
         index, _, part = rest.partition(".")
         if not re.fullmatch(r"-?\d+", index) or part not in ("", "in"):

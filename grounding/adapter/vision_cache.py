@@ -17,12 +17,12 @@ ENCODED = "encoded"
 
 
 def remembered(
-    adapter: Adapter, inputs: Inputs, taps: Mapping[str, bool], attention: Mapping[str, bool]
+    adapter: Adapter, inputs: Inputs, layers: Mapping[str, bool], attention: Mapping[str, bool]
 ) -> Mapping[str, Tensor]:
     """What one pass of the vision stack without gradients left behind: run now, unless an earlier one left it all."""
     memory = inputs.memory
-    if not _same(inputs) or not {ENCODED, *taps, *attention} <= memory.keys():
-        with Recorder(adapter.model, taps, attention) as recorder:
+    if not _same(inputs) or not {ENCODED, *layers, *attention} <= memory.keys():
+        with Recorder(adapter.model, layers, attention) as recorder:
             encoded = adapter.encode_images(inputs)
             recorder.check()
         for path, weights in recorder.weights.items():
@@ -38,7 +38,7 @@ def encoded_of(adapter: Adapter, inputs: Inputs) -> Tensor:
 
 def _same(inputs: Inputs) -> bool:
     """Whether what is remembered is of these pictures and not of others."""
-    return all(inputs.memory.get(name) is inputs.tensors[name] for name in inputs.per_picture)
+    return all(inputs.memory.get(name) is inputs.tensors[name] for name in inputs.per_image)
 
 
 def keep(inputs: Inputs, found: Mapping[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ def keep(inputs: Inputs, found: Mapping[str, Tensor]) -> None:
     if not _same(inputs):
         inputs.memory.clear()
     inputs.memory.update(found)
-    inputs.memory.update({name: inputs.tensors[name] for name in inputs.per_picture})
+    inputs.memory.update({name: inputs.tensors[name] for name in inputs.per_image})
 
 
 def finite(tensor: Tensor, what: str) -> None:

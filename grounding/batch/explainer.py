@@ -32,7 +32,7 @@ class ImageJob:
     """One opened picture and the texts to explain of it."""
 
     sample: str
-    picture: Picture
+    image: Picture
     asks: tuple[TextRequest, ...]
 
 
@@ -83,7 +83,7 @@ class BatchExplainer:
         texts = [_texts(job.asks) for job in jobs]
         found = explain(
             self.adapter,
-            [job.picture for job in jobs],
+            [job.image for job in jobs],
             [list(own) for own in texts],
             select=[[self._selection(job, i) for i in range(len(own))] for job, own in zip(jobs, texts, strict=True)],
             batch_size=len(jobs),

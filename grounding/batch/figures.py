@@ -29,7 +29,7 @@ def explanations(
     Raises DataError for shards that are damaged.
     """
     opening = Opening(dataset.root, run.manifest["fingerprint"]["max_pixels"])
-    for rows in run.pictures():
+    for rows in run.images():
         if images is not None and rows[0]["image"] not in images:
             continue
         good = [row for row in rows if row["entries"] is not None]
@@ -39,17 +39,17 @@ def explanations(
         if not good:
             continue
         try:
-            picture = _picture(dataset, opening, good[0])
+            image = _image(dataset, opening, good[0])
         except GroundingError as error:
             told(f"{rows[0]['image']}: {error}")
             continue
         shared = run.shared(rows)
-        yield from ((row["id"], from_row(row, run.about, picture, shared)) for row in good)
+        yield from ((row["id"], from_row(row, run.about, image, shared)) for row in good)
 
 
-def _picture(dataset: Dataset, opening: Opening, row: Row) -> Picture:
+def _image(dataset: Dataset, opening: Opening, row: Row) -> Picture:
     """The picture that a row is about. Raises GroundingError where there is none, or another one."""
-    found = opening(dataset.read(row["image"]).picture)
+    found = opening(dataset.read(row["image"]).image)
     if isinstance(found, ImageError):
         raise found
     if found.sha256 != row["image_sha256"]:

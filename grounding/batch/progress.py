@@ -26,8 +26,8 @@ LOG_SECONDS = 60
 class Progress:
     """What is said while a run goes on; this one says nothing."""
 
-    def begins(self, run: RunFolder, todo: Sequence[int], pictures: int) -> None:
-        """`todo` are the shards of this process, `pictures` how many are to be computed in them."""
+    def begins(self, run: RunFolder, todo: Sequence[int], images: int) -> None:
+        """`todo` are the shards of this process, `images` how many are to be computed in them."""
 
     def damaged(self, path: Path) -> None:
         """A table was set aside and will be computed again."""
@@ -72,19 +72,19 @@ class ProgressBar(Progress):
         self.meter: Meter | None = None
         self.run: RunFolder | None = None
 
-    def begins(self, run: RunFolder, todo: Sequence[int], pictures: int) -> None:
+    def begins(self, run: RunFolder, todo: Sequence[int], images: int) -> None:
         """The bar appears."""
         self.run = run
         done = f"{len(run.shards) - len(todo)} of {len(run.shards)} shards were done"
-        self.meter = Meter(pictures, "picture", name=self.name, quiet=self.quiet, note=done)
+        self.meter = Meter(images, "picture", name=self.name, quiet=self.quiet, note=done)
         if not self.quiet and self.meter.bar is None:
-            left = f"{pictures} pictures to do in {len(todo)} of {len(run.shards)} shards"
+            left = f"{images} pictures to do in {len(todo)} of {len(run.shards)} shards"
             say(f"{escape(run.path)}: {left}{f' ({self.name})' if self.name else ''}")
 
-    def rows(self, rows: Sequence[Row], pictures: int) -> None:
+    def rows(self, rows: Sequence[Row], images: int) -> None:
         """Rows were computed, and with them so many pictures finished."""
         self.failed += sum(row["status"].startswith("failed") for row in rows)
-        self._forward(pictures)
+        self._forward(images)
 
     def damaged(self, path: Path) -> None:
         """Say so."""
@@ -96,9 +96,9 @@ class ProgressBar(Progress):
             self.failed += sum(n for status, n in said["counts"].items() if status.startswith("failed"))
             self._forward(len(self.run.members(said["shard"])))
 
-    def _forward(self, pictures: int) -> None:
+    def _forward(self, images: int) -> None:
         if self.meter is not None:
-            self.meter.forward(pictures, f"{self.failed} rows failed" if self.failed else "")
+            self.meter.forward(images, f"{self.failed} rows failed" if self.failed else "")
 
     def close(self) -> None:
         """The bar stays as it is."""
@@ -114,20 +114,20 @@ def failures(run: RunFolder) -> int:
 def status_of(run: RunFolder) -> dict[str, Any]:
     """How far a run is: shards, pictures, rows by status, bytes stored and what its maps alone take."""
     said = [one for shard in run.shards if (one := run.said(shard)) is not None]
-    pictures = sum(len(run.members(one["shard"])) for one in said)
+    images = sum(len(run.members(one["shard"])) for one in said)
     stored, maps = sum(one["bytes"] for one in said), sum(one["maps_bytes"] for one in said)
     return {
         "run": str(run.path),
         "model": run.about.model["id"],
         "shards": {"done": len(said), "of": len(run.shards)},
-        "pictures": {"done": pictures, "of": len(run.ids)},
+        "pictures": {"done": images, "of": len(run.ids)},
         "rows": sum(one["rows"] for one in said),
         "statuses": dict(sorted(run.counts().items())),
         "failed": failures(run),
         "seconds": round(sum(one["seconds"] for one in said), 1),
         "mb": round(stored / 1e6, 3),
-        "mb_per_1000_pictures": round(stored / 1e3 / pictures, 3) if pictures else None,
-        "maps_mb_per_1000_pictures": round(maps / 1e3 / pictures, 3) if pictures else None,
+        "mb_per_1000_pictures": round(stored / 1e3 / images, 3) if images else None,
+        "maps_mb_per_1000_pictures": round(maps / 1e3 / images, 3) if images else None,
     }
 
 

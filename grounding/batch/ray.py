@@ -28,7 +28,7 @@ class RayWorker:
 
     def __init__(self, load: Load, work: RunConfig, folder: str) -> None:
         os.chdir(folder)  # where the driver stands: paths mean the same here
-        self.here = LocalExecutor(load, work, lambda _rows, _pictures: None)
+        self.here = LocalExecutor(load, work, lambda _rows, _images: None)
         self.checked = False
 
     def ready(self) -> None:

@@ -41,7 +41,7 @@ class Sample:
     the data set that is not `listed` under a picture has its own name as id."""
 
     id: str
-    picture: Path | bytes | None
+    image: Path | bytes | None
     asks: tuple[TextRequest, ...]
     failures: tuple[Failure, ...] = ()
     listed: bool = True
@@ -55,10 +55,10 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
         record = dataset.read(name)
     except DataError as error:
         return Sample(name, None, (), (Failure(0, str(error)),))
-    if record.picture is None:
+    if record.image is None:
         return Sample(name, None, (), record.failures if captions == "all" else record.failures[:1])
     if captions == "none":
-        return Sample(name, record.picture, (TextRequest(0, Generate()),))
+        return Sample(name, record.image, (TextRequest(0, Generate()),))
     asks, failures = [], list(record.failures)
     for caption in record.captions:
         try:
@@ -69,7 +69,7 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
         asks, failures = asks[:1], [] if asks else failures[:1]
     if not asks and not failures:
         failures = [Failure(0, "the picture has no caption")]
-    return Sample(name, record.picture, tuple(asks), tuple(failures))
+    return Sample(name, record.image, tuple(asks), tuple(failures))
 
 
 def _ask(caption: Caption, protocols: Sequence[str]) -> TextRequest:

@@ -226,7 +226,7 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
         "line": line,
         "caption": found.caption,
         "status": status_of(found),
-        "image_sha256": found.picture.sha256,
+        "image_sha256": found.image.sha256,
         "origin": found.origin,
         "truncated": found.truncated,
         "score": to_builtin(found.score),
@@ -234,8 +234,8 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
         "geometry": found.geometry.to_dict() | {"seen": [float(v) for v in found.geometry.seen]},
         "warnings": list(dict.fromkeys(w for one in (found, *prompts.values()) for w in one.warnings)),
     }
-    for key, column in found.columns.items():
-        parts = [column] if column.shared else [column, *(one.columns[key] for one in prompts.values())]
+    for key, column in found.methods.items():
+        parts = [column] if column.shared else [column, *(one.methods[key] for one in prompts.values())]
         maps = np.concatenate([part.maps for part in parts])
         row[key] = _packed(maps, [status for part in parts for status in part.status])
     return row
@@ -244,7 +244,7 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
 def status_of(found: Explanation) -> str:
     """`degenerate` where a method has no evidence for the caption (or the first entry), else whether it was cut."""
     first = next((i for i, entry in enumerate(found.entries) if entry.kind == "caption"), 0)
-    if not all(column.status[column.index(first)] for column in found.columns.values()):
+    if not all(column.status[column.index(first)] for column in found.methods.values()):
         return DEGENERATE
     return TRUNCATED if found.truncated else OK
 
@@ -274,7 +274,7 @@ def _packed(maps: np.ndarray, status: Sequence[Status]) -> Row:
 
 
 def from_row(
-    row: Row, about: RunMetadata, picture: Picture, shared: Mapping[str, Row], *, prompts: bool = False
+    row: Row, about: RunMetadata, image: Picture, shared: Mapping[str, Row], *, prompts: bool = False
 ) -> Explanation:
     """The explanation of a row that did not fail; `shared` are the maps of its picture that do not see the text.
 
@@ -292,10 +292,10 @@ def from_row(
             maps, status = maps[kept], tuple(status[i] for i in kept)
         columns[key] = MethodMaps(key=key, **method, maps=maps, status=status)
     return Explanation(
-        picture=picture,
+        image=image,
         caption=row["caption"],
         entries=tuple(_entry_of(row["entries"][i]) for i in kept),
-        columns=columns,
+        methods=columns,
         geometry=geometry,
         target=about.target,
         token_target=about.token_target,

@@ -115,4 +115,13 @@ def _check_hopeless(run: RunFolder) -> None:
         raise BudgetError(f"every row failed ({counts.total()}); the first: {first['error']}")
 
 
-__all__ = ["EXIT_BUDGET", "EXIT_FAILURES", "Executor", "Progress", "check_statuses", "run_batch", "exit_code", "failures"]
+__all__ = [
+    "EXIT_BUDGET",
+    "EXIT_FAILURES",
+    "Executor",
+    "Progress",
+    "check_statuses",
+    "exit_code",
+    "failures",
+    "run_batch",
+]

@@ -197,7 +197,7 @@ class RunFolder:
         about_of(table)
         return table
 
-    def pictures(self) -> Iterator[list[Row]]:
+    def images(self) -> Iterator[list[Row]]:
         """The rows of each picture, of all shards that are done. Raises DataError."""
         for shard in self.shards:
             if self.said(shard) is not None:

@@ -36,7 +36,7 @@ class ShardRunner:
         dataset: Dataset,
         *,
         budget: FailureLimit | None = None,
-        tell: Tell = lambda _rows, _pictures: None,
+        tell: Tell = lambda _rows, _images: None,
     ) -> None:
         self.run, self.work, self.dataset = run, work.settled(adapter), dataset
         self.budget, self.tell = budget or FailureLimit(), tell
@@ -68,7 +68,7 @@ class ShardRunner:
             for name in self.run.members(shard):
                 if name not in kept:
                     sample = sample_of(self.dataset, name, self.work.captions or "all", self.work.protocols)
-                    yield (shard, sample), sample.picture if sample.asks else None
+                    yield (shard, sample), sample.image if sample.asks else None
 
     def _kept(self, shard: int, retry: Collection[str]) -> dict[str, list[Row]]:
         """The rows of a shard's pictures that are not to be computed again, by picture."""
@@ -81,12 +81,12 @@ class ShardRunner:
         """Rows by picture, of one shard."""
         made: dict[str, list[Row]] = {}
         batch: list[ImageJob] = []
-        for (_, sample), picture in opened:
+        for (_, sample), image in opened:
             failures = [_failure(sample, f.line, f.text or None, INPUT, f.error) for f in sample.failures]
-            if sample.asks and isinstance(picture, Picture):
-                batch.append(ImageJob(sample.id, picture, sample.asks))
-            elif sample.asks and isinstance(picture, ImageError):
-                why = picture.status, str(picture)
+            if sample.asks and isinstance(image, Picture):
+                batch.append(ImageJob(sample.id, image, sample.asks))
+            elif sample.asks and isinstance(image, ImageError):
+                why = image.status, str(image)
                 failures += [_failure(sample, ask.line, ask.caption, *why) for ask in sample.asks]
             made[sample.id] = failures
             self._count(failures, 0 if batch and batch[-1].sample == sample.id else 1)
@@ -103,8 +103,8 @@ class ShardRunner:
             made[row["image"]].append(row)
         self._count(rows, len(batch))
 
-    def _count(self, rows: Sequence[Row], pictures: int) -> None:
-        self.tell(rows, pictures)
+    def _count(self, rows: Sequence[Row], images: int) -> None:
+        self.tell(rows, images)
         self.budget.add(rows)
 
 

@@ -238,10 +238,10 @@ def _check_inspect(args: argparse.Namespace) -> None:
         raise OptionError("--inspect writes a picture, but --write leaves png out")
 
 
-def inspected(args: argparse.Namespace, adapter: Any, picture: Any, texts: Any = None, **keywords: Any) -> list[Any]:
+def inspected(args: argparse.Namespace, adapter: Any, image: Any, texts: Any = None, **keywords: Any) -> list[Any]:
     """What `--inspect` asks for, with the keywords of `explain`; nothing where it was not given."""
     if args.inspect is None:
         return []
     from grounding.engine.inspect import inspect_all
 
-    return inspect_all(adapter, picture, texts, **keywords)
+    return inspect_all(adapter, image, texts, **keywords)

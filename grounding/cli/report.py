@@ -111,6 +111,6 @@ def together_folder(args: argparse.Namespace) -> Path:
 
 def warn(explanation: Explanation, *, named: bool = False) -> None:
     """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
-    name = f"{escape(explanation.picture.path or 'picture')}: " if named else ""
+    name = f"{escape(explanation.image.path or 'picture')}: " if named else ""
     for warning in explanation.warnings:
         print(f"warning: {name}{escape(warning)}", file=sys.stderr)

@@ -21,7 +21,7 @@ def demo_model(name: str = "clip") -> Path:
     return demo_folder() / "models" / name
 
 
-def demo_picture() -> Path:
+def demo_image() -> Path:
     """The default picture: a scene with a man in a red jacket among near-misses."""
     return demo_folder() / "default.jpg"
 

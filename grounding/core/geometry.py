@@ -103,8 +103,8 @@ class Geometry:
         stand for a part of the picture that an earlier crop cut off.
         """
         for start, size, old, ends in (
-            (x0, width, self.input_width, self._picture_in_input(0)),
-            (y0, height, self.input_height, self._picture_in_input(1)),
+            (x0, width, self.input_width, self._image_in_input(0)),
+            (y0, height, self.input_height, self._image_in_input(1)),
         ):
             if (start < 0 and ends[0] < -1e-6) or (start + size > old and ends[1] > old + 1e-6):
                 raise GeometryError(
@@ -234,7 +234,7 @@ class Geometry:
         except TypeError as error:
             raise GeometryError(f"not a geometry: {error}") from None
 
-    def _picture_in_input(self, axis: int) -> tuple[float, float]:
+    def _image_in_input(self, axis: int) -> tuple[float, float]:
         size = (self.width, self.height)[axis]
         return self.offset[axis], self.offset[axis] + size * self.scale[axis]
 

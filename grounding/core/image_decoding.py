@@ -46,10 +46,10 @@ def decode(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, tuple[
         image.load()
     except (*BROKEN, MemoryError) as error:
         raise ImageError(f"{name}: {_reason(error)}", "failed_decode") from None
-    picture, warnings = upright_rgb(image, name)
+    opened, warnings = upright_rgb(image, name)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         warnings = (*warnings, "this process has switched Pillow's check for truncated files off")
-    return picture, (*_frames(image), *warnings)
+    return opened, (*_frames(image), *warnings)
 
 
 def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -67,15 +67,15 @@ def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 def upright_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     """(RGB picture turned by its EXIF orientation, warnings) of a loaded picture of any mode."""
     try:
-        picture, warnings = _to_rgb(image, name)
+        opened, warnings = _to_rgb(image, name)
         orientation, trouble = _orientation(image)
         if orientation in UPRIGHT:
-            picture = picture.transpose(UPRIGHT[orientation])
+            opened = opened.transpose(UPRIGHT[orientation])
     except (OSError, ValueError, MemoryError) as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name}: {_reason(error)}", "failed_decode") from None
-    return picture, warnings + trouble
+    return opened, warnings + trouble
 
 
 # ---------------------------------------------------------------- header

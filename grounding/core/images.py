@@ -41,7 +41,7 @@ class Picture:
     the part (x0, y0, x1, y1) of the upright picture in the file that this is, in its pixels, half-open; None: all.
     """
 
-    image: Image.Image
+    pil: Image.Image
     width: int
     height: int
     path: str | None
@@ -61,9 +61,9 @@ class Picture:
                 "failed_input",
             )
         note = f"cropped to {x0},{y0},{x1},{y1} of {self.width} x {self.height} pixels; positions are those of the crop"
-        image = self.image.crop((x0, y0, x1, y1))
+        image = self.pil.crop((x0, y0, x1, y1))
         return replace(
-            self, image=image, width=x1 - x0, height=y1 - y0, warnings=(*self.warnings, note), crop=(x0, y0, x1, y1)
+            self, pil=image, width=x1 - x0, height=y1 - y0, warnings=(*self.warnings, note), crop=(x0, y0, x1, y1)
         )
 
 
@@ -90,8 +90,8 @@ def open_image(
     `failed_decode` (empty, truncated, unknown format), `failed_input` (outside `root`, address not allowed, over
     `max_pixels`, no picture at all). Safe in threads; no process-wide flag is changed.
     """
-    picture = _open(source, max_pixels, root, allow_url)
-    return picture if crop is None else picture.cropped(crop)
+    image = _open(source, max_pixels, root, allow_url)
+    return image if crop is None else image.cropped(crop)
 
 
 def _open(source: Any, max_pixels: int, root: str | Path | None, allow_url: bool) -> Picture:

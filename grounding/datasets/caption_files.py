@@ -240,18 +240,18 @@ def _add(listing: ParsedListing, thing: Any, place: str, *, whole: bool = False,
     if not isinstance(thing, dict):
         listing.broken[place] = f"expected a JSON object, got {type(thing).__name__}"
         return
-    image = _pick(thing, IMAGES)
-    picture = thing.get(image) if image else None
-    if not isinstance(picture, str) or not picture:
+    key = _pick(thing, IMAGES)
+    image = thing.get(key) if key else None
+    if not isinstance(image, str) or not image:
         listing.broken[place] = f"it names no picture ({', '.join(IMAGES)})"
         return
     if whole and isinstance(above := thing.get("filepath"), str) and above:
-        picture = f"{above}/{picture}"
+        image = f"{above}/{image}"
     split = thing.get("split")
     split = folder.rstrip("/") or (split if isinstance(split, str) else "")
     caption = _pick(thing, CAPTIONS)
     texts = captions_of(thing[caption]) if caption else ()
-    listing.entries.append(ListedRow(place, f"{folder}{picture}", texts, None, split, whole))
+    listing.entries.append(ListedRow(place, f"{folder}{image}", texts, None, split, whole))
 
 
 def captions_of(value: object) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from grounding.core.errors import DataError, TextError
 from grounding.core.printable import quote
 from grounding.core.text import check_text
-from grounding.datasets.image_folder import picture_path
+from grounding.datasets.image_folder import image_path
 from grounding.datasets.records import Caption, Failure, Record
 
 # The split that is all of them.
@@ -29,7 +29,7 @@ class ListedRow(NamedTuple):
     """
 
     place: str
-    picture: str
+    image: str
     texts: tuple[object, ...] = ()
     number: int | None = None
     split: str = ""
@@ -47,26 +47,26 @@ class ParsedListing:
 
 
 @runtime_checkable
-class Pictures(Protocol):
+class Images(Protocol):
     """Where a listing's pictures are."""
 
     @property
     def root(self) -> Path | None:
         """Their folder, an absolute path; None where they are no files."""
 
-    def picture(self, name: str) -> Path | bytes:
+    def image(self, name: str) -> Path | bytes:
         """The file of a picture that is listed, or its bytes. Raises DataError."""
 
 
 @dataclass(frozen=True)
-class FolderPictures:
+class FolderImages:
     """Pictures that are files below `root`, by their names."""
 
     root: Path
 
-    def picture(self, name: str) -> Path:
+    def image(self, name: str) -> Path:
         """The path, whether or not there is a file. Raises DataError for one that leaves `root`."""
-        return picture_path(self.root, name)
+        return image_path(self.root, name)
 
 
 class _Group:
@@ -86,10 +86,10 @@ class Listing:
     boxes = False
     broken: Mapping[str, str]
 
-    def __init__(self, folder: Path, split: str | None, found: ParsedListing, pictures: Pictures, digest: str) -> None:
+    def __init__(self, folder: Path, split: str | None, found: ParsedListing, images: Images, digest: str) -> None:
         """`digest` is the sha256 of what `found` was read from. Raises DataError where there is no such split."""
-        self.layout, self.folder, self._pictures, self._digest = found.layout, folder, pictures, digest
-        self.root = pictures.root
+        self.layout, self.folder, self._images, self._digest = found.layout, folder, images, digest
+        self.root = images.root
         groups, repeated = grouped(found.entries)
         self.broken = found.broken | repeated
         self.problems = tuple(found.problems)
@@ -107,7 +107,7 @@ class Listing:
         if name not in self._groups:
             raise DataError(f"{quote(name)} is not listed in {quote(self.folder)}")
         try:
-            picture = self._pictures.picture(name)
+            image = self._images.image(name)
         except DataError as error:
             lines = sorted(self._groups[name].lines.items()) or [(0, "")]
             return Record(
@@ -119,7 +119,7 @@ class Listing:
                 captions.append(Caption(check_text(text), line))
             except TextError as error:
                 failures.append(Failure(line, str(error), _shown(text)))
-        return Record(name, picture, tuple(captions), failures=tuple(failures))
+        return Record(name, image, tuple(captions), failures=tuple(failures))
 
     def digest(self) -> str:
         """sha256 of the bytes that the listing was read from (of ids and captions, for tables of `datasets`)."""
@@ -132,12 +132,12 @@ def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, 
     broken: dict[str, str] = {}
     bare: list[ListedRow] = []
     for entry in entries:
-        if not entry.picture or not _is_unicode(entry.picture):
-            broken[entry.place] = "its name is not valid Unicode" if entry.picture else "it names no picture"
+        if not entry.image or not _is_unicode(entry.image):
+            broken[entry.place] = "its name is not valid Unicode" if entry.image else "it names no picture"
             continue
-        group = groups.get(entry.picture)
+        group = groups.get(entry.image)
         if group is None:
-            group = groups[entry.picture] = _Group(entry)
+            group = groups[entry.image] = _Group(entry)
         elif reason := _misfit(group, entry):
             broken[entry.place] = reason
             continue
@@ -145,7 +145,7 @@ def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, 
         group.lines.update(enumerate(entry.texts, first))
         bare += [] if entry.texts else [entry]
     # A picture that has no caption at all is a row of its own.
-    broken |= {entry.place: f"no caption of {quote(entry.picture)}" for entry in bare if groups[entry.picture].lines}
+    broken |= {entry.place: f"no caption of {quote(entry.image)}" for entry in bare if groups[entry.image].lines}
     return groups, broken
 
 
@@ -165,11 +165,11 @@ def _shown(text: object) -> str:
 
 def _misfit(group: _Group, entry: ListedRow) -> str | None:
     if group.whole or entry.whole:
-        return f"{quote(entry.picture)} is listed already ({group.place})"
+        return f"{quote(entry.image)} is listed already ({group.place})"
     if group.split != entry.split:
-        return f"{quote(entry.picture)} is listed already, in split {group.split!r} ({group.place})"
+        return f"{quote(entry.image)} is listed already, in split {group.split!r} ({group.place})"
     if entry.number in group.lines:
-        return f"{quote(entry.picture)} has a caption number {entry.number} already ({group.place} or later)"
+        return f"{quote(entry.image)} has a caption number {entry.number} already ({group.place} or later)"
     return None
 
 

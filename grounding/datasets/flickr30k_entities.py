@@ -22,7 +22,7 @@ from grounding.core.geometry import Box
 from grounding.core.image_decoding import BROKEN, EXIF_ORIENTATION
 from grounding.core.printable import quote
 from grounding.datasets.caption_lists import ALL, sha256
-from grounding.datasets.image_folder import FOLDERS, SUFFIXES, picture_path, picture_root
+from grounding.datasets.image_folder import FOLDERS, SUFFIXES, image_path, image_root
 from grounding.datasets.records import Caption, Failure, Phrase, Record, normal
 from grounding.datasets.text_files import decoded, read_bytes, read_lines
 
@@ -60,7 +60,7 @@ class Entities:
             self._check_split()
         self.ids = self._listed(lists) if lists else self._sentences()
         # Pictures may lie under another suffix than the first.
-        self._images = picture_root(folder, (f"{name}{suffix}" for name in self.ids[:2] for suffix in SUFFIXES))
+        self._images = image_root(folder, (f"{name}{suffix}" for name in self.ids[:2] for suffix in SUFFIXES))
         self.root = self._images
         phrases = folder / "heldout.txt"
         self.heldout = frozenset(filter(None, map(normal, read_lines(phrases)))) if phrases.is_file() else None
@@ -78,15 +78,15 @@ class Entities:
         sentences = f"{name}.txt"
         captions, failures = read_sentences(self.folder / "Sentences" / sentences)
         found = read_annotation(self.folder / "Annotations" / f"{name}.xml")
-        picture = self._picture(name)
-        boxes, doubts = fitted(found, upright_size(picture), name)
+        image = self._image(name)
+        boxes, doubts = fitted(found, upright_size(image), name)
         named = {phrase.chain for caption in captions for phrase in caption.phrases}
         absent = {
             chain: "notvisual" if chain == NOTHING_VISIBLE else "missing" for chain in named if chain not in boxes
         }
         no_box = absent | {chain: why for chain, why in found.no_box.items() if chain not in boxes}
         problems = (*(_place(sentences, failure) for failure in failures), *found.problems, *doubts)
-        return Record(name, picture, captions, boxes, no_box, problems, failures)
+        return Record(name, image, captions, boxes, no_box, problems, failures)
 
     def digest(self) -> str:
         """sha256 over the ids in order with the bytes of their sentences and annotations, and over the held-out
@@ -132,11 +132,11 @@ class Entities:
             raise DataError(f"{quote(self.folder)} has no list of ids ({', '.join(SPLITS)}) and no Sentences/*.txt")
         return ids
 
-    def _picture(self, name: str) -> Path:
+    def _image(self, name: str) -> Path:
         """The picture of an id; where there is none, the path at which it is missed."""
         paths = [self._images / f"{name}{suffix}" for suffix in SUFFIXES]
         path = next((path for path in paths if path.is_file()), paths[0])
-        return picture_path(self._images, path.name)
+        return image_path(self._images, path.name)
 
 
 # ---------------------------------------------------------------- sentences

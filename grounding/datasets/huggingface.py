@@ -21,7 +21,7 @@ from grounding.core.errors import DataError
 from grounding.core.printable import one_line, quote
 from grounding.datasets.caption_files import CAPTIONS, captions_of
 from grounding.datasets.caption_lists import ListedRow, Listing, ParsedListing, sha256
-from grounding.datasets.image_folder import picture_path
+from grounding.datasets.image_folder import image_path
 
 PREFIX = "hf:"
 # `owner/name`, or with a revision `owner/name@refs/convert/parquet`.
@@ -101,7 +101,7 @@ def open_hub(name: str, split: str | None) -> Listing:
 
 
 @dataclass(frozen=True)
-class TablePictures:
+class TableImages:
     """Pictures in a column of tables; `rows` gives table and row of each. `home`: where those lie that are only paths
     in the table; `root` is the same, or None where the tables hold the pictures themselves."""
 
@@ -110,7 +110,7 @@ class TablePictures:
     home: Path | None
     root: Path | None
 
-    def picture(self, name: str) -> Path | bytes:
+    def image(self, name: str) -> Path | bytes:
         """The bytes of a picture, or its path below `home`. Raises DataError where there is neither."""
         table, row = self.rows[name]
         try:
@@ -123,7 +123,7 @@ class TablePictures:
             raise DataError(f"{quote(name)} has no picture in its table")
         if self.home is None:
             raise DataError(f"{quote(name)} has no picture in its table, only the path {quote(cell['path'])}")
-        return picture_path(self.home, cell["path"])
+        return image_path(self.home, cell["path"])
 
 
 def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: str | None) -> Listing:
@@ -131,17 +131,17 @@ def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: 
     rows: dict[str, tuple[Any, int]] = {}
     for key, table in tables.items():
         column = _image_column(table)
-        pictures = _encoded(table, column)
-        if len(table) and (pictures[0][column] or {}).get("bytes") is None:
+        images = _encoded(table, column)
+        if len(table) and (images[0][column] or {}).get("bytes") is None:
             root = home
         entries = _entries(table, key, len(tables) > 1)
         found.entries += entries
         for row, entry in enumerate(entries):
-            rows.setdefault(entry.picture, (pictures, row))
+            rows.setdefault(entry.image, (images, row))
         if _first(table, CAPTIONS) is None:
             found.problems.append(f"no captions: the columns are {', '.join(table.column_names)}")
-    digest = sha256(json.dumps([e.picture, e.split, e.texts], default=str).encode() for e in found.entries)
-    return Listing(folder, split, found, TablePictures(rows, column, home, root), digest)
+    digest = sha256(json.dumps([e.image, e.split, e.texts], default=str).encode() for e in found.entries)
+    return Listing(folder, split, found, TableImages(rows, column, home, root), digest)
 
 
 def _entries(table: Any, key: str, several: bool) -> list[ListedRow]:
@@ -152,12 +152,12 @@ def _entries(table: Any, key: str, several: bool) -> list[ListedRow]:
     for row in range(len(table)):
         own = {part: cells[part][row] for part in kept}
         # Numbers of rows are the same whichever split is asked for.
-        picture = own[name] if name else f"{key}-{row}" if several else row
+        image = own[name] if name else f"{key}-{row}" if several else row
         texts = captions_of(own[caption]) if caption else ()
         whole = caption is None or isinstance(own[caption], list)
         place = f"{key} row {row}".strip()
         own_split = own[split] if split and own[split] else key
-        entries.append(ListedRow(place, "" if picture is None else str(picture), texts, None, str(own_split), whole))
+        entries.append(ListedRow(place, "" if image is None else str(image), texts, None, str(own_split), whole))
     return entries
 
 

@@ -26,7 +26,7 @@ ALL_SUFFIXES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".av
 TRIED = 8
 
 
-def picture_root(folder: Path, names: Iterable[str]) -> Path:
+def image_root(folder: Path, names: Iterable[str]) -> Path:
     """The folder, an absolute path, in which pictures with these names lie: `folder` or a usual one inside it.
 
     Only the first few names are looked up, last in whatever other folders there are. Where none is found: the first
@@ -42,21 +42,21 @@ def picture_root(folder: Path, names: Iterable[str]) -> Path:
     return (*usual, folder)[0]
 
 
-def has_pictures(folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
     """Whether a folder, or a usual one inside it, holds a file that its name calls a picture."""
-    return bool(pictures_of(folder)[1])
+    return bool(images_of(folder)[1])
 
 
-def pictures_of(folder: Path) -> tuple[Path, tuple[str, ...]]:
+def images_of(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """(root, names) of the pictures in a folder, or in a usual one inside it; sorted, other folders not entered."""
-    names = sorted(_pictures_in(folder))
+    names = sorted(_images_in(folder))
     if names:
         return folder.absolute(), tuple(names)
-    root = picture_root(folder, ())
-    return root, tuple(sorted(_pictures_in(root)))
+    root = image_root(folder, ())
+    return root, tuple(sorted(_images_in(root)))
 
 
-def picture_path(root: Path, name: str) -> Path:
+def image_path(root: Path, name: str) -> Path:
     """The path of a picture below `root`, whether it is there or not.
 
     Raises DataError, without opening anything, for a name that leads elsewhere, links followed, and for no name at all.
@@ -71,7 +71,7 @@ def picture_path(root: Path, name: str) -> Path:
     return path
 
 
-def _pictures_in(folder: Path) -> list[str]:
+def _images_in(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [e.name for e in entries if e.name.lower().endswith(ALL_SUFFIXES) and not e.name.startswith(".")]
@@ -82,6 +82,6 @@ def _pictures_in(folder: Path) -> list[str]:
 def _is_file_in(root: Path, name: str) -> bool:
     try:
         # Not Path.is_file: it raises for names that are too long.
-        return bool(name) and os.path.isfile(picture_path(root, name))  # noqa: PTH113
+        return bool(name) and os.path.isfile(image_path(root, name))  # noqa: PTH113
     except DataError:
         return False

@@ -16,9 +16,9 @@ from grounding.core.errors import DataError
 from grounding.core.printable import quote
 from grounding.datasets import huggingface
 from grounding.datasets.caption_files import header_of, json_lines, read_listing
-from grounding.datasets.caption_lists import FolderPictures, ListedRow, Listing, ParsedListing, sha256
+from grounding.datasets.caption_lists import FolderImages, ListedRow, Listing, ParsedListing, sha256
 from grounding.datasets.flickr30k_entities import Entities
-from grounding.datasets.image_folder import has_pictures, picture_root, pictures_of
+from grounding.datasets.image_folder import has_images, image_root, images_of
 from grounding.datasets.records import Dataset
 from grounding.datasets.text_files import decoded, read_bytes
 
@@ -154,9 +154,9 @@ def _open_only(folder: Path, found: list[Path], split: str | None) -> Dataset:
 def _open_file(folder: Path, path: Path, split: str | None) -> Dataset:
     data = read_bytes(path)
     found = read_listing(path, decoded(data, path))
-    root = picture_root(folder, dict.fromkeys(entry.picture for entry in found.entries[:100]))
+    root = image_root(folder, dict.fromkeys(entry.image for entry in found.entries[:100]))
     # The plain digest of the file, as other programs print it.
-    return Listing(folder, split, found, FolderPictures(root), hashlib.sha256(data).hexdigest())
+    return Listing(folder, split, found, FolderImages(root), hashlib.sha256(data).hexdigest())
 
 
 # ---------------------------------------------------------------- labels by split, pictures alone
@@ -175,15 +175,15 @@ def _open_labels(folder: Path, split: str | None) -> Dataset:
         part = json_lines(decoded(data, path), path.name, f"{path.parent.name}/")
         found.entries += part.entries
         found.broken |= part.broken
-    return Listing(folder, split, found, FolderPictures(folder.absolute()), sha256(parts))
+    return Listing(folder, split, found, FolderImages(folder.absolute()), sha256(parts))
 
 
-def _open_pictures(folder: Path, split: str | None) -> Dataset:
-    root, names = pictures_of(folder)
+def _open_images(folder: Path, split: str | None) -> Dataset:
+    root, names = images_of(folder)
     found = ParsedListing("pictures", [ListedRow(f"file {quote(name)}", name) for name in names])
     for path in (path for pattern in TABLES for path in _files(folder, pattern)):
         found.problems.append(f"{quote(path.name)} is not read: its first line names no image and caption columns")
-    return Listing(folder, split, found, FolderPictures(root), sha256(os.fsencode(name) for name in names))
+    return Listing(folder, split, found, FolderImages(root), sha256(os.fsencode(name) for name in names))
 
 
 LAYOUTS = (
@@ -204,6 +204,6 @@ LAYOUTS = (
         _open_table,
     ),
     Layout("<split>/labels.jsonl", lambda folder: bool(_labels(folder)), _open_labels),
-    Layout("pictures alone", has_pictures, _open_pictures, captions=False),
+    Layout("pictures alone", has_images, _open_images, captions=False),
 )
 NEEDS = "; or ".join(layout.needs for layout in LAYOUTS)

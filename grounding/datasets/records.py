@@ -43,7 +43,7 @@ class Failure:
 class Record:
     """One picture with its captions.
 
-    `picture` is a file, or the bytes of one where the data set holds them itself; None: it must not be opened, and
+    `image` is a file, or the bytes of one where the data set holds them itself; None: it must not be opened, and
     every line is among the failures. `failures` are captions that are
     there but cannot be used; together with `captions` every line of the data set is named once. `boxes` maps a chain to
     its boxes (x0, y0, x1, y1): original pixels, origin top-left, half-open. `no_box` says of a chain without any why:
@@ -52,7 +52,7 @@ class Record:
     """
 
     id: str
-    picture: Path | bytes | None
+    image: Path | bytes | None
     captions: tuple[Caption, ...]
     boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
     no_box: Mapping[str, str] = field(default_factory=dict)

@@ -37,7 +37,7 @@ class Line:
     line's own in its labels file, from 1. None: the file does not say."""
 
     number: int
-    picture: Path
+    image: Path
     text: str
     boxes: tuple[Box, ...]
     unseen_face: bool | None = None
@@ -112,11 +112,11 @@ def _read(folder: Path, home: Path, split: str | None) -> Lines:
     for number, content in _contents(labels):
         try:
             line = _line(home, number, content)
-            if line.picture in found:
-                raise DataError(f"the file {quote(line.picture.name)} stands in line {found[line.picture].number}, too")
+            if line.image in found:
+                raise DataError(f"the file {quote(line.image.name)} stands in line {found[line.image].number}, too")
         except ValueError as error:
             raise DataError(f"{quote(labels)} line {number}: {error}") from None
-        found[line.picture] = line
+        found[line.image] = line
     if not found:
         raise DataError(f"{quote(labels)} has no lines")
     return Lines(folder, split, labels, tuple(found.values()))
@@ -152,7 +152,7 @@ def _line(home: Path, number: int, content: str) -> Line:
         raise DataError(f"polarity must be one of {', '.join(POLARITIES)}, got {polarity!r}")
     # What a model writes has no blanks around it.
     kept = slice(len(text) - len(text.lstrip()), len(text.rstrip()))
-    return Line(number, _picture(home, label["file"]), text[kept], boxes[kept], face, polarity)
+    return Line(number, _image(home, label["file"]), text[kept], boxes[kept], face, polarity)
 
 
 def _boxes(label: dict[str, Any]) -> tuple[Box, ...]:
@@ -180,7 +180,7 @@ def _box(place: int, sign: str, corners: Any) -> Box:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def _picture(home: Path, name: Any) -> Path:
+def _image(home: Path, name: Any) -> Path:
     """The path of a picture. Raises DataError for one that lies elsewhere, links followed."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"file must be the name of a picture, got {name!r}")

@@ -31,22 +31,20 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
     Pictures that were seen already (`Adapter.prepare_images`) stand for their list, or for one picture where there is one.
     """
     if isinstance(images, Inputs):
-        images = list(images.pictures) if len(images.pictures) > 1 else images.pictures[0]
+        images = list(images.images) if len(images.images) > 1 else images.images[0]
     many = isinstance(images, (list, tuple))
-    pictures = list(images) if many else [images]
+    opened = list(images) if many else [images]
     if texts is None:
         asked(None)
     shared = texts is None or isinstance(texts, Asked)
-    per_picture = list(texts) if many and not shared else [texts] * len(pictures)
-    if not pictures:
+    per_image = list(texts) if many and not shared else [texts] * len(opened)
+    if not opened:
         raise GroundingError("no picture was given")
-    if len(per_picture) != len(pictures):
-        raise GroundingError(
-            f"{len(pictures)} pictures but {len(per_picture)} texts: give one item of texts per picture"
-        )
-    single = [not isinstance(item, (list, tuple)) for item in per_picture]
+    if len(per_image) != len(opened):
+        raise GroundingError(f"{len(opened)} images but {len(per_image)} texts: give one item of texts per picture")
+    single = [not isinstance(item, (list, tuple)) for item in per_image]
 
-    captions = [[asked(t) for t in ([item] if one else item)] for item, one in zip(per_picture, single, strict=True)]
+    captions = [[asked(t) for t in ([item] if one else item)] for item, one in zip(per_image, single, strict=True)]
     if not all(captions):
         raise GroundingError("a picture has an empty list of texts")
 
@@ -54,4 +52,4 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
         shaped = [found[0] if one else found for found, one in zip(results, single, strict=True)]
         return shaped if many else shaped[0]
 
-    return pictures, captions, rebuild
+    return opened, captions, rebuild

@@ -80,7 +80,7 @@ def explain(
         )
     target, texts = adapter.asked_by(target, texts)
     adapter, options = aim(adapter, target, options)
-    pictures, captions, rebuild = flatten(images, texts, adapter.asked)
+    opened, captions, rebuild = flatten(images, texts, adapter.asked)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
     plan = plan_methods(adapter, methods, layers, options, average_layers)
@@ -94,7 +94,7 @@ def explain(
         torch.autocast(adapter.device.type, enabled=False),
         random_state(adapter.model, seed),
     ):
-        for seen, part in _batches(adapter, images, pictures, batch_size):
+        for seen, part in _batches(adapter, images, opened, batch_size):
             if adapter.looks_first(captions[part]):
                 look(adapter, seen, plan)
             chosen = [selection for own in selections[part] for selection in own]
@@ -110,14 +110,14 @@ def aim(adapter: Adapter, target: str | None, options: Mapping[str, Any] | None)
     return adapter.aimed(target, settings), rest
 
 
-def _batches(adapter: Adapter, images: Any, pictures: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+def _batches(adapter: Adapter, images: Any, opened: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
     """Seen pictures and which they are, `batch_size` at a time; pictures that came seen stay together."""
     if isinstance(images, Inputs):
         yield images, slice(None)
         return
-    for first in range(0, len(pictures), batch_size):
+    for first in range(0, len(opened), batch_size):
         part = slice(first, first + batch_size)
-        yield adapter.prepare_images(pictures[part]), part
+        yield adapter.prepare_images(opened[part]), part
 
 
 def _explain_batch(
@@ -138,7 +138,7 @@ def _explain_batch(
     found = compute_maps(adapter, inputs, targets, plan)
     chances = adapter.alternatives(inputs, targets)
     provenance = provenance_of(adapter, seed)
-    results: list[list[Explanation]] = [[] for _ in inputs.pictures]
+    results: list[list[Explanation]] = [[] for _ in inputs.images]
     by_text: dict[int, list[int]] = defaultdict(list)
     for k, text in enumerate(targets.text.tolist()):
         by_text[text].append(k)
@@ -160,10 +160,10 @@ def _explain_batch(
         )
         results[image].append(
             Explanation(
-                picture=inputs.pictures[image],
+                image=inputs.images[image],
                 caption=inputs.tokens[text].text,
                 entries=entries,
-                columns=made,
+                methods=made,
                 geometry=inputs.geometry[image],
                 target=targets.kind,
                 token_target=targets.token_target,
@@ -204,20 +204,20 @@ def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Seque
                 if column in static and column.key in made:
                     continue
                 maps = column.maps(chunk.trace)
-                count = len(inputs.pictures) if column in static else len(targets)
+                count = len(inputs.images) if column in static else len(targets)
                 places = chunk.trace.targets.image.tolist() if column in static else chunk.members
                 made.setdefault(column.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
-    _refuse_dead_taps(adapter, sizes)
+    _refuse_dead_layers(adapter, sizes)
     return RawMaps(scores, made, orthogonal)
 
 
-def _refuse_dead_taps(adapter: Adapter, sizes: Mapping[str, float]) -> None:
+def _refuse_dead_layers(adapter: Adapter, sizes: Mapping[str, float]) -> None:
     """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
     for path, size in sizes.items():
         if size == 0:
-            known = getattr(adapter, "live_tap", adapter.structure.tap)
+            known = getattr(adapter, "live_tap", adapter.structure.layer)
             live = "" if path == known else f"use {known!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "

@@ -105,9 +105,9 @@ def inspect_all(
     del average_layers  # features of different layers have no mean
     target, text = adapter.asked_by(target, text)
     adapter, options = aim(adapter, target, options)
-    pictures, texts, _ = flatten(image, text, adapter.asked)
-    if len(pictures) != 1 or len(texts[0]) != 1:
-        raise GroundingError(f"inspect looks at one picture and one text, got {len(pictures)} and {len(texts[0])}")
+    images, texts, _ = flatten(image, text, adapter.asked)
+    if len(images) != 1 or len(texts[0]) != 1:
+        raise GroundingError(f"inspect looks at one picture and one text, got {len(images)} and {len(texts[0])}")
     names = _weighing(methods)
     own = {key: value for key, value in options.items() if key.partition(".")[0] in names}
     plan = [_recording(column) for column in plan_methods(adapter, names, layers, own)]
@@ -116,7 +116,7 @@ def inspect_all(
         torch.autocast(adapter.device.type, enabled=False),
         random_state(adapter.model, seed),
     ):
-        seen = image if isinstance(image, Inputs) else adapter.prepare_images(pictures)
+        seen = image if isinstance(image, Inputs) else adapter.prepare_images(images)
         if adapter.looks_first(texts):
             look(adapter, seen, plan)
         return _inspected(
@@ -174,7 +174,7 @@ def _inspected(
             features, gradients = own[..., :shown], own[..., width : width + shown]
             made.append(
                 Inspection(
-                    picture=inputs.pictures[0],
+                    image=inputs.images[0],
                     caption=tokens.text,
                     entry=entry_of(span, float(found.scores[k]), chances[k]),
                     geometry=inputs.geometry[0].of_map(*own.shape[:2]),

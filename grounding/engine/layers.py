@@ -37,7 +37,7 @@ def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = No
             path,
             shape,
             bool(adapter.to_grid(chunk.trace.gradients[path], grid, path).any()),
-            path == adapter.structure.tap,
+            path == adapter.structure.layer,
             aliases.get(path, ""),
         )
         for path, shape in shapes.items()

@@ -60,10 +60,10 @@ def run_passes(
 
 def is_fast(adapter: Adapter, targets: Targets, column: MethodCall) -> bool:
     """Whether a column needs no more than shifts at fast taps."""
-    taps = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
+    layers = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
     needs = column.method.needs
     shift_alone = "shift" in needs and needs <= {"activations", "shift"} and targets.other is None
-    return shift_alone and len(column.paths) == 1 and column.paths[0] in taps
+    return shift_alone and len(column.paths) == 1 and column.paths[0] in layers
 
 
 def _one_pass(
@@ -74,10 +74,10 @@ def _one_pass(
     fast: Sequence[MethodCall],
     rule: str | None,
 ) -> Iterator[TraceChunk]:
-    taps, attention = wanted_signals(adapter, slow)
+    layers, attention = wanted_signals(adapter, slow)
     starts = _starts(adapter, fast)
-    own = _of_pictures(adapter, {**starts, **taps}), _of_pictures(adapter, attention)
-    here = ({**starts, **taps}, attention)
+    own = _of_images(adapter, {**starts, **layers}), _of_images(adapter, attention)
+    here = ({**starts, **layers}, attention)
     seen: Mapping[str, Tensor] = {}
     if not any([*own[0].values(), *own[1].values()]):
         seen = remembered(adapter, inputs, *own)
@@ -103,19 +103,19 @@ def _one_pass(
             weight_gradients={},
         )
         if slow:
-            yield from _slow_chunks(record, slow, taps, attention, scores, rule)
+            yield from _slow_chunks(record, slow, layers, attention, scores, rule)
     with Recorder(adapter.model):  # without the taps: parts of the model run again
-        for tap, wanted_rule in dict.fromkeys((column.paths[0], column.method.rule) for column in fast):
-            columns = tuple(c for c in fast if c.paths == (tap,) and c.method.rule == wanted_rule)
+        for layer, wanted_rule in dict.fromkeys((column.paths[0], column.method.rule) for column in fast):
+            columns = tuple(c for c in fast if c.paths == (layer,) and c.method.rule == wanted_rule)
             yield from _fast_chunks(record, columns, inputs, scores)
 
 
 def _starts(adapter: Adapter, fast: Sequence[MethodCall]) -> dict[str, bool]:
     """What the fast columns start from, none of it with a gradient."""
-    return {path: False for column in fast for tap in column.paths for path in (tap, *adapter.fast_taps[tap])}
+    return {path: False for column in fast for layer in column.paths for path in (layer, *adapter.fast_taps[layer])}
 
 
-def _of_pictures(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
+def _of_images(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
     return {path: gradient for path, gradient in paths.items() if adapter.structure.axis(path) == "image"}
 
 
@@ -125,9 +125,11 @@ def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str,
 
 def look(adapter: Adapter, inputs: Inputs, plan: Sequence[MethodCall]) -> None:
     """Run the vision stack once and remember what a plan needs of it, before the model writes texts from it."""
-    taps, attention = wanted_signals(adapter, plan)
-    starts = {path: False for tap, others in adapter.fast_taps.items() if tap in taps for path in (tap, *others)}
-    own = (_of_pictures(adapter, {**taps, **starts}), _of_pictures(adapter, attention))
+    layers, attention = wanted_signals(adapter, plan)
+    starts = {
+        path: False for layer, others in adapter.fast_taps.items() if layer in layers for path in (layer, *others)
+    }
+    own = (_of_images(adapter, {**layers, **starts}), _of_images(adapter, attention))
     # What is wanted with a gradient needs a pass of its own later on.
     remembered(adapter, inputs, *({path: False for path, gradient in paths.items() if not gradient} for paths in own))
 
@@ -135,13 +137,13 @@ def look(adapter: Adapter, inputs: Inputs, plan: Sequence[MethodCall]) -> None:
 def _slow_chunks(
     record: Trace,
     columns: Sequence[MethodCall],
-    taps: Mapping[str, bool],
+    layers: Mapping[str, bool],
     attention: Mapping[str, bool],
     scores: Tensor,
     rule: str | None,
 ) -> Iterator[TraceChunk]:
     """One backward per group of targets that do not get into each other's way: their sum gives each its gradient."""
-    wanted_taps = [path for path, gradient in taps.items() if gradient]
+    wanted_taps = [path for path, gradient in layers.items() if gradient]
     wanted_attention = [path for path, gradient in attention.items() if gradient]
     leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
     groups = _groups(record, [*wanted_taps, *wanted_attention])
@@ -216,33 +218,33 @@ def at_right_angles(features: Tensor, gradient: Tensor) -> bool:
     return bool(size > 0 and (features * gradient).sum(-1).abs().sum() < RIGHT_ANGLE * size)
 
 
-def _orthogonal_fast(record: Trace, inputs: Inputs, tap: str) -> bool:
+def _orthogonal_fast(record: Trace, inputs: Inputs, layer: str) -> bool:
     """As `_orthogonal`, for a fast tap that is read through a LayerNorm alone, on one target per picture."""
-    leaf = record.outputs[tap].detach().requires_grad_()
+    leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
-        encoded = record.adapter.from_tap(tap, leaf)
+        encoded = record.adapter.from_tap(layer, leaf)
         if encoded is None:
             return False
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return at_right_angles(*(record.adapter.to_grid(precise(t), record.grid, tap) for t in (leaf, gradient)))
+    return at_right_angles(*(record.adapter.to_grid(precise(t), record.grid, layer) for t in (leaf, gradient)))
 
 
 def _fast_chunks(
     record: Trace, columns: tuple[MethodCall, ...], inputs: Inputs, scores: Tensor
 ) -> Iterator[TraceChunk]:
     """All targets at once, or as many as fit: gradients with respect to one shift vector per target, at one tap."""
-    [tap], rule = columns[0].paths, columns[0].method.rule
-    features = record.outputs[tap].detach()
+    [layer], rule = columns[0].paths, columns[0].method.rule
+    features = record.outputs[layer].detach()
     size = max(1, FAST_BUDGET // max(1, features[0].numel() // 4))
-    flat = rule is None and _orthogonal_fast(record, inputs, tap)
+    flat = rule is None and _orthogonal_fast(record, inputs, layer)
     for first in range(0, len(record.targets), size):
         members = list(range(first, min(first + size, len(record.targets))))
-        gradient = record.adapter.shifts(tap, inputs, record.targets.select(members), record.outputs, rule)
-        finite(gradient, f"gradient at {tap}")
-        chunk = record.of(members, shifts={tap: gradient})
-        yield TraceChunk(columns, chunk, members, scores.detach(), frozenset([tap]) if flat else frozenset())
+        gradient = record.adapter.shifts(layer, inputs, record.targets.select(members), record.outputs, rule)
+        finite(gradient, f"gradient at {layer}")
+        chunk = record.of(members, shifts={layer: gradient})
+        yield TraceChunk(columns, chunk, members, scores.detach(), frozenset([layer]) if flat else frozenset())
 
 
 def disjoint_groups(claims: Sequence[Collection[Hashable]]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from grounding.adapter.base import Adapter
 from grounding.core.errors import LayerError, OptionError, UnknownNameError
 from grounding.methods import METHODS
 from grounding.methods.base import Method
-from grounding.methods.trace import TAP_SIGNALS, Trace
+from grounding.methods.trace import LAYER_SIGNALS, Trace
 
 # Among the names of methods: those that the architecture shows when nothing is asked for.
 DEFAULT = "default"
@@ -60,53 +60,53 @@ def plan_methods(
     names = list(dict.fromkeys(n for name in asked for n in (usual if name == DEFAULT else [name])))
     named = [str(layer) for layer in ([layers] if isinstance(layers, str | int) else layers)]
     given = _options_by_method(options or {}, names)
-    if named and not any(METHODS[name].reads_tap for name in names):
+    if named and not any(METHODS[name].reads_layer for name in names):
         raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
-    taps = _taps(adapter, named)
-    if average_layers and len(taps) < 2:
-        raise OptionError(f"averaging needs at least two different layers, got {len(taps)}")
+    paths = _paths_of(adapter, named)
+    if average_layers and len(paths) < 2:
+        raise OptionError(f"averaging needs at least two different layers, got {len(paths)}")
     made: list[MethodCall] = []
     for name in names:
         method: Method = METHODS[name]
         chosen = method.options(given.get(name, {}), name)
-        if not method.reads_tap:
+        if not method.reads_layer:
             made.append(MethodCall(name, name, method, chosen))
             continue
         if average_layers:
-            key = f"{name}@{'+'.join(taps)}"
+            key = f"{name}@{'+'.join(paths)}"
             made.append(
-                MethodCall(key, name, method, chosen, "mean of " + ", ".join(taps.values()), tuple(taps.values()))
+                MethodCall(key, name, method, chosen, "mean of " + ", ".join(paths.values()), tuple(paths.values()))
             )
             continue
-        for layer, path in taps.items():
-            key = f"{name}@{layer}" if len(taps) > 1 else name
+        for layer, path in paths.items():
+            key = f"{name}@{layer}" if len(paths) > 1 else name
             made.append(MethodCall(key, name, method, chosen, path, (path,)))
     _check_stacks(adapter, made)
     return tuple(made)
 
 
-def _taps(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
+def _paths_of(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
     """Name as given -> path; a layer named twice, in whatever form, counts once."""
-    taps: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for layer in layers or [""]:
         path = adapter.resolve(layer or None)
-        if path not in taps.values():
-            taps[layer] = path
-    return taps
+        if path not in paths.values():
+            paths[layer] = path
+    return paths
 
 
 def wanted_signals(adapter: Adapter, plan: Sequence[MethodCall]) -> tuple[dict[str, bool], dict[str, bool]]:
     """Taps and attention modules to record -> whether their gradient is needed: the union over all columns."""
-    taps: dict[str, bool] = {}
+    layers: dict[str, bool] = {}
     attention: dict[str, bool] = {}
     for column in plan:
         needs = column.method.needs
-        gradient = bool(needs & (TAP_SIGNALS - {"activations"}))
-        taps |= {path: taps.get(path, False) or gradient for path in column.paths}
+        gradient = bool(needs & (LAYER_SIGNALS - {"activations"}))
+        layers |= {path: layers.get(path, False) or gradient for path in column.paths}
         for stack, reading in column.method.reads(column.options, adapter.structure).items():
             for path in adapter.structure.stack(stack).attention[reading.blocks]:
                 attention[path] = attention.get(path, False) or reading.gradient
-    return taps, attention
+    return layers, attention
 
 
 def available(adapter: Adapter) -> tuple[str, ...]:

@@ -39,19 +39,19 @@ CONTROL = "random"
 class Case:
     """One picture, its explained texts, their raw maps (`maps[key][text]`), and one or two captions that differ."""
 
-    picture: Path
+    image: Path
     texts: tuple[str, ...]
     maps: Mapping[str, Mapping[str, Float[np.ndarray, "rows columns"]]]
     seen: Bool[np.ndarray, "rows columns"]
     captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, picture: Path, found: Mapping[str, Explanation], captions: Iterable[str]) -> Case:
+    def of(cls, image: Path, found: Mapping[str, Explanation], captions: Iterable[str]) -> Case:
         """The case of explanations by text; the first two different `captions` are kept."""
         first = next(iter(found.values()))
-        maps = {key: {text: one.map(0, key).raw for text, one in found.items()} for key in first.columns}
+        maps = {key: {text: one.map(0, key).raw for text, one in found.items()} for key in first.methods}
         two = tuple(dict.fromkeys(captions))[:2]
-        return cls(picture, tuple(found), maps, first.geometry.seen_cells, two)
+        return cls(image, tuple(found), maps, first.geometry.seen_cells, two)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def baseline_of(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tenso
         seen = np.append(inputs.geometry[0].seen_cells.ravel(), False)[numbers]
         return pixels[:, torch.from_numpy(seen).to(pixels.device)].mean(1)[:, None, None].expand_as(pixels)
     if kind == "black":
-        size = (inputs.pictures[0].width, inputs.pictures[0].height)
+        size = (inputs.images[0].width, inputs.images[0].height)
         return adapter.prepare([Image.new("RGB", size)], [[inputs.tokens[0].text]]).tensors["pixel_values"][0]
     array = pixels.detach().cpu().float().movedim(0, -1).contiguous().numpy()
     blurred = cv2.GaussianBlur(array, (0, 0), BLUR * min(array.shape[:2]))
@@ -158,7 +158,7 @@ def deletion_curves_area(adapter: Adapter, case: Case, baseline: Baseline, targe
     """
     with torch.inference_mode(False), torch.no_grad(), random_state(adapter.model):
         torch.manual_seed(seed)
-        inputs = adapter.prepare([str(case.picture)], [list(case.texts)])
+        inputs = adapter.prepare([str(case.image)], [list(case.texts)])
         if "pixel_values" not in inputs.tensors:
             raise ModelError(f"{adapter.info.type} has no input pixel_values: faithfulness cannot be measured")
         targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], target)
@@ -189,6 +189,6 @@ def _orders(case: Case, seed: int) -> Iterable[tuple[str, int, np.ndarray]]:
     for key, maps in case.maps.items():
         for number, text in enumerate(case.texts):
             yield key, number, order_of(maps[text], case.seen)
-    shuffled = np.random.default_rng([seed, *case.picture.name.encode()]).permutation(np.flatnonzero(case.seen))
+    shuffled = np.random.default_rng([seed, *case.image.name.encode()]).permutation(np.flatnonzero(case.seen))
     for number in range(len(case.texts)):
         yield CONTROL, number, shuffled

@@ -118,7 +118,7 @@ def text_sensitivity(
         others = [case.captions[1:2], following.captions[:1]]
         texts = list(dict.fromkeys([*case.captions[:2], *following.captions[:1]]))
         try:
-            maps = explain(adapter, [str(case.picture)], [texts], **{**how, "select": WHOLE})[0]
+            maps = explain(adapter, [str(case.image)], [texts], **{**how, "select": WHOLE})[0]
         except GroundingError:
             continue
         for key, groups in found.items():
@@ -144,7 +144,7 @@ def randomisation(
             groups.append([])
         for case in tqdm(cases, desc="randomisation", unit="picture", disable=not progress):
             try:
-                maps = explain(redrawn, [str(case.picture)], [list(case.texts)], **{**how, "select": WHOLE})[0]
+                maps = explain(redrawn, [str(case.image)], [list(case.texts)], **{**how, "select": WHOLE})[0]
             except GroundingError:
                 continue
             for key, groups in found.items():

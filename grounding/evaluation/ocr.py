@@ -174,10 +174,10 @@ def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, 
     with tqdm(total=len(chosen), desc=lines.split, unit="line", disable=not progress) as bar:
         for first in range(0, len(chosen), BATCH):
             part = chosen[first : first + BATCH]
-            batch = [(line, picture) for line in part if (picture := _opened(lines, line, tally)) is not None]
+            batch = [(line, image) for line in part if (image := _opened(lines, line, tally)) is not None]
             for line, found in _explained(adapter, lines, batch, how, tally):
                 # What the methods say of their maps is in the scores already.
-                tally.warnings.update(set(found.warnings) - set(map_warnings(found.columns, found.entries)))
+                tally.warnings.update(set(found.warnings) - set(map_warnings(found.methods, found.entries)))
                 tally.scored.append(score_line(line, found))
             bar.update(len(part))
     if not tally.scored:
@@ -189,14 +189,14 @@ def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, 
 def _opened(lines: Lines, line: Line, tally: OcrScores) -> Picture | None:
     """The picture of a line; None for one that cannot be used or that the boxes do not fit: counted and named."""
     try:
-        picture = open_image(line.picture)
+        image = open_image(line.image)
     except ImageError as error:
         tally.failed(lines.place(line), error)
         return None
-    if wrong := line.misfit(picture.width, picture.height):
+    if wrong := line.misfit(image.width, image.height):
         tally.failed(lines.place(line), DataError(wrong))
         return None
-    return picture
+    return image
 
 
 def _explained(
@@ -206,7 +206,7 @@ def _explained(
     if not batch:
         return []
     try:
-        found = explain(adapter, [picture for _, picture in batch], None, **how)
+        found = explain(adapter, [image for _, image in batch], None, **how)
         return list(zip((line for line, _ in batch), found, strict=True))
     except GroundingError as error:
         if isinstance(error, REQUEST_ERRORS) and not tally.scored:

@@ -120,7 +120,7 @@ def score_line(line: Line, explanation: Explanation) -> LineScore:
         return LineScore(line, read, distance)
     tokens, aimed = cases_of(line, explanation.entries)
     hits = {}
-    for key in explanation.columns:
+    for key in explanation.methods:
         found = {case.entry: _peak(explanation, case.entry, key) for case in (*tokens, *aimed)}
         hits[key] = MapHits(*(tuple(hit_of(found[c.entry], c) for c in cases) for cases in (tokens, aimed)))
     count = sum(entry.kind == "token" for entry in explanation.entries)

@@ -36,7 +36,7 @@ from grounding.evaluation.pointing import (
     Mention,
     best_threshold,
     mentions_of,
-    score_picture,
+    score_image,
     summary,
 )
 from grounding.evaluation.report import FORMAT
@@ -83,7 +83,7 @@ class PhraseScores:
     scored: list[dict[str, MapScores]] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    skipped_pictures: Counter[str] = field(default_factory=Counter)
+    skipped_images: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
     beaten: list[list[float]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class PhraseScores:
 
     def failed(self, error: GroundingError, phrases: int) -> None:
         """One picture could not be scored."""
-        self.skipped_pictures[error.status] += 1
+        self.skipped_images[error.status] += 1
         self.skipped[error.status] += phrases
         self.problems.append(str(error))
 
@@ -137,12 +137,12 @@ def evaluate(
         "data": data_name(dataset.folder),
         "split": dataset.split,
         "pictures": len(scored),
-        "phrases": sum(len(next(iter(picture.values())).phrases) for picture in scored),
+        "phrases": sum(len(next(iter(image.values())).phrases) for image in scored),
         "skipped": dict(tally.skipped),
-        "skipped_pictures": dict(tally.skipped_pictures),
+        "skipped_pictures": dict(tally.skipped_images),
         "rules": _rules(adapter, dataset, rules, how),
         "methods": {
-            key: summary([picture[key] for picture in scored], thresholds.get(key), rules.seed)
+            key: summary([image[key] for image in scored], thresholds.get(key), rules.seed)
             for key in (*keys, *BASELINES)
         },
         "problems": tally.problems,
@@ -199,7 +199,7 @@ def _tally(
             break
         try:
             record = dataset.read(name)
-            picture = _file(record)
+            image = _file(record)
         except GroundingError as error:
             seen += 1
             tally.failed(error, 0)
@@ -210,7 +210,7 @@ def _tally(
         seen += 1
         try:
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
-            found = explain(adapter, [str(picture)], [list(texts)], **how)[0]
+            found = explain(adapter, [str(image)], [list(texts)], **how)[0]
         except GroundingError as error:
             if isinstance(error, REQUEST_ERRORS) and not tally.scored:
                 raise
@@ -218,13 +218,13 @@ def _tally(
             continue
         explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
         for one in found:  # what the methods say of their maps is in the scores already
-            tally.warnings.update(set(one.warnings) - set(map_warnings(one.columns, one.entries)))
-        tally.scored.append(score_picture(record.boxes, mentions, explanations, rules.peak, thresholds))
+            tally.warnings.update(set(one.warnings) - set(map_warnings(one.methods, one.entries)))
+        tally.scored.append(score_image(record.boxes, mentions, explanations, rules.peak, thresholds))
         tally.compare(adapter, record, swaps, dataset, how.get("target"))
         if keep_cases:
-            tally.cases.append(Case.of(picture, explanations, (caption.text for caption in record.captions)))
+            tally.cases.append(Case.of(image, explanations, (caption.text for caption in record.captions)))
     if not tally.scored:
-        why = "; ".join([f"{n} pictures {reason}" for reason, n in tally.skipped_pictures.items()] or ["no boxes"])
+        why = "; ".join([f"{n} pictures {reason}" for reason, n in tally.skipped_images.items()] or ["no boxes"])
         first = f"; first of all: {tally.problems[0]}" if tally.problems else ""
         raise GroundingError(f"not one phrase of split {dataset.split!r} could be scored ({why}){first}")
     return tally
@@ -232,22 +232,22 @@ def _tally(
 
 def _file(record: Record) -> Path:
     """The picture of a record. Raises DataError for one that is no file: it has no boxes either."""
-    if record.picture is None:
+    if record.image is None:
         raise DataError(record.failures[0].error)
-    if isinstance(record.picture, bytes):
+    if isinstance(record.image, bytes):
         raise DataError(f"{record.id}: a picture inside a table cannot be scored; boxes belong to picture files")
-    return record.picture
+    return record.image
 
 
 def _mentions(record: Record, dataset: Dataset, rules: PhraseConfig, tally: PhraseScores) -> list[Mention]:
     """The mentions to score, none where the picture does not qualify; what is left out is counted."""
     mentions, skipped = mentions_of(record, rules.captions, dataset.heldout or frozenset())
     if len(record.boxes) < (rules.min_entities or 1):
-        tally.skipped_pictures[FEW] += 1
+        tally.skipped_images[FEW] += 1
         tally.skipped[FEW] += len(mentions) + skipped.total()
         return []
     tally.problems += record.problems
     tally.skipped += skipped
     if not mentions:
-        tally.skipped_pictures["no_boxes"] += 1
+        tally.skipped_images["no_boxes"] += 1
     return mentions

@@ -101,7 +101,7 @@ def why_no_box(record: Record, phrase: Phrase) -> str:
     return record.no_box.get(phrase.chain, MISSING)
 
 
-def score_picture(
+def score_image(
     boxes: Mapping[str, tuple[Box, ...]],
     mentions: Sequence[Mention],
     explanations: Mapping[str, Explanation],
@@ -112,7 +112,7 @@ def score_picture(
 
     `explanations` by text have the caption's own entry first; else as in `score_maps`.
     """
-    columns = explanations[mentions[0].text].columns
+    columns = explanations[mentions[0].text].methods
     maps = [{key: explanations[mention.text].map(0, key) for key in columns} for mention in mentions]
     return score_maps(boxes, mentions, maps, peak, thresholds)
 
@@ -253,17 +253,17 @@ def _swaps(phrases: Sequence[PhraseScore]) -> tuple[float, ...]:
     return tuple(phrases[i].hit * phrases[j].hit for i, j in _pairs([phrase.mention for phrase in phrases]))
 
 
-def summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -> dict[str, Any]:
+def summary(images: Sequence[MapScores], threshold: float | None, seed: int) -> dict[str, Any]:
     """All numbers of one method, fractions from 0 to 1; null where a number makes no sense for it."""
     baseline = threshold is None
-    phrases = [picture.phrases for picture in pictures]
-    found = [[_overlap(p, threshold) for p in picture] for picture in phrases]
-    energy = mean([[p.energy for p in picture] for picture in phrases], seed)
-    iou50 = [[None if o is None else float(o >= OVERLAP) for o in picture] for picture in found]
-    types = Counter(kind for picture in phrases for phrase in picture for kind in phrase.mention.types)
-    entity = mean([[p.entity for p in picture] for picture in phrases], seed)
+    phrases = [image.phrases for image in images]
+    found = [[_overlap(p, threshold) for p in image] for image in phrases]
+    energy = mean([[p.energy for p in image] for image in phrases], seed)
+    iou50 = [[None if o is None else float(o >= OVERLAP) for o in image] for image in found]
+    types = Counter(kind for image in phrases for phrase in image for kind in phrase.mention.types)
+    entity = mean([[p.entity for p in image] for image in phrases], seed)
     area_found = mean(iou50, seed)
-    swap = mean([picture.swaps for picture in pictures], seed)
+    swap = mean([image.swaps for image in images], seed)
     return {
         **_pointing(phrases, seed),
         "entity": entity.value,
@@ -274,12 +274,12 @@ def summary(pictures: Sequence[MapScores], threshold: float | None, seed: int) -
         "energy": energy.value,
         "energy_ci": energy.interval,
         "threshold": threshold,
-        "area": mean([[p.area for p in picture] for picture in phrases], seed).value,
+        "area": mean([[p.area for p in image] for image in phrases], seed).value,
         "swap": swap.value,
         "swap_ci": swap.interval,
         "swap_pairs": swap.count,
-        "caption_swap_correlation": mean([picture.correlations for picture in pictures], seed).value,
-        "degenerate": None if baseline else sum(p.degenerate for picture in phrases for p in picture),
+        "caption_swap_correlation": mean([image.correlations for image in images], seed).value,
+        "degenerate": None if baseline else sum(p.degenerate for image in phrases for p in image),
         "by_type": {kind: _pointing(_only(phrases, kind=kind), seed) for kind, _ in types.most_common()},
         "heldout": _part(_only(phrases, heldout=True), seed),
         "not_heldout": _part(_only(phrases, heldout=False), seed) if any(_only(phrases, heldout=True)) else None,
@@ -291,7 +291,7 @@ def _overlap(phrase: PhraseScore, threshold: float | None) -> float | None:
 
 
 def _pointing(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any]:
-    estimate = mean([[p.hit for p in picture] for picture in phrases], seed)
+    estimate = mean([[p.hit for p in image] for image in phrases], seed)
     return {"pointing": estimate.value, "ci": estimate.interval, "phrases": estimate.count}
 
 
@@ -305,14 +305,14 @@ def _only(
     def wanted(mention: Mention) -> bool:
         return (kind is None or kind in mention.types) and (heldout is None or heldout == mention.heldout)
 
-    return [[p for p in picture if wanted(p.mention)] for picture in phrases]
+    return [[p for p in image if wanted(p.mention)] for image in phrases]
 
 
 def best_threshold(scored: Sequence[Mapping[str, MapScores]], key: str, thresholds: Sequence[float]) -> float:
     """The threshold with the most boxes at IoU 0.5, then the higher mean IoU, then the lower threshold."""
 
     def worth(threshold: float) -> tuple[float, float, float]:
-        found = [o for picture in scored for p in picture[key].phrases if (o := _overlap(p, threshold)) is not None]
+        found = [o for image in scored for p in image[key].phrases if (o := _overlap(p, threshold)) is not None]
         return float(np.mean([o >= OVERLAP for o in found])), float(np.mean(found)), -threshold
 
     return max(thresholds, key=worth)

@@ -140,7 +140,7 @@ def average(maps: Sequence[PatchMap]) -> PatchMap:
     if scaled:
         raw += np.sum(scaled, axis=0, dtype=np.float64) / len(maps)
     status = diagnose(raw, seen, signed=False) if found else Status("degenerate", first.status.reason)
-    column = replace(first.column, signed=False, maps=raw[None], status=(status,))
+    column = replace(first.method, signed=False, maps=raw[None], status=(status,))
     return PatchMap(first.entry, column, raw, status, first.geometry)
 
 

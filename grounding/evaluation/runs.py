@@ -53,14 +53,14 @@ class RunScores:
     phrases: int = 0
     texts: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    skipped_pictures: Counter[str] = field(default_factory=Counter)
+    skipped_images: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: Record, told: Sequence[PhraseMaps], rules: RunScoreConfig) -> None:
         """Score a picture, or count why not."""
         cases = self.protocol.cases(record, told)
         self.skipped += cases.skipped
         if not cases.mentions:
-            self.skipped_pictures[_why(record, cases.skipped)] += 1
+            self.skipped_images[_why(record, cases.skipped)] += 1
             return
         self.phrases += cases.phrases
         how = (rules.peak, (rules.cut,), self.protocol.closed)
@@ -95,7 +95,7 @@ def evaluate_run(
     rules = replace(rules, min_entities=rules.entities(dataset.folder))
     tallies = [RunScores(TABLE[name]) for name in rules.protocol or TABLE]
     problems = [*_doubts(run, dataset), *dataset.problems]
-    for rows in tqdm(run.pictures(), desc="scored", unit="picture", disable=not progress):
+    for rows in tqdm(run.images(), desc="scored", unit="picture", disable=not progress):
         name = rows[0]["image"]
         if name in dataset.broken:
             continue
@@ -104,7 +104,7 @@ def evaluate_run(
         except DataError as error:
             problems.append(str(error))
             for tally in tallies:
-                tally.skipped_pictures[error.status] += 1
+                tally.skipped_images[error.status] += 1
             continue
         if not _few(record, rules, tallies):
             problems += record.problems
@@ -139,7 +139,7 @@ def _few(record: Record, rules: RunScoreConfig, tallies: Sequence[RunScores]) ->
         return False
     phrases = sum(len(caption.phrases) for caption in _captions(record, rules.captions))
     for tally in tallies:
-        tally.skipped_pictures[FEW] += 1
+        tally.skipped_images[FEW] += 1
         tally.skipped[FEW] += phrases
     return True
 
@@ -152,7 +152,7 @@ def _silence(run: RunFolder, tally: RunScores, problems: Sequence[str]) -> str:
     """Why a protocol scored nothing."""
     name = tally.protocol.name
     counts = run.counts()
-    if not any(tally.skipped_pictures.values()) or all(status.startswith("failed") for status in counts):
+    if not any(tally.skipped_images.values()) or all(status.startswith("failed") for status in counts):
         return f"{escape(run.path)} has no maps to score: {_listed(counts) or 'no shard is done'}"
     if not tally.texts and tally.skipped[NOT_IN_RUN]:
         return (
@@ -160,7 +160,7 @@ def _silence(run: RunFolder, tally: RunScores, problems: Sequence[str]) -> str:
             f"ground_flickr30k.py makes them with --protocols {name}"
         )
     first = f"; first of all: {problems[0]}" if problems else ""
-    skipped = {"phrases": tally.skipped, "pictures": tally.skipped_pictures}
+    skipped = {"phrases": tally.skipped, "pictures": tally.skipped_images}
     why = "; ".join(f"{what}: {_listed(counts)}" for what, counts in skipped.items() if counts)
     return f"{name} scored nothing of {escape(run.path)} ({why}){first}"
 
@@ -181,10 +181,10 @@ def _document(
         "data": data_name(dataset.folder),
         "split": dataset.split,
         "pictures": len(tally.scored),
-        "cases": sum(len(next(iter(picture.values())).phrases) for picture in tally.scored),
+        "cases": sum(len(next(iter(image.values())).phrases) for image in tally.scored),
         "phrases": tally.phrases,
         "skipped": dict(tally.skipped),
-        "skipped_pictures": dict(tally.skipped_pictures),
+        "skipped_pictures": dict(tally.skipped_images),
         "rules": {
             "layout": dataset.layout,
             "unit": protocol.unit,
@@ -201,7 +201,7 @@ def _document(
             "layers": list(dict.fromkeys(own["layer"] for own in about.methods.values() if own["layer"])),
         },
         "methods": {
-            key: summary([picture[key] for picture in tally.scored], thresholds.get(key), rules.seed)
+            key: summary([image[key] for image in tally.scored], thresholds.get(key), rules.seed)
             for key in (*about.methods, *BASELINES)
         },
         "problems": list(problems),
@@ -227,7 +227,7 @@ class _Maps:
             found = from_row(row, about, _stand_in(row), shared, prompts=True)
             for place, entry in enumerate(found.entries):
                 if entry.kind in kinds:
-                    maps = {key: found.map(place, key) for key in found.columns}
+                    maps = {key: found.map(place, key) for key in found.methods}
                     self.maps.setdefault((entry.kind, row["line"], entry.start, entry.end), maps)
 
     def count(self, kind: str) -> int:

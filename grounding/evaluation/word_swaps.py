@@ -82,7 +82,7 @@ def beaten(adapter: Adapter, record: Record, swaps: Swaps, heldout: frozenset[st
     if not record.captions:
         return []
     caption, adapter = record.captions[0], adapter.aimed(kind)
-    seen = adapter.prepare_images([str(record.picture)])
+    seen = adapter.prepare_images([str(record.image)])
     scores: list[float] = []
     texts = [caption.text, *changed_captions(caption, record, swaps, heldout)]
     for first in range(0, len(texts), BATCH):

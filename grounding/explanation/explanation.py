@@ -83,19 +83,19 @@ class PatchMap:
     """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`."""
 
     entry: Entry
-    column: MethodMaps
+    method: MethodMaps
     raw: Float[np.ndarray, "rows columns"]
     status: Status
     geometry: Geometry
 
     def __repr__(self) -> str:
-        return f"<EntryMap {self.entry.label!r} by {self.column.key}: peak {self.peak}, {self.status.status}>"
+        return f"<EntryMap {self.entry.label!r} by {self.method.key}: peak {self.peak}, {self.status.status}>"
 
     @property
     def view(self) -> Float[np.ndarray, "rows columns"]:
         """The part that speaks for the entry, on the patch grid: >= 0."""
-        threshold = self.column.options.get(THRESHOLD, 0.0)
-        return mapping.view(self.raw, signed=self.column.signed, threshold=threshold)
+        threshold = self.method.options.get(THRESHOLD, 0.0)
+        return mapping.view(self.raw, signed=self.method.signed, threshold=threshold)
 
     def heat(self, size: tuple[int, int] | None = None) -> Float[np.ndarray, "height width"]:
         """The view in original pixels (or at `size` = (height, width) of the same field of view), NaN where unseen."""
@@ -141,10 +141,10 @@ class Explanation:
     made to write), `truncated` that it was cut: by a limit of the model's on what it reads, or on what it writes.
     """
 
-    picture: Picture
+    image: Picture
     caption: str
     entries: tuple[Entry, ...]
-    columns: Mapping[str, MethodMaps]
+    methods: Mapping[str, MethodMaps]
     geometry: Geometry
     target: str
     token_target: str | None
@@ -169,10 +169,10 @@ class Explanation:
 
     def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> PatchMap:
         """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
-        key = next(iter(self.columns)) if column is None else column
-        if key not in self.columns:
-            raise GroundingError(f"no method {key!r} in this explanation (it has: {', '.join(self.columns)})")
-        entry, chosen = self.index(which, occurrence), self.columns[key]
+        key = next(iter(self.methods)) if column is None else column
+        if key not in self.methods:
+            raise GroundingError(f"no method {key!r} in this explanation (it has: {', '.join(self.methods)})")
+        entry, chosen = self.index(which, occurrence), self.methods[key]
         place = chosen.index(entry)
         raw = chosen.maps[place]
         return PatchMap(self.entries[entry], chosen, raw, chosen.status[place], self.geometry.of_map(*raw.shape))
@@ -190,8 +190,8 @@ class Explanation:
         return any(str(label).lower() == entry.label.lower() for entry in self.entries)
 
     def __repr__(self) -> str:
-        name = self.picture.path or f"{self.picture.width} x {self.picture.height} picture"
-        return f"<Explanation of {name!r} and {self.caption!r}: {len(self)} entries by {', '.join(self.columns)}>"
+        name = self.image.path or f"{self.image.width} x {self.image.height} picture"
+        return f"<Explanation of {name!r} and {self.caption!r}: {len(self)} entries by {', '.join(self.methods)}>"
 
     def figure(self, **options: Any) -> Figure:
         """The side-by-side figure; options as in `grounding.render.figure`."""

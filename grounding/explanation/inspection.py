@@ -30,7 +30,7 @@ class Inspection:
     sequences (a caption, and the caption without a token), and the second half of the channels is the other one's.
     """
 
-    picture: Picture
+    image: Picture
     caption: str
     entry: Entry
     geometry: Geometry

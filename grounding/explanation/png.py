@@ -75,7 +75,7 @@ def overlay_names(explanation: Explanation) -> dict[tuple[int, str], str]:
 
     Methods that do not see the text have no overlay per entry.
     """
-    keys = [key for key, column in explanation.columns.items() if not column.shared]
+    keys = [key for key, column in explanation.methods.items() if not column.shared]
     slugs: dict[str, str] = {}
     for key in keys:
         stem, number = slug(key, "method"), 1

@@ -38,7 +38,7 @@ def reading_order(explanation: Explanation, key: str) -> tuple[int, ...]:
     furthest, back = None, []
     for entry in token_indices(explanation):
         cell = peak_cell_of(explanation, entry, key)
-        if cell is None or explanation.columns[key].shared or is_blank(explanation.entries[entry].label):
+        if cell is None or explanation.methods[key].shared or is_blank(explanation.entries[entry].label):
             continue
         place = sign * cell[1]
         if furthest is not None and place < furthest - 1:

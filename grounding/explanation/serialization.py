@@ -28,19 +28,19 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
 
     `files` names what was written beside it.
     """
-    geometry, picture = explanation.geometry, explanation.picture
-    shared = {key: _map(explanation.map(0, key)) for key, c in explanation.columns.items() if c.shared}
+    geometry, image = explanation.geometry, explanation.image
+    shared = {key: _map(explanation.map(0, key)) for key, c in explanation.methods.items() if c.shared}
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "image": {
-            "path": picture.path,
+            "path": image.path,
             "width": geometry.width,
             "height": geometry.height,
             "seen": [float(edge) for edge in geometry.seen],
-            "sha256": picture.sha256,
-            "warnings": list(picture.warnings),
-            "crop": to_builtin(picture.crop),
+            "sha256": image.sha256,
+            "warnings": list(image.warnings),
+            "crop": to_builtin(image.crop),
         },
         "model": {"id": None, "type": None} | to_builtin(explanation.model),
         "caption": explanation.caption,
@@ -51,7 +51,7 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
         "score": to_builtin(explanation.score),
         "entries": [
             entry_json(entry)
-            | {"maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.columns}}
+            | {"maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.methods}}
             for i, entry in enumerate(explanation.entries)
         ],
         "methods": {
@@ -64,7 +64,7 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
                 "text_conditioned": column.text_conditioned,
                 **_own_grid(column, geometry),
             }
-            for key, column in explanation.columns.items()
+            for key, column in explanation.methods.items()
         },
         "geometry": geometry.to_dict(),
         "warnings": list(explanation.warnings),
@@ -108,8 +108,8 @@ def _map(found: PatchMap) -> dict[str, Any]:
         "max": to_builtin(high),
         "status": found.status.status,
         "reason": found.status.reason,
-        "layer": found.column.layer,
-        "text_conditioned": found.column.text_conditioned,
+        "layer": found.method.layer,
+        "text_conditioned": found.method.text_conditioned,
     }
 
 
@@ -129,7 +129,7 @@ def to_builtin(value: Any) -> Any:
     return str(value)
 
 
-def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], picture: Picture) -> Explanation:
+def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], image: Picture) -> Explanation:
     """The inverse of `to_json`, given the maps of a method's key. Raises GroundingError for what does not fit."""
     geometry = Geometry.from_dict(content["geometry"])
     entries = tuple(_entry(item) for item in content["entries"])
@@ -138,10 +138,10 @@ def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], pic
         for key, about in content["methods"].items()
     }
     return Explanation(
-        picture=picture,
+        image=image,
         caption=content["caption"],
         entries=entries,
-        columns=columns,
+        methods=columns,
         geometry=geometry,
         target=content["target"],
         token_target=content["token_target"],

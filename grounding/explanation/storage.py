@@ -86,8 +86,8 @@ def save(
     if "npz" in chosen:
         contents[MAPS] = _npz(explanation)
     if "json" in chosen:
-        if _needs_copy(explanation.picture):
-            contents[PICTURE] = png.image_png(explanation.picture.image)
+        if _needs_copy(explanation.image):
+            contents[PICTURE] = png.image_png(explanation.image.pil)
         contents[JSON] = _json(explanation, folder, contents, named)
     try:
         files.write_together(folder, contents, (*NAMES, *png.earlier_overlays(folder)))
@@ -150,7 +150,7 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
     one per entry, and `alternatives/labels`, `/token_ids` (-1) and `/probabilities` (NaN where an entry has fewer),
     (entries, most alternatives). A NumPy text loses zero characters at its end; the JSON has labels as they are.
     """
-    entries, columns = explanation.entries, explanation.columns.values()
+    entries, columns = explanation.entries, explanation.methods.values()
     geometry = {f"geometry/{k}": np.array(v) for k, v in explanation.geometry.to_dict().items() if v is not None}
     return {
         "schema_version": np.array(SCHEMA_VERSION),
@@ -167,7 +167,7 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
         "text_conditioned": np.array([c.text_conditioned for c in columns], dtype=np.bool_),
         "seen": np.array(explanation.geometry.seen, dtype=np.float64),
         **geometry,
-        **{_member(key): column.maps for key, column in explanation.columns.items()},
+        **{_member(key): column.maps for key, column in explanation.methods.items()},
     }
 
 
@@ -198,15 +198,15 @@ def _member(key: str) -> str:
 def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes], overlays: Mapping[str, str]) -> bytes:
     kinds = {"png": FIGURE, "strip": STRIP, "inspect": INSPECTION, "npz": MAPS, "picture": PICTURE}
     content = to_json(explanation, listed({k: name for k, name in kinds.items() if name in contents} | dict(overlays)))
-    content["image"]["relative_path"] = _relative(explanation.picture.path, folder)
+    content["image"]["relative_path"] = _relative(explanation.image.path, folder)
     # A folder that was cut off between two files shows by this.
     content["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     return serialization.dumps(content).encode("ascii")
 
 
-def _needs_copy(picture: Picture) -> bool:
+def _needs_copy(image: Picture) -> bool:
     """Pictures from memory have no file, those from an address none that would be opened again."""
-    return picture.path is None or ADDRESS.match(picture.path) is not None
+    return image.path is None or ADDRESS.match(image.path) is not None
 
 
 def _relative(path: str | None, folder: Path) -> str | None:
@@ -235,7 +235,7 @@ def load(directory: str | Path) -> Explanation:
         if hashlib.sha256(data).hexdigest() != content["sha256"][MAPS]:
             raise GroundingError(f"{escape(folder / MAPS)} is damaged or belongs to another result than {JSON}")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return serialization.from_json(content, lambda key: archive[_member(key)], _picture(content, folder))
+            return serialization.from_json(content, lambda key: archive[_member(key)], _image(content, folder))
     except GroundingError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:
@@ -266,7 +266,7 @@ class _Absent(Image.Image):
         return f"<{self.__reason__}>"
 
 
-def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
+def _image(content: Mapping[str, Any], folder: Path) -> Picture:
     about = content["image"]
     path, digest, crop = about["path"], about["sha256"], about.get("crop")
     if "picture" in content["files"]:
@@ -276,7 +276,7 @@ def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
         if isinstance(found, str) and about.get("relative_path"):
             moved = _opened(folder / about["relative_path"], digest, crop)
             found = found if isinstance(moved, str) else moved
-    image = _Absent(f"the picture of this result cannot be drawn: {found}") if isinstance(found, str) else found.image
+    image = _Absent(f"the picture of this result cannot be drawn: {found}") if isinstance(found, str) else found.pil
     warnings, part = tuple(about["warnings"]), None if crop is None else tuple(crop)
     return Picture(image, about["width"], about["height"], path, digest, warnings, part)
 
@@ -284,9 +284,9 @@ def _picture(content: Mapping[str, Any], folder: Path) -> Picture:
 def _opened(path: Path, digest: str, crop: Sequence[int] | None = None) -> Picture | str:
     """The picture, if it is the one with this sha256; else why not."""
     try:
-        picture = open_image(path)
-        if picture.sha256 == digest and crop is not None:
-            picture = picture.cropped(crop)
+        image = open_image(path)
+        if image.sha256 == digest and crop is not None:
+            image = image.cropped(crop)
     except ImageError as error:
         return str(error)
-    return picture if picture.sha256 == digest else f"{escape(path)} has changed since (sha256 differs)"
+    return image if image.sha256 == digest else f"{escape(path)} has changed since (sha256 differs)"

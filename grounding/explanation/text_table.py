@@ -21,8 +21,8 @@ TOP_CLASSES = 5
 
 def headline(explanation: Explanation) -> str:
     """Picture, model, target and where the text is from, in one line."""
-    name = explanation.picture.path or "picture"
-    size = f"{explanation.picture.width} x {explanation.picture.height}"
+    name = explanation.image.path or "picture"
+    size = f"{explanation.image.width} x {explanation.image.height}"
     how = f"parts of the caption: {explanation.token_target}" if explanation.token_target else ""
     model = f"{explanation.model['type']} {explanation.model['id']}"
     parts = [f"{name} ({size})", model, f"target {explanation.target}", origin_words(explanation) or how]
@@ -59,7 +59,7 @@ def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
     chances = any(e.probability is not None for e in explanation.entries)
     others = any(e.alternatives and e.kind != "class" for e in explanation.entries)
     rows = [["entry", "kind", "score", *(["p"] if chances else []), *(["next best"] if others else [])]]
-    for column in explanation.columns.values():
+    for column in explanation.methods.values():
         rows[0] += [f"{column.key} peak", *(["box"] if boxes else [])]
     for i, entry in enumerate(explanation.entries):
         row = [escape(entry_title(explanation, entry)), entry.kind, f"{entry.score:+.4f}"]
@@ -67,7 +67,7 @@ def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
             row.append("-" if entry.probability is None else f"{entry.probability:.4f}")
         if others:
             row.append(_ellipsis(escape(next_best(entry))) or "-")
-        for key, column in explanation.columns.items():
+        for key, column in explanation.methods.items():
             cells = ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
             row += cells if boxes else cells[:1]
         rows.append(row)

@@ -15,7 +15,7 @@ from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import OptionError
 from grounding.core.registry import did_you_mean
 from grounding.methods.options import THRESHOLD, Fraction, convert
-from grounding.methods.trace import GRADIENT_SIGNALS, SIGNALS, TAP_SIGNALS, Trace
+from grounding.methods.trace import GRADIENT_SIGNALS, LAYER_SIGNALS, SIGNALS, Trace
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Method:
         return self.function(trace, **options)
 
     @property
-    def reads_tap(self) -> bool:
+    def reads_layer(self) -> bool:
         """Whether it is computed at a layer."""
-        return bool(self.needs & TAP_SIGNALS)
+        return bool(self.needs & LAYER_SIGNALS)
 
     @property
     def reads_gradient(self) -> bool:

@@ -47,7 +47,7 @@ def attention_gradcam(trace: Trace, *, layer: int = -2, head: int | None = None)
     blocks = slice(layer, layer + 1 or None)
     [weights], [gradient] = trace.attentions("fusion", blocks), trace.attention_gradients("fusion", blocks)
     led = one_head("attention_gradcam", weights * gradient.clamp(min=0), head)
-    return trace.patches(trace.picture_part(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "fusion")))
+    return trace.patches(trace.image_part(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "fusion")))
 
 
 @method("Gradient × cross-attention", {"attention", "attention_gradient"}, reads=_gradients)

@@ -69,7 +69,7 @@ def _led(trace: Trace, stack: str, blocks: slice = slice(None)) -> list[Float[Te
 
 def _fusion_row(trace: Trace) -> Float[Tensor, "k N"]:
     """The target's row of R over the fusion sequence, its image tokens."""
-    return trace.picture_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
+    return trace.image_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
 
 
 def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:
@@ -77,8 +77,8 @@ def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:
     among, across = _led(trace, "decoder"), _led(trace, "cross")
     length = among[0].shape[-1]
     text = torch.eye(length, dtype=among[0].dtype, device=among[0].device).expand(len(among[0]), -1, -1)
-    picture = torch.zeros_like(across[0])
+    image = torch.zeros_like(across[0])
     for own, cross in zip(among, across, strict=True):
-        text, picture = text + own @ text, picture + own @ picture
-        picture = picture + normalised(text).mT @ cross
-    return trace.chain(trace.text_rows(), picture, "cross")
+        text, image = text + own @ text, image + own @ image
+        image = image + normalised(text).mT @ cross
+    return trace.chain(trace.text_rows(), image, "cross")

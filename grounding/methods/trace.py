@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from grounding.adapter.base import Adapter
 
 SIGNALS = frozenset({"activations", "shift", "patch_gradient", "attention", "attention_gradient"})
-TAP_SIGNALS = frozenset({"activations", "shift", "patch_gradient"})
+LAYER_SIGNALS = frozenset({"activations", "shift", "patch_gradient"})
 GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
 
 
@@ -39,12 +39,12 @@ class Trace:
     shifts: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     weight_gradients: Mapping[str, Tensor]
-    tap: str | None = None
+    layer: str | None = None
 
-    def at(self, tap: str | None, needs: frozenset[str]) -> Trace:
+    def at(self, layer: str | None, needs: frozenset[str]) -> Trace:
         """The same record seen by one method at one tap, whose grid may be its own."""
-        found = None if tap is None else self.adapter.layout(self.outputs[tap], self.grid, tap)
-        return replace(self, tap=tap, needs=needs, grid=(found.rows, found.columns) if found else self.grid)
+        found = None if layer is None else self.adapter.layout(self.outputs[layer], self.grid, layer)
+        return replace(self, layer=layer, needs=needs, grid=(found.rows, found.columns) if found else self.grid)
 
     def of(self, members: Sequence[int], **signals: Any) -> Trace:
         """The record of some of the targets, with the signals that belong to them."""
@@ -52,8 +52,10 @@ class Trace:
 
     def gradient_sizes(self) -> dict[str, float]:
         """Tap -> largest absolute gradient at a patch (or of the shift), for telling dead taps."""
-        patches = {tap: self.adapter.to_grid(gradient, self.grid, tap) for tap, gradient in self.gradients.items()}
-        return {tap: float(gradient.abs().max()) for tap, gradient in (patches | dict(self.shifts)).items()}
+        patches = {
+            layer: self.adapter.to_grid(gradient, self.grid, layer) for layer, gradient in self.gradients.items()
+        }
+        return {layer: float(gradient.abs().max()) for layer, gradient in (patches | dict(self.shifts)).items()}
 
     def activations(self, *, other: bool = False) -> Float[Tensor, "k rows columns D"]:
         """Patch features at the tap; with `other`, those of the sequences that the targets' own are compared with (zero
@@ -68,17 +70,19 @@ class Trace:
         """d score / d (one vector added to all patches) = the patch gradient summed over patches; with `other`, of the
         sequences that the targets' own are compared with."""
         self._declared("shift")
-        assert self.tap is not None
-        if self.tap in self.shifts:
-            return precise(self.shifts[self.tap])
-        owner = self._owner(self.tap, other=other)
-        return self._folded(precise(self.gradients[self.tap])).sum((1, 2))[owner]
+        assert self.layer is not None
+        if self.layer in self.shifts:
+            return precise(self.shifts[self.layer])
+        owner = self._owner(self.layer, other=other)
+        return self._folded(precise(self.gradients[self.layer])).sum((1, 2))[owner]
 
     @property
     def compares(self) -> bool:
         """Whether targets are compared with other sequences at this tap: where every text has a sequence of its own."""
         return (
-            self.tap is not None and self.adapter.structure.axis(self.tap) == "text" and self.targets.other is not None
+            self.layer is not None
+            and self.adapter.structure.axis(self.layer) == "text"
+            and self.targets.other is not None
         )
 
     def weighted(
@@ -90,12 +94,12 @@ class Trace:
         Features are read per picture, never copied per target: many targets of one picture cost one matrix product.
         """
         self._declared("activations")
-        assert self.tap is not None
-        features = precise(self._folded(self.outputs[self.tap]))
+        assert self.layer is not None
+        features = precise(self._folded(self.outputs[self.layer]))
         if centred:
             features = features - features.mean((1, 2), keepdim=True)
         maps = weights.new_zeros(len(weights), *self.grid)
-        owner = self._owner(self.tap, other=other).to(weights.device)
+        owner = self._owner(self.layer, other=other).to(weights.device)
         for b in owner[owner >= 0].unique().tolist():
             mine = owner == b
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
@@ -135,7 +139,7 @@ class Trace:
         """The places of the text side's sequence from which chains of attention start: weights that sum to 1."""
         return self.adapter.chain_start(self.targets)
 
-    def picture_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
+    def image_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
         """What a row over the sequence of the `fusion` stack says of the vision stack's tokens in it."""
         before, _ = self.adapter.sequence(self.adapter.structure.stack("fusion").blocks[0])
         first = before - self.adapter.structure.prefix
@@ -157,7 +161,7 @@ class Trace:
         row = self.text_rows()
         for weights in reversed(self.attentions("fusion")):
             row = self.through(row, weights.mean(1), "fusion")
-        return self.picture_part(row)
+        return self.image_part(row)
 
     def through(
         self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
@@ -171,8 +175,8 @@ class Trace:
         return rearrange(self.adapter.to_grid(row[..., None], self.grid), "k r c 1 -> k r c")
 
     def _folded(self, hidden: Tensor) -> Tensor:
-        assert self.tap is not None
-        return self.adapter.to_grid(hidden, self.grid, self.tap)
+        assert self.layer is not None
+        return self.adapter.to_grid(hidden, self.grid, self.layer)
 
     def _owner(self, path: str, *, other: bool = False) -> Int[Tensor, "k"]:
         if other:
@@ -183,8 +187,8 @@ class Trace:
     def _rows(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
         """One row per target of what the tap has per picture or text; not copied where they are the same."""
         self._declared(signal)
-        assert self.tap is not None
-        tensor, owner = record[self.tap], self._owner(self.tap, other=other)
+        assert self.layer is not None
+        tensor, owner = record[self.layer], self._owner(self.layer, other=other)
         if owner.tolist() == list(range(len(tensor))):
             return precise(tensor)
         owner = owner.to(tensor.device)

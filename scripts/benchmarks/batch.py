@@ -110,7 +110,7 @@ def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[s
     before = _tower(adapter, pixels)
     stopwatch.seconds = 0.0
     cpu, wall = time.process_time(), time.perf_counter()
-    here = LocalExecutor(lambda: adapter, work, lambda _rows, _pictures: None)
+    here = LocalExecutor(lambda: adapter, work, lambda _rows, _images: None)
     with Peak() as peak:
         growth = Growth(peak)
         run_batch(output, work, data, data.ids, here, watch=growth)
@@ -129,7 +129,7 @@ def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[s
 
 def _pixels(adapter: Any, data: Any) -> list[torch.Tensor]:
     """The first pictures as the tower gets them, in batches."""
-    chosen = [data.read(name).picture for name in data.ids[:SAMPLE]]
+    chosen = [data.read(name).image for name in data.ids[:SAMPLE]]
     batches = [chosen[first : first + BATCH_SIZE] for first in range(0, len(chosen), BATCH_SIZE)]
     return [
         adapter.prepare_images([io.BytesIO(path.read_bytes()) for path in batch]).tensors["pixel_values"]

@@ -50,8 +50,8 @@ def measure(images: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 def _cases(
     adapter: ClassifierAdapter, count: int, repeats: int, tell: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    pictures = [_noise(seed) for seed in range(count)]
-    seen = adapter.prepare_images(pictures)
+    images = [_noise(seed) for seed in range(count)]
+    seen = adapter.prepare_images(images)
     forward = functools.partial(_forward, adapter, seen)
     works: list[tuple[str, str, int, Callable[[], object]]] = []
     for case, classes, layer, method in CASES:
@@ -72,7 +72,7 @@ def _cases(
         works.append((case, method, max(1, classes), maps))
     known = [(7 * b) % len(adapter.labels) for b in range(count)]
     works.append(
-        ("end to end", "gradcam", 1, lambda: explain(adapter, pictures, known, methods=["gradcam"], batch_size=count))
+        ("end to end", "gradcam", 1, lambda: explain(adapter, images, known, methods=["gradcam"], batch_size=count))
     )
     for case, method, classes, work in works:
         yield _row(case, method, count, classes, ratio(work, forward, repeats, work), tell)
@@ -121,7 +121,7 @@ def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -
             out.retain_grad()
             kept.append(out)
 
-        handle = adapter.model.get_submodule(adapter.structure.tap).register_forward_hook(keep)
+        handle = adapter.model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
         adapter.model.zero_grad()
         adapter.model(pixel_values=pixels[None]).logits[0, index].backward()
         handle.remove()

@@ -41,13 +41,13 @@ NAIVE_TARGETS = 3
 BOS, EOS = 49406, 49407
 
 
-def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
     """All cases for each number of pictures."""
     torch.set_num_threads(1)
     adapter = make_adapter()
     tell = quietly if quiet else say
     cases = []
-    for count in pictures:
+    for count in counts:
         images = [open_image(_noise(seed)) for seed in range(count)]
         inputs = adapter.prepare(images, [captions()] * count)
         targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
@@ -138,7 +138,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
     """One full forward and backward pass, gradients of every parameter included, and the map of one target."""
     model, kept = adapter.model, []
-    layer = model.get_submodule(adapter.structure.tap)
+    layer = model.get_submodule(adapter.structure.layer)
 
     def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
         out.retain_grad()
@@ -164,7 +164,7 @@ def _case(
     case: str,
     method: str,
     variant: str | None,
-    pictures: int,
+    images: int,
     targets: int,
     found: Cost,
     bare: Cost,
@@ -175,7 +175,7 @@ def _case(
         "case": case,
         "method": method,
         "variant": variant,
-        "pictures": pictures,
+        "pictures": images,
         "targets": targets,
         "ratio_to_forward": round(ratio, 3),
         "naive_ratio": None if naive is None else round(naive, 1),

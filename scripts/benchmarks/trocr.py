@@ -69,8 +69,8 @@ def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 
 
 def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    picture = open_image(_noise())
-    inputs = adapter.prepare_texts(adapter.prepare_images([picture]), [[sentence(count)]])
+    image = open_image(_noise())
+    inputs = adapter.prepare_texts(adapter.prepare_images([image]), [[sentence(count)]])
     targets = adapter.targets(inputs, [inputs.tokens[0].tokens(special=True)])
     assert len(targets) == count
     measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
@@ -82,7 +82,7 @@ def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str]
 
     def whole(size: int) -> object:
         adapter.model.generation_config.min_new_tokens = size
-        return explain(adapter, picture, Generate(max_length=size))
+        return explain(adapter, image, Generate(max_length=size))
 
     def case(method: str, found: Ratio, loop: Ratio | None = None, difference: float | None = None) -> dict[str, Any]:
         return {
@@ -183,7 +183,7 @@ def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
         kept.append(out[0] if isinstance(out, tuple) else out)
         kept[0].retain_grad()
 
-    handle = model.get_submodule(adapter.structure.tap).register_forward_hook(keep)
+    handle = model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
     ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
     logits = model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
     handle.remove()

@@ -176,8 +176,8 @@ def test_works_under_the_callers_gradient_mode(any_adapter, context):
     plain = explain(any_adapter, noise(50, 40), CAPTION)
     with context():
         found = explain(any_adapter, noise(50, 40), CAPTION)
-    for key, column in plain.columns.items():
-        assert np.array_equal(column.maps, found.columns[key].maps)
+    for key, column in plain.methods.items():
+        assert np.array_equal(column.maps, found.methods[key].maps)
 
 
 def test_train_mode_and_frozen_parameters_change_no_number(any_adapter):
@@ -186,13 +186,13 @@ def test_train_mode_and_frozen_parameters_change_no_number(any_adapter):
     any_adapter.model.requires_grad_(False)
     found = explain(any_adapter, noise(50, 40), CAPTION)
     assert [e.score for e in found.entries] == [e.score for e in plain.entries]
-    assert all(np.array_equal(c.maps, found.columns[k].maps) for k, c in plain.columns.items())
+    assert all(np.array_equal(c.maps, found.methods[k].maps) for k, c in plain.methods.items())
 
 
 def test_same_call_twice_gives_identical_arrays(any_adapter):
     first, second = (explain(any_adapter, noise(50, 40), CAPTION, methods=available(any_adapter)) for _ in range(2))
-    for key, column in first.columns.items():
-        assert np.array_equal(column.maps, second.columns[key].maps)
+    for key, column in first.methods.items():
+        assert np.array_equal(column.maps, second.methods[key].maps)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -206,17 +206,17 @@ def test_nan_is_an_error_and_never_a_map(any_adapter, value):
 
 def test_memory_stays_flat(clip):
     """500 calls leave no tensor behind."""
-    picture = noise(40, 30)
+    image = noise(40, 30)
 
     def live():
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
     for _ in range(3):
-        explain(clip, picture, "red car")
+        explain(clip, image, "red car")
     before = live()
     for _ in range(500):
-        explain(clip, picture, "red car")
+        explain(clip, image, "red car")
     assert live() <= before
 
 
@@ -225,7 +225,7 @@ def test_precision_of_the_caller_does_not_reach_the_pass():
     plain = explain(adapter, noise(40, 40), "red car", methods=["gradcam", "relevance"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = explain(adapter, noise(40, 40), "red car", methods=["gradcam", "relevance"])
-    assert all(np.array_equal(found.columns[key].maps, plain.columns[key].maps) for key in plain.columns)
+    assert all(np.array_equal(found.methods[key].maps, plain.methods[key].maps) for key in plain.methods)
 
 
 def test_a_model_made_without_gradients_is_refused_and_left_alone():

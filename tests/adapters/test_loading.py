@@ -55,7 +55,7 @@ def test_around_a_model_the_user_has(checkpoint):
 
     mine = adapters.ClipAdapter(CLIPModel.from_pretrained(checkpoint, dtype=torch.float32), Processor())
     a, b = (explain(x, noise(60, 40), "red car", methods=["gradcam"]) for x in (mine, load(str(checkpoint))))
-    assert (a.columns["gradcam"].maps == b.columns["gradcam"].maps).all()
+    assert (a.methods["gradcam"].maps == b.methods["gradcam"].maps).all()
 
 
 def test_weights_as_bin_are_loaded_safely(copy):

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 from huggingface_hub import constants
 
-from grounding.core.demo import demo_line, demo_picture
+from grounding.core.demo import demo_image, demo_line
 from tests.cli.test_ground import SCRIPT
 from tests.support.tolerances import COMMAND, HUB
 
@@ -33,8 +33,8 @@ def run(script, argv, folder):
 
 
 @pytest.mark.network
-def test_openai_clip_explains_a_picture(hub, tmp_path):
-    argv = ["--model", "openai/clip-vit-base-patch16", "--image", str(demo_picture()), "--caption", "a brown dog"]
+def test_openai_clip_explains_a_image(hub, tmp_path):
+    argv = ["--model", "openai/clip-vit-base-patch16", "--image", str(demo_image()), "--caption", "a brown dog"]
     document = run(SCRIPT, argv, tmp_path)
     assert document["model"] == {"id": "openai/clip-vit-base-patch16", "type": "clip"}
     assert [entry["label"] for entry in document["entries"]] == ["a brown dog", "a", "brown", "dog"]

@@ -91,9 +91,9 @@ def test_a_log_has_lines_of_progress(monkeypatch, capsys):
     run = RunFolder(Path("run"), {"ids": ["a"] * 250, "fingerprint": {"shard_size": 50}})
     bar.begins(run, [1, 3], 100)
     failed = [{"status": "failed_read"}, {"status": "ok"}]
-    for rows, pictures in ((failed, 10), (failed, 10), (failed[1:], 20)):
+    for rows, images in ((failed, 10), (failed, 10), (failed[1:], 20)):
         now[0] += 40
-        bar.rows(rows, pictures)
+        bar.rows(rows, images)
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "run: 100 pictures to do in 2 of 5 shards (process 1 of 2)"
@@ -128,7 +128,7 @@ def test_many_failures_are_counted_not_listed(command, tmp_path):
     assert "warning: and 5 more, in failures.jsonl" in err
 
 
-def test_a_wrong_folder_of_pictures_ends_with_4(command, tmp_path):
+def test_a_wrong_folder_of_images_ends_with_4(command, tmp_path):
     folder = data(tmp_path / "data", 60)
     shutil.rmtree(folder / "Images")
     (folder / "Images").mkdir()
@@ -234,7 +234,7 @@ def test_figures_are_drawn_from_stored_maps(command, made, tmp_path):
     assert err.startswith("warning: no figure of 1.png: ")
 
 
-def test_a_figure_is_never_overwritten_by_that_of_another_picture(command, tmp_path):
+def test_a_figure_is_never_overwritten_by_that_of_another_image(command, tmp_path):
     names = ["a b.png", "a_b.png", "A b.png", "c.png", f"{'d' * 70}1.png", f"{'d' * 70}2.png", f"{'e' * 70}.png"]
     (tmp_path / "data").mkdir()
     for seed, name in enumerate(names):
@@ -250,7 +250,7 @@ def test_a_figure_is_never_overwritten_by_that_of_another_picture(command, tmp_p
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()} == whole
 
 
-def test_random_pictures_are_drawn_by_the_seed_and_get_figures(command, tmp_path):
+def test_random_images_are_drawn_by_the_seed_and_get_figures(command, tmp_path):
     folder = data(tmp_path / "data", 9, ["a man"])
     code, out, _ = command("--data", folder, "--random", "2", "--seed", "3", *FAST)
     assert code == 0
@@ -322,7 +322,7 @@ def test_reading_a_run_leaves_no_threads_of_arrow(made, monkeypatch):
     """Those of pyarrow 26 that are still there when Python ends abort it, now and then."""
     asked, real = [], pq.read_table
     monkeypatch.setattr(pq, "read_table", lambda *args, **options: asked.append(options) or real(*args, **options))
-    assert sum(1 for _ in RunFolder.open("run").pictures()) == 5
+    assert sum(1 for _ in RunFolder.open("run").images()) == 5
     assert asked == [{"use_threads": False}] * 3
 
 
@@ -388,7 +388,7 @@ def test_the_demo_of_every_kind_of_model(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_equals_the_command_for_single_pictures(command, tmp_path):
+def test_a_run_equals_the_command_for_single_images(command, tmp_path):
     argv = ["--limit", "4", "--workers", "1", "--threads", "1", "--captions", "all", "--protocols", "--output", "run"]
     assert command(*argv, model=command.real)[0] == 0
     run = RunFolder.open("run")
@@ -398,7 +398,7 @@ def test_a_run_equals_the_command_for_single_pictures(command, tmp_path):
     single = script(SCRIPT.parent / "ground.py")
     for name in list(found)[::3]:
         one = found[name]
-        file = dataset.read(name.rpartition("#")[0]).picture
+        file = dataset.read(name.rpartition("#")[0]).image
         command_line = ["--image", str(file), "--caption", one.caption, "--methods", "gradcam", "rollout"]
         assert single.main([*command_line, "--output", str(tmp_path / "one"), "--write", "npz", "json"]) == 0
         wanted = Explanation.load(tmp_path / "one")
@@ -409,5 +409,5 @@ def test_a_run_equals_the_command_for_single_pictures(command, tmp_path):
         scores = [e.score for e, kept in zip(one.entries, place, strict=True) if kept]
         assert close(scores, [e.score for e in wanted.entries], TUTORIAL)
         for key in ("gradcam", "rollout"):
-            a, b = one.columns[key].maps, wanted.columns[key].maps
+            a, b = one.methods[key].maps, wanted.methods[key].maps
             assert close_each(a[place] if len(a) > 1 else a, b, HALF_BATCH), (name, key)

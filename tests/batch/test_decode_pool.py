@@ -41,7 +41,7 @@ def gone(pids):
         time.sleep(0.02)
 
 
-def test_pictures_come_in_order_from_workers_and_without(tmp_path):
+def test_images_come_in_order_from_workers_and_without(tmp_path):
     items = [*write(tmp_path, *(f"{i}.png" for i in range(7))), ("none", None), ("bytes", b"no picture")]
     here = list(Decoders(Opening(), 0, 3).opened(iter(items)))
     with Decoders(Opening(), 2, 3) as decoders:
@@ -69,7 +69,7 @@ def test_no_more_than_asked_for_is_drawn_ahead(tmp_path):
         assert drawn == ["0.png", "1.png", "2.png"]
 
 
-def test_a_picture_that_kills_its_workers_is_given_up_and_the_others_are_unharmed(tmp_path):
+def test_a_image_that_kills_its_workers_is_given_up_and_the_others_are_unharmed(tmp_path):
     names = ["0.png", "once.png", "1.png", "deadly.png", "2.png", "3.png"]
     items = write(tmp_path, *names)
     with Decoders(Deadly(), 2, 4) as decoders:
@@ -94,7 +94,7 @@ def test_random_kills_of_workers_cost_nothing(tmp_path):
                 killed += 1
     assert killed == 2
     assert [name for name, _ in found] == [name for name, _ in items]
-    assert [picture.width for _, picture in found] == list(range(20, 36))
+    assert [image.width for _, image in found] == list(range(20, 36))
 
 
 @pytest.mark.parametrize("pause", [0, 0.001, 0.02, 0.3])
@@ -113,7 +113,7 @@ def test_workers_that_die_at_any_moment_hold_nothing_up(tmp_path, pause, dying):
     gone(pids)
 
 
-def test_who_leaves_early_does_not_wait_for_pictures(tmp_path):
+def test_who_leaves_early_does_not_wait_for_images(tmp_path):
     [(_, path), *_] = write(tmp_path, "a.png")
     started = time.monotonic()
     with Decoders(Stuck(), 2, 3) as decoders:
@@ -141,7 +141,7 @@ def test_a_worker_that_does_not_come_back_is_replaced(tmp_path, monkeypatch):
     gone([pid])
 
 
-def test_a_picture_that_cannot_be_opened_for_want_of_memory_is_one_row(tmp_path, monkeypatch):
+def test_a_image_that_cannot_be_opened_for_want_of_memory_is_one_row(tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise MemoryError
 
@@ -220,7 +220,7 @@ def test_what_opening_should_not_raise_is_raised_here(tmp_path):
     assert any("in __call__" in note for note in caught.value.__notes__)  # where it was
 
 
-def test_workers_that_cannot_start_are_an_error_and_no_fault_of_the_picture(tmp_path):
+def test_workers_that_cannot_start_are_an_error_and_no_fault_of_the_image(tmp_path):
     items = write(tmp_path, "0.png")
     with Decoders(Unloadable(), 1, 1) as decoders, pytest.raises(GroundingError) as caught:
         list(decoders.opened(iter(items)))

@@ -72,7 +72,7 @@ def test_out_of_memory_halves_only_that_batch(error):
     assert names(rows) == [f"{i}#{line}" for i in range(6) for line in (0, 1)]
 
 
-def test_one_picture_that_never_fits_is_one_failure_of_memory():
+def test_one_image_that_never_fits_is_one_failure_of_memory():
     watched = Watched(RuntimeError("CUDA out of memory.\nTried to allocate"), of=4)
     rows = watched.rows()
     bad = [row for row in rows if row["status"] != "ok"]
@@ -84,7 +84,7 @@ def test_one_picture_that_never_fits_is_one_failure_of_memory():
     assert names(rows) == [f"{i}#{line}" for i in range(6) for line in (0, 1)]
 
 
-def test_a_picture_with_too_many_texts_is_halved_by_texts():
+def test_a_image_with_too_many_texts_is_halved_by_texts():
     watched = Watched()
     read = watched.adapter.read
 
@@ -105,7 +105,7 @@ def test_no_memory_at_all_fails_every_text_alone():
     assert rows[0]["error"].startswith("MemoryError")
 
 
-def test_numbers_that_are_not_finite_cost_one_picture():
+def test_numbers_that_are_not_finite_cost_one_image():
     watched = Watched()
     see = watched.adapter.prepare_images
 
@@ -140,14 +140,14 @@ def test_a_model_whose_weights_are_no_numbers_says_so_for_every_row():
         (GroundingError("no text"), "failed_input"),
     ],
 )
-def test_other_errors_cost_their_picture_under_their_name(error, status):
+def test_other_errors_cost_their_image_under_their_name(error, status):
     rows = Watched(error, of=1).rows(jobs(3))
     assert [row["status"] for row in rows] == ["ok", "ok", status, status, "ok", "ok"]
     assert rows[2]["error"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_ctrl_c_is_no_failure_of_a_picture(error):
+def test_ctrl_c_is_no_failure_of_a_image(error):
     with pytest.raises(type(error)):
         Watched(error, of=1).rows()
 

@@ -46,9 +46,9 @@ def through(tmp_path):
     return lambda rows, what=ABOUT: stored(rows, what, tmp_path)
 
 
-def back(row, picture, what=ABOUT, rows=None, **options):
+def back(row, image, what=ABOUT, rows=None, **options):
     shared = {key: one[key] for key in what.shared for one in rows or [row] if one[key] is not None}
-    return from_row(row, what, picture, shared, **options)
+    return from_row(row, what, image, shared, **options)
 
 
 def equal(found, wanted):
@@ -59,9 +59,9 @@ def equal(found, wanted):
     assert (found.target, found.token_target) == (wanted.target, wanted.token_target)
     assert (found.warnings, found.origin, found.truncated) == (wanted.warnings, wanted.origin, wanted.truncated)
     assert dict(found.model) == dict(wanted.model)
-    assert found.columns.keys() == wanted.columns.keys()
-    for key, made in wanted.columns.items():
-        column = found.columns[key]
+    assert found.methods.keys() == wanted.methods.keys()
+    for key, made in wanted.methods.items():
+        column = found.methods[key]
         for name in ("method", "title", "layer", "options", "signed", "text_conditioned", "status"):
             assert getattr(column, name) == getattr(made, name), (key, name)
         assert column.maps.dtype == np.float32
@@ -70,15 +70,15 @@ def equal(found, wanted):
 
 def test_an_explanation_comes_back_from_a_table(through):
     photo = noise(90, 60)
-    picture = open_image(photo)
+    image = open_image(photo)
     geometry = Geometry.from_steps(90, 60, resized=(96, 64), crop=(16, 0, 64, 64), grid=(4, 4))
     made = explanation(photo, geometry=geometry, warnings=["a", "b"], truncated=True, origin="generated")
     [row] = through([explained("a/b.jpg", 3, made, {})])
     assert (row["id"], row["image"], row["line"], row["status"]) == ("a/b.jpg#3", "a/b.jpg", 3, "ok_truncated")
-    assert row["image_sha256"] == picture.sha256
+    assert row["image_sha256"] == image.sha256
     assert row["geometry"]["seen"] == [float(v) for v in geometry.seen]
     assert (row["error"], row["score"]) == (None, 0.25)
-    equal(back(row, picture), made)
+    equal(back(row, image), made)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 7.3, 6e4, 1e38])
@@ -90,13 +90,13 @@ def test_float16_with_a_scale_keeps_maps_of_any_size(through, size):
     made = explanation(geometry=geometry, columns=[column("gradcam", maps, geometry)])
     what = about(made)
     [row] = through([explained("a", 0, made, {})], what)
-    found = back(row, made.picture, what).columns["gradcam"].maps
+    found = back(row, made.image, what).methods["gradcam"].maps
     assert close_each(found, maps, HALF)
     for one, wanted in zip(found, maps, strict=True):
         assert np.abs(one).max() == np.abs(wanted).max()  # the largest is exact
         assert one.argmax() == wanted.argmax()
     assert (found[2] == 0).all()
-    assert [item.status for item in back(row, made.picture, what).columns["gradcam"].status][2] == "degenerate"
+    assert [item.status for item in back(row, made.image, what).methods["gradcam"].status][2] == "degenerate"
     assert row["status"] == "ok"  # the caption has evidence
     assert maps_bytes([row], what) == 3 * (14 * 14 * 2 + 4)
 
@@ -111,7 +111,7 @@ def test_probabilities_and_numbers_that_are_not_finite(through):
     object.__setattr__(made, "entries", entries)
     [row] = through([explained("a", 0, made, {})])
     assert (row["score"], row["entries"][0]["score"]) == (None, None)
-    found = back(row, made.picture)
+    found = back(row, made.image)
     assert math.isnan(found.entries[0].score)
     assert math.isnan(found.entries[1].alternatives[1].probability)
     assert found.entries[2] == entries[2]
@@ -138,10 +138,10 @@ def test_odd_captions_and_names_come_back_as_they_were(through, text):
     assert [row["caption"] for row in rows] == [text, text]
     assert rows[1] | dict.fromkeys(("id", "image", "error")) == rows[1] | {"id": None, "image": None, "error": None}
     assert (rows[1]["id"], rows[1]["image"], rows[1]["error"]) == (f"{text}#1", text, text)
-    equal(back(rows[0], made.picture), made)
+    equal(back(rows[0], made.image), made)
 
 
-def test_maps_that_do_not_see_the_text_are_stored_once_a_picture_and_found_again(through):
+def test_maps_that_do_not_see_the_text_are_stored_once_a_image_and_found_again(through):
     made = [explanation(caption=f"number {i}") for i in range(5)]
     rows = [failed("a", 0, "x", "failed_model", "why"), *(explained("a", i + 1, made[i], {}) for i in range(3))]
     rows += [explained("b", i, made[3 + i], {}) for i in range(2)]
@@ -153,28 +153,28 @@ def test_maps_that_do_not_see_the_text_are_stored_once_a_picture_and_found_again
     assert all(row["gradcam"] is not None for row in rows if row["status"] == "ok")
     assert bare - maps_bytes(rows, ABOUT) == 3 * (16 * 2 + 4)
     for row, wanted in zip(rows[1:4], made[:3], strict=True):
-        equal(back(row, wanted.picture, rows=rows[:4]), wanted)
-    equal(back(rows[5], made[4].picture, rows=rows[4:]), made[4])
+        equal(back(row, wanted.image, rows=rows[:4]), wanted)
+    equal(back(rows[5], made[4].image, rows=rows[4:]), made[4])
 
 
 def test_texts_about_phrases_are_entries_of_their_own(through):
     made = explanation(caption="man in red")
     about_man = explanation(labels=("image of man",), columns=(
         column("gradcam", np.full((1, 4, 4), 0.5), made.geometry),
-        made.columns["rollout"],
+        made.methods["rollout"],
         column("relevance", np.eye(4)[None], made.geometry, signed=False),
     ), warnings=["cut"])  # fmt: skip
     [row] = through([explained("a", 0, made, {(0, 3): about_man})])
     last = row["entries"][-1]
     assert (last["label"], last["kind"], last["start"], last["end"]) == ("image of man", PROMPT, 0, 3)
     assert row["warnings"] == ["cut"]
-    plain = back(row, made.picture)
+    plain = back(row, made.image)
     assert [entry.kind for entry in plain.entries] == ["caption", "token", "token"]
-    assert plain.columns["gradcam"].maps.shape == (3, 4, 4)
-    found = back(row, made.picture, prompts=True)
+    assert plain.methods["gradcam"].maps.shape == (3, 4, 4)
+    found = back(row, made.image, prompts=True)
     assert found.entries[-1].label == "image of man"
-    assert np.array_equal(found.columns["relevance"].maps[-1], np.eye(4, dtype=np.float32))
-    assert found.columns["rollout"].maps.shape == (1, 4, 4)
+    assert np.array_equal(found.methods["relevance"].maps[-1], np.eye(4, dtype=np.float32))
+    assert found.methods["rollout"].maps.shape == (1, 4, 4)
 
 
 def test_a_caption_without_evidence_is_degenerate_whatever_its_parts_have():

@@ -97,7 +97,7 @@ def test_a_run_whose_rows_all_failed_was_hopeless(tmp_path):
 # ---------------------------------------------------------------- which pictures
 
 
-def test_pictures_drawn_are_the_same_for_the_same_seed_and_in_order():
+def test_images_drawn_are_the_same_for_the_same_seed_and_in_order():
     names = tuple(f"{i:03}" for i in range(100))
     drawn = picked(names, None, 10, 3)
     assert drawn == picked(names, None, 10, 3)
@@ -124,7 +124,7 @@ def test_broken_rows_of_a_list_belong_to_the_whole_of_it(tmp_path):
     assert chosen_ids(dataset, 2, None, 0) == ("0.png", "1.png")
     [name] = dataset.broken
     sample = sample_of(dataset, name, "all", ())
-    assert (sample.asks, sample.picture) == ((), None)
+    assert (sample.asks, sample.image) == ((), None)
     assert [failure.error for failure in sample.failures] == ["it names no picture"]
 
 
@@ -141,7 +141,7 @@ def test_captions_first_all_none(tmp_path):
     assert none.failures == ()
 
 
-def test_a_picture_without_a_usable_caption_is_one_failure(tmp_path):
+def test_a_image_without_a_usable_caption_is_one_failure(tmp_path):
     dataset = RunConfig(data=str(batch.data(tmp_path, 1, ["", " "]))).dataset()
     assert [f.line for f in sample_of(dataset, "0.png", "all", ()).failures] == [0, 1]
     assert [f.line for f in sample_of(dataset, "0.png", "first", ()).failures] == [0]
@@ -181,7 +181,7 @@ def test_no_folder_is_made_for_a_wrong_status(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_pictures_is_one_line(tmp_path):
+def test_data_without_images_is_one_line(tmp_path):
     (tmp_path / "captions.txt").write_text("image,caption\n")
     with pytest.raises(DataError, match="lists no pictures"):
         RunConfig(data=str(tmp_path)).dataset()

@@ -33,7 +33,7 @@ def test_the_same_again_computes_nothing_and_changes_nothing(go):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.path.glob("part-*")}
     hands, heard = Executor({"0.png"}), Heard()
     assert exit_code(go(hands=hands, watch=heard)) == exit_code(run) == 3
-    assert (hands.done, heard.todo, heard.pictures) == ([], [], 0)
+    assert (hands.done, heard.todo, heard.images) == ([], [], 0)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.path.glob("part-*")} == before
 
 
@@ -107,7 +107,7 @@ def test_a_table_that_does_not_fit_its_sidecar_is_never_read(go):
     run = go()
     flip(run.part(1))
     with pytest.raises(DataError, match=r"part-00001.parquet is damaged .*run again"):
-        list(run.pictures())
+        list(run.images())
     with pytest.raises(DataError, match=r"part-00001.parquet is damaged"):
         run.merge()
     assert not (run.path / "merged.parquet").exists()
@@ -122,7 +122,7 @@ def test_failures_are_listed_anew_after_each_run(go):
     (run.path / "failures.jsonl").write_text("lost\n")
     heard = Heard()
     go(hands=Executor(), retry=["failed_model"], watch=heard)
-    assert (heard.todo, heard.pictures) == ([0, 2], 2)
+    assert (heard.todo, heard.images) == ([0, 2], 2)
     assert (run.path / "failures.jsonl").read_text() == ""
     assert exit_code(run) == 0
 
@@ -236,7 +236,7 @@ def test_an_incomplete_run_is_not_merged(go):
     assert not (run.path / "merged.parquet").exists()
 
 
-def test_a_merge_refuses_ids_twice_and_other_pictures(go):
+def test_a_merge_refuses_ids_twice_and_other_images(go):
     run = go()
     own = Executor().rows(run, 1)
     run.commit(1, [*own, own[-1]], 0.0)

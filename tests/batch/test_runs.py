@@ -30,7 +30,7 @@ LONG = "the quick brown fox jumps over the lazy dog and two dogs playing on the 
 
 def equal_maps(found, wanted, columns):
     for key in columns:
-        assert close_each(found.columns[key].maps, wanted.columns[key].maps, HALF), key
+        assert close_each(found.methods[key].maps, wanted.methods[key].maps, HALF), key
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "FlavaForPreTraining", "VisionEncoderDecoderModel"])
@@ -47,7 +47,7 @@ def test_rows_of_a_run_equal_explain_one_by_one(tmp_path, kind):
     for name in random.Random(0).sample(sorted(found), 7):
         one = found[name]
         wanted = explain(adapter, folder / "Images" / name.partition("#")[0], one.caption, methods=what.methods)
-        assert one.picture.sha256 == wanted.picture.sha256
+        assert one.image.sha256 == wanted.image.sha256
         assert [(e.label, e.kind, e.start, e.end, e.token_id) for e in one.entries] == [
             (e.label, e.kind, e.start, e.end, e.token_id) for e in wanted.entries
         ]
@@ -71,13 +71,13 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
         ("prompt", "image of the man", 14, 21),
     ]
     dataset = what.dataset()
-    picture = Opening(dataset.root)(dataset.read("first").picture)
+    image = Opening(dataset.root)(dataset.read("first").image)
     run_folder = RunFolder.open(tmp_path / "run")
-    found = from_row(rows[0], run_folder.about, picture, run_folder.shared(rows), prompts=True)
-    alone = explain(load.adapter, picture.path, "image of a red car", methods=what.methods)
+    found = from_row(rows[0], run_folder.about, image, run_folder.shared(rows), prompts=True)
+    alone = explain(load.adapter, image.path, "image of a red car", methods=what.methods)
     place = next(i for i, entry in enumerate(found.entries) if entry.kind == PROMPT)
     assert close(found.entries[place].score, alone.entries[0].score)
-    assert close(found.columns["gradcam"].maps[place], alone.columns["gradcam"].maps[0], HALF)
+    assert close(found.methods["gradcam"].maps[place], alone.methods["gradcam"].maps[0], HALF)
     bare = run(tmp_path / "bare", work(tmp_path / "data", select=Selection(tokens=False), protocols=()))
     assert {e["kind"] for row in batch.rows(bare) for e in row["entries"]} == {"caption"}
 
@@ -85,7 +85,7 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
 # ---------------------------------------------------------------- captions
 
 
-def test_captions_first_takes_one_of_each_picture(tmp_path):
+def test_captions_first_takes_one_of_each_image(tmp_path):
     done = run(tmp_path / "run", work(data(tmp_path / "data", 3), captions="first"))
     assert statuses(done) == {f"{i}.png#0": "ok" for i in range(3)}
 
@@ -198,7 +198,7 @@ def _row(rows, name):
     return next(row for row in rows if row["id"] == name)
 
 
-def test_a_picture_that_may_not_be_read_is_a_row(tmp_path, monkeypatch):
+def test_a_image_that_may_not_be_read_is_a_row(tmp_path, monkeypatch):
     folder = data(tmp_path / "data", 3)
     real = os.open
 
@@ -213,7 +213,7 @@ def test_a_picture_that_may_not_be_read_is_a_row(tmp_path, monkeypatch):
     assert exit_code(done) == 3
 
 
-def test_a_wrong_folder_of_pictures_stops_early(tmp_path):
+def test_a_wrong_folder_of_images_stops_early(tmp_path):
     folder = data(tmp_path / "data", 60)
     shutil.rmtree(folder / "Images")
     (folder / "Images").mkdir()
@@ -279,7 +279,7 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path):
     assert batch.content(done.path) == before
 
 
-def test_rows_are_tried_again_where_the_picture_was_repaired_and_nowhere_else(tmp_path):
+def test_rows_are_tried_again_where_the_image_was_repaired_and_nowhere_else(tmp_path):
     folder = data(tmp_path / "data", 6)
     good = (folder / "Images" / "2.png").read_bytes()
     (folder / "Images" / "2.png").write_bytes(good[:100])
@@ -292,7 +292,7 @@ def test_rows_are_tried_again_where_the_picture_was_repaired_and_nowhere_else(tm
     load, heard = Counting(), Heard()
     run(tmp_path / "run", what, load, retry=["failed_decode"], watch=heard)
     assert load.seen == ["2.png"]
-    assert (heard.todo, heard.pictures) == ([0], 1)
+    assert (heard.todo, heard.images) == ([0], 1)
     after = batch.rows(done)
     assert [row["id"] for row in after] == [row["id"] for row in before]
     assert [row for row in after if row["image"] != "2.png"] == [row for row in before if row["image"] != "2.png"]
@@ -326,7 +326,7 @@ def test_a_shard_dropped_half_way_is_computed_again(tmp_path):
     assert batch.content(done.path) == whole
 
 
-def test_what_is_wrong_for_every_picture_stops_before_a_folder_is_filled(tmp_path):
+def test_what_is_wrong_for_every_image_stops_before_a_folder_is_filled(tmp_path):
     folder = data(tmp_path / "data", 2)
     with pytest.raises(LayerError):
         run(tmp_path / "run", work(folder, layers=("nowhere",)))
@@ -338,7 +338,7 @@ def test_what_is_wrong_for_every_picture_stops_before_a_folder_is_filled(tmp_pat
 # ---------------------------------------------------------------- figures
 
 
-def test_a_picture_that_changed_gets_no_figure(tmp_path):
+def test_a_image_that_changed_gets_no_figure(tmp_path):
     folder = data(tmp_path / "data", 3)
     what = work(folder)
     done = run(tmp_path / "run", what)

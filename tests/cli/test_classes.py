@@ -94,7 +94,7 @@ def test_layers_of_a_classifier(ground, photo, checkpoint):  # noqa: F811
     assert "1 x 16 x 4 x 6" in out
 
 
-def test_several_pictures_stand_in_one_figure(ground, tmp_path, checkpoint):  # noqa: F811
+def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):  # noqa: F811
     for number, size in enumerate([(120, 80), (60, 100)]):
         noise(*size, number).save(tmp_path / f"{number}.png")
     argv = ["--image", tmp_path / "0.png", tmp_path / "1.png", "--model", checkpoint, "--target-class", "1"]
@@ -108,7 +108,7 @@ def test_several_pictures_stand_in_one_figure(ground, tmp_path, checkpoint):  # 
     assert "together" not in out
 
 
-def test_a_crop_is_the_picture(ground, tmp_path, photo, checkpoint):  # noqa: F811
+def test_a_crop_is_the_image(ground, tmp_path, photo, checkpoint):  # noqa: F811
     """Model, overlay and positions are those of the crop, and the result says so and can be drawn again."""
     code, _, err = ground(
         "--image", photo, "--model", checkpoint, "--target-class", "1", "--crop", "30,10,90,70", "--output", "out"
@@ -118,18 +118,18 @@ def test_a_crop_is_the_picture(ground, tmp_path, photo, checkpoint):  # noqa: F8
     again = Explanation.load(tmp_path / "out")
     with Image.open(photo) as whole:
         part = whole.convert("RGB").crop((30, 10, 90, 70))
-    assert np.array_equal(np.asarray(again.picture.image), np.asarray(part))
-    assert (again.geometry.width, again.geometry.height, again.picture.crop) == (60, 60, (30, 10, 90, 70))
+    assert np.array_equal(np.asarray(again.image.pil), np.asarray(part))
+    assert (again.geometry.width, again.geometry.height, again.image.crop) == (60, 60, (30, 10, 90, 70))
     expected = explain(models.classifier_adapter(dtype=torch.float32), part, target=1)
-    assert close(again.columns["gradcam"].maps, expected.columns["gradcam"].maps, TUTORIAL)
+    assert close(again.methods["gradcam"].maps, expected.methods["gradcam"].maps, TUTORIAL)
     again.figure()
     assert open_image(photo, crop=(0, 0, 120, 80)).crop == (0, 0, 120, 80)
 
 
 def test_the_joint_figure_says_what_is_where():
     adapter = models.classifier_adapter()
-    pictures = [noise(90, 60, 1), noise(40, 120, 2)]
-    both = [explain(adapter, p, target=[1, 2], methods=["gradcam", "hirescam"]) for p in pictures]
+    images = [noise(90, 60, 1), noise(40, 120, 2)]
+    both = [explain(adapter, p, target=[1, 2], methods=["gradcam", "hirescam"]) for p in images]
     made = figure(both, grid=True, scale="caption")
     words = said(made)
     for part in ("2 pictures", "two dogs", "red car", "Grad-CAM", "HiResCAM", "Score of a class: its logit"):
@@ -142,12 +142,12 @@ def test_the_joint_figure_says_what_is_where():
     with pytest.raises(OptionError, match="nothing to draw"):
         figure([])
     with pytest.raises(OptionError, match="different columns cannot stand in one figure"):
-        figure([both[0], explain(adapter, pictures[1], target=1)])
+        figure([both[0], explain(adapter, images[1], target=1)])
     with pytest.raises(OptionError, match="no figure option 'colour'"):
         figure(both, colour="red")
 
 
-def test_a_crop_that_one_picture_does_not_have_costs_that_picture(ground, photo, checkpoint, tmp_path):  # noqa: F811
+def test_a_crop_that_one_image_does_not_have_costs_that_image(ground, photo, checkpoint, tmp_path):  # noqa: F811
     small = tmp_path / "small.png"
     noise(30, 30).save(small)
     argv = ["--image", small, photo, "--model", checkpoint, "--crop", "0,0,60,60", "--format", "json", "--write"]
@@ -163,7 +163,7 @@ def test_a_crop_that_one_picture_does_not_have_costs_that_picture(ground, photo,
 def test_layers_may_be_numbers():
     adapter = models.classifier_adapter(dtype=torch.float32)
     found = explain(adapter, noise(40, 40), methods=["gradcam"], layers=[-1, 0])
-    assert list(found.columns) == ["gradcam@-1", "gradcam@0"]
+    assert list(found.methods) == ["gradcam@-1", "gradcam@0"]
 
 
 def test_several_classes_have_no_score_in_common():
@@ -172,13 +172,13 @@ def test_several_classes_have_no_score_in_common():
     assert explain(adapter, noise(40, 40), target=[1, 2]).score is None
 
 
-def test_warnings_of_a_joint_figure_name_their_pictures():
+def test_warnings_of_a_joint_figure_name_their_images():
     adapter = models.classifier_adapter(dtype=torch.float32)
     found = explain(adapter, [noise(40, 40, seed) for seed in range(5)], target=1)
     paths = ["one.jpg", "two.jpg", "three.jpg", "four.jpg", "five.jpg"]
     own = [("all",), ("all", "some"), ("all", "some"), ("all", "some", "x"), ("all", "some")]
     named = [
-        replace(one, picture=replace(one.picture, path=path), warnings=texts)
+        replace(one, image=replace(one.image, path=path), warnings=texts)
         for one, path, texts in zip(found, paths, own, strict=True)
     ]
     words = said(figure(named))

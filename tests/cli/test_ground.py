@@ -14,7 +14,7 @@ from PIL import Image
 
 import adapters
 from grounding import Explanation
-from grounding.core.demo import demo_picture
+from grounding.core.demo import demo_image
 from tests.conftest import noise
 from tests.support.tolerances import COMMAND
 
@@ -134,7 +134,7 @@ def test_list_layers(ground):
     assert rows["vision_model.encoder.layers.2"] == "live"
 
 
-def test_figure_options_reach_the_picture(ground):
+def test_figure_options_reach_the_image(ground):
     sizes = set()
     for extra in (
         (),
@@ -152,7 +152,7 @@ def test_figure_options_reach_the_picture(ground):
     assert len(sizes) == 8
 
 
-def test_several_pictures_and_one_of_them_broken(ground, photo, tmp_path):
+def test_several_images_and_one_of_them_broken(ground, photo, tmp_path):
     (tmp_path / "empty.jpg").touch()
     code, out, err = ground("--caption", "red car", "--image", tmp_path / "empty.jpg", photo, "--output", "all")
     assert code == 1
@@ -162,7 +162,7 @@ def test_several_pictures_and_one_of_them_broken(ground, photo, tmp_path):
     assert out.splitlines()[-1].startswith("wrote all/photo-demo-clip/figure.png")
 
 
-def test_the_demo_model_warns_on_a_users_picture_and_names_unknown_words(ground, photo):
+def test_the_demo_model_warns_on_a_users_image_and_names_unknown_words(ground, photo):
     code, _, err = ground("--caption", "red zeppelin", "--image", photo)
     assert code == 0
     assert "knows only its cartoon world" in err
@@ -255,5 +255,5 @@ def test_hostile_file_names_are_shown_escaped(ground, tmp_path):
     assert re.fullmatch(r"[\w.-]+", folder, re.ASCII)
 
 
-def test_default_picture_is_shipped():
-    assert demo_picture().is_file()
+def test_default_image_is_shipped():
+    assert demo_image().is_file()

@@ -56,8 +56,8 @@ def test_the_default_command_reads_the_shipped_line(command, tmp_path):
         assert len(entry["alternatives"]) == 3
         assert all(found["text_conditioned"] for found in entry["maps"].values())
     for name in ("figure.png", "strip.png"):
-        with Image.open(folder / name) as picture:
-            assert picture.width > 600
+        with Image.open(folder / name) as image:
+            assert image.width > 600
     assert Explanation.load(folder).entries[0].alternatives[0].label != "T"
 
 
@@ -79,8 +79,8 @@ def test_one_overlay_per_token(command):
     overlays = found["files"]["overlays"]
     assert list(overlays) == [str(i) for i in range(len(TEXT))]
     for name in overlays.values():
-        with Image.open(Path("out") / Path(name).name) as picture:
-            assert picture.width >= 768
+        with Image.open(Path("out") / Path(name).name) as image:
+            assert image.width >= 768
 
 
 def test_a_forced_text(command):
@@ -123,7 +123,7 @@ def test_length_and_beams(command):
     assert found["caption"] == TEXT
 
 
-def test_a_blank_picture_and_a_page(command, tmp_path):
+def test_a_blank_image_and_a_page(command, tmp_path):
     Image.new("RGB", (300, 40), "white").save(tmp_path / "blank.png")
     code, _, err = command("--image", "blank.png")
     assert code == 0
@@ -135,7 +135,7 @@ def test_a_blank_picture_and_a_page(command, tmp_path):
     assert "300 x 400 pixels, width : height = 0.75: this model reads one line" in err
 
 
-def test_a_picture_that_fails_costs_its_own_line(command):
+def test_a_image_that_fails_costs_its_own_line(command):
     code, out, err = command("--image", "missing.png", demo_line(), "--methods", "cross_attention", "--write")
     assert code == 1
     assert "missing.png" in err
@@ -173,7 +173,7 @@ def test_what_makes_no_sense_is_one_line_and_exit_code_2(command, argv, words):
     assert not list(Path("outputs").glob("*/*"))
 
 
-def test_every_picture_has_a_text_of_its_own(command, tmp_path):
+def test_every_image_has_a_text_of_its_own(command, tmp_path):
     """What one of them does not hold costs that one alone, and the message names it."""
     Image.new("RGB", (300, 40), "white").save(tmp_path / "blank.png")
     argv = ["--image", "blank.png", demo_line(), "--tokens", "T", "--methods", "cross_attention", "--output", "out"]

@@ -24,7 +24,7 @@ def geometries(draw):
     return Geometry.from_steps(draw(SIDE), draw(SIDE), resized=resized, crop=(*start, *window), grid=draw(GRID))
 
 
-def test_the_middle_of_a_wide_picture():
+def test_the_middle_of_a_wide_image():
     geometry = Geometry.from_steps(1600, 400, resized=(896, 224), crop=(336, 0, 224, 224), grid=(7, 7))
     assert geometry.seen == (600, 0, 1000, 400)
     assert geometry.seen_fraction == 0.25
@@ -36,7 +36,7 @@ def test_the_middle_of_a_wide_picture():
     assert geometry.cell_at(1000.0, 200.0) is None
 
 
-def test_padding_is_no_part_of_the_picture():
+def test_padding_is_no_part_of_the_image():
     # 100 x 50 in the middle of 100 x 100: the first and the last of four rows show nothing of it.
     geometry = Geometry.from_steps(200, 100, resized=(100, 50), pad=(0, 25, 100, 100), grid=(4, 2))
     assert geometry.seen == (0, 0, 200, 100)
@@ -96,7 +96,7 @@ def test_points_boxes_and_cells_come_back(geometry, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(SIDE, SIDE, GRID, st.integers(0, 2**32 - 1))
-def test_a_squashed_picture_is_torch_interpolation(width, height, grid, seed):
+def test_a_squashed_image_is_torch_interpolation(width, height, grid, seed):
     maps = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, *grid)))
     geometry = Geometry.from_steps(width, height, resized=(224, 160), grid=grid)
     for size in (None, (31, 17)):

@@ -159,9 +159,9 @@ def address(monkeypatch):
 
 
 def test_addresses(address, monkeypatch):
-    picture = open_image(f"{address}/picture", allow_url=True)
-    assert picture.path == f"{address}/picture"
-    assert picture.sha256 == hashlib.sha256(encode(noise())).hexdigest()
+    image = open_image(f"{address}/picture", allow_url=True)
+    assert image.path == f"{address}/picture"
+    assert image.sha256 == hashlib.sha256(encode(noise())).hexdigest()
     with refused("failed_read", "404"):
         open_image(f"{address}/missing", allow_url=True)
     monkeypatch.setattr(images, "MAX_URL_BYTES", 1000)

@@ -13,8 +13,8 @@ from grounding.core.images import ImageError, open_image
 from tests.support.images import encode, noise, open_bytes, refused
 
 
-def first_pixel(picture):
-    return picture.image.getpixel((0, 0))
+def first_pixel(image):
+    return image.pil.getpixel((0, 0))
 
 
 # ---------------------------------------------------------------- whole pictures
@@ -25,13 +25,13 @@ def test_formats(kind, tmp_path):
     data = encode(noise(), kind)
     path = tmp_path / "picture.of-no-known-type"
     path.write_bytes(data)
-    picture = open_image(path)
-    assert (picture.image.mode, picture.image.size) == ("RGB", (80, 60))
-    assert (picture.width, picture.height, picture.path) == (80, 60, str(path))
-    assert picture.sha256 == hashlib.sha256(data).hexdigest()
-    assert picture.warnings == ()
+    image = open_image(path)
+    assert (image.pil.mode, image.pil.size) == ("RGB", (80, 60))
+    assert (image.width, image.height, image.path) == (80, 60, str(path))
+    assert image.sha256 == hashlib.sha256(data).hexdigest()
+    assert image.warnings == ()
     with Image.open(path) as expected:
-        assert np.array_equal(np.asarray(picture.image), np.asarray(expected.convert("RGB")))
+        assert np.array_equal(np.asarray(image.pil), np.asarray(expected.convert("RGB")))
 
 
 # What the EXIF standard says: the side of the upright picture that the first stored row and column show.
@@ -55,20 +55,18 @@ def as_stored(upright, orientation):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_all_orientations_give_the_upright_picture(kind, orientation):
+def test_all_orientations_give_the_upright_image(kind, orientation):
     upright = np.zeros((48, 72, 3), dtype=np.uint8)
     upright[:16, :16] = 255
     upright[:16, 48:] = 120
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture = open_bytes(
-        encode(Image.fromarray(np.ascontiguousarray(as_stored(upright, orientation))), kind, exif=exif)
-    )
-    assert (picture.width, picture.height) == (72, 48)
-    assert np.abs(np.asarray(picture.image).astype(int) - upright).mean() < 3
+    image = open_bytes(encode(Image.fromarray(np.ascontiguousarray(as_stored(upright, orientation))), kind, exif=exif))
+    assert (image.width, image.height) == (72, 48)
+    assert np.abs(np.asarray(image.pil).astype(int) - upright).mean() < 3
 
 
-def test_a_pil_picture_is_made_upright_too():
+def test_a_pil_image_is_made_upright_too():
     image = Image.new("RGB", (20, 10))
     image.getexif()[0x0112] = 6
     assert open_image(image).image.size == (10, 20)
@@ -90,16 +88,16 @@ def grey16(mode="I;16"):
     ids=["png", "tiff", "tiff_big_endian", "pgm"],
 )
 def test_16_bits_are_scaled_not_clipped(data):
-    picture = open_bytes(data)
-    assert np.asarray(picture.image)[0, :, 0].tolist() == [0, 128, 255]
-    assert picture.warnings == ()
+    image = open_bytes(data)
+    assert np.asarray(image.pil)[0, :, 0].tolist() == [0, 128, 255]
+    assert image.warnings == ()
 
 
 def test_an_unknown_range_is_stretched_with_a_warning():
     for array in (np.array([[-1, 0.0, 1]], np.float32), np.array([[-70000, 0, 70000]], np.int32)):
-        picture = open_bytes(encode(Image.fromarray(array), "TIFF"))
-        assert np.asarray(picture.image)[0, :, 0].tolist() == [0, 128, 255]
-        assert "says nothing of its range" in picture.warnings[0]
+        image = open_bytes(encode(Image.fromarray(array), "TIFF"))
+        assert np.asarray(image.pil)[0, :, 0].tolist() == [0, 128, 255]
+        assert "says nothing of its range" in image.warnings[0]
     assert first_pixel(open_image(Image.new("F", (2, 2), 7.0))) == (0, 0, 0)
     with refused("failed_decode", "not finite"):
         open_image(Image.fromarray(np.array([[np.nan, 1]], np.float32)))
@@ -137,9 +135,9 @@ def test_modes(data, expected):
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_of_several_frames(kind):
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "green", "blue")]
-    picture = open_bytes(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
-    assert np.abs(np.subtract(first_pixel(picture), (255, 0, 0))).max() <= 1
-    assert picture.warnings == (f"{kind} with 3 frames: only the first is used",)
+    image = open_bytes(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert np.abs(np.subtract(first_pixel(image), (255, 0, 0))).max() <= 1
+    assert image.warnings == (f"{kind} with 3 frames: only the first is used",)
 
 
 def test_an_animation_whose_end_is_missing():
@@ -154,11 +152,11 @@ def test_points_and_strips(size):
 
 def test_arrays():
     array = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
-    picture = open_image(array[:, ::-1])
-    assert np.array_equal(np.asarray(picture.image), array[:, ::-1])
-    assert picture.path is None
-    assert picture.sha256 == open_image(Image.fromarray(np.ascontiguousarray(array[:, ::-1]))).sha256
-    assert picture.sha256 != open_image(array).sha256
+    image = open_image(array[:, ::-1])
+    assert np.array_equal(np.asarray(image.pil), array[:, ::-1])
+    assert image.path is None
+    assert image.sha256 == open_image(Image.fromarray(np.ascontiguousarray(array[:, ::-1]))).sha256
+    assert image.sha256 != open_image(array).sha256
     assert first_pixel(open_image(array[..., 0])) == (0, 0, 0)
     assert first_pixel(open_image(np.zeros((2, 2, 4), np.uint8))) == (255, 255, 255)
     for wrong in (array / 255, array[None], array[:0], np.zeros((4, 5, 2), np.uint8)):
@@ -166,11 +164,11 @@ def test_arrays():
             open_image(wrong)
 
 
-def test_the_picture_is_not_the_callers():
+def test_the_image_is_not_the_callers():
     image = Image.new("RGB", (4, 4))
-    picture = open_image(image)
+    opened = open_image(image)
     image.putpixel((0, 0), (9, 9, 9))
-    assert first_pixel(picture) == (0, 0, 0)
+    assert first_pixel(opened) == (0, 0, 0)
 
 
 # ---------------------------------------------------------------- broken pictures
@@ -187,7 +185,7 @@ def test_the_picture_is_not_the_callers():
         (b"\xff\xd8\xff\xe0" + b"\0" * 9, "a broken or truncated JPEG file"),
     ],
 )
-def test_no_picture(data, message, tmp_path):
+def test_no_image(data, message, tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     with refused("failed_decode", f"a.jpg': {message}"):
@@ -218,13 +216,13 @@ def test_damage_never_raises_anything_else(data):
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture = open_bytes(bytes(damaged), max_pixels=10**6)
+        image = open_bytes(bytes(damaged), max_pixels=10**6)
     except ImageError:
         return
-    assert picture.image.mode == "RGB"
+    assert image.pil.mode == "RGB"
 
 
-def test_a_huge_picture_is_refused_from_its_header(monkeypatch):
+def test_a_huge_image_is_refused_from_its_header(monkeypatch):
     before = Image.MAX_IMAGE_PIXELS
     data = encode(Image.new("1", (20000, 20000)))
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # decoding takes seconds

@@ -131,7 +131,7 @@ def test_every_chain_without_a_box_has_a_reason(folder):
     assert record.no_box == {"2": "scene", "3": "nobndbox", "4": "missing", "0": "notvisual"}
 
 
-def test_another_size_than_the_picture_rescales_with_a_warning(folder):
+def test_another_size_than_the_image_rescales_with_a_warning(folder):
     record = annotate(folder, thing(1, box=(11, 21, 30, 40)), size=(160, 120))
     assert record.boxes == {"1": ((5, 10, 15, 20),)}
     [problem] = record.problems
@@ -195,13 +195,13 @@ def test_missing_and_broken_files_cost_one_line_each(folder):
         open_dataset(folder).read("../one")
 
 
-def test_a_missing_picture_is_left_to_whoever_opens_it(folder):
+def test_a_missing_image_is_left_to_whoever_opens_it(folder):
     (folder / "Images" / "one.jpg").unlink()
     record = one(folder)
-    assert record.picture == folder / "Images" / "one.jpg"
+    assert record.image == folder / "Images" / "one.jpg"
     assert record.boxes == {"1": ((10, 20, 30, 40),)}
     Image.new("RGB", (80, 60)).save(folder / "Images" / "one.png")
-    assert one(folder).picture.suffix == ".png"
+    assert one(folder).image.suffix == ".png"
 
 
 def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path_factory):
@@ -288,11 +288,11 @@ def test_the_digest_changes_with_ids_sentences_and_boxes_alone(folder):
     assert len(set(seen)) == len(seen)
 
 
-def test_pictures_open_from_the_root_wherever_the_command_runs(folder, monkeypatch):
+def test_images_open_from_the_root_wherever_the_command_runs(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     data = open_dataset(folder.name)
     assert data.boxes
-    assert open_image(data.read("one").picture, root=data.root).width == 80
+    assert open_image(data.read("one").image, root=data.root).width == 80
 
 
 def test_folders_that_are_no_data_set(tmp_path):
@@ -309,8 +309,8 @@ def test_the_demo_world_is_whole():
     assert dataset.heldout
     records = [dataset.read(name) for name in dataset.ids[:20]]
     assert not any(record.problems or record.no_box for record in records)
-    assert all(len(record.captions) == 5 and record.picture.is_file() for record in records)
-    assert isinstance(records[0].picture, Path)
+    assert all(len(record.captions) == 5 and record.image.is_file() for record in records)
+    assert isinstance(records[0].image, Path)
 
 
 def test_an_annotation_can_be_read_alone(folder):

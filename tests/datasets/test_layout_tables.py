@@ -43,7 +43,7 @@ def table(**columns):
 
 
 def width(record):
-    return Image.open(io.BytesIO(record.picture)).width
+    return Image.open(io.BytesIO(record.image)).width
 
 
 def texts(record):
@@ -142,7 +142,7 @@ def test_rows_with_one_caption_each_are_grouped(tmp_path):
     assert width(data.read("a.jpg")) == 1
 
 
-def test_rows_that_repeat_a_picture_with_its_captions_are_reported(tmp_path):
+def test_rows_that_repeat_a_image_with_its_captions_are_reported(tmp_path):
     table(filename=["a.jpg", "b.jpg", "a.jpg"]).to_parquet(tmp_path / "t.parquet")
     data = open_dataset(tmp_path)
     assert data.ids == ("a.jpg", "b.jpg")
@@ -165,7 +165,7 @@ def test_ids_without_file_names(tmp_path):
     assert open_dataset(tmp_path / "several", "val").ids == ("val-0", "val-1", "val-2")
 
 
-def test_pictures_as_bytes_alone_and_sentences_as_objects(tmp_path):
+def test_images_as_bytes_alone_and_sentences_as_objects(tmp_path):
     rows = {"image": [png(1)], "filename": ["a.jpg"], "sentences": [[{"raw": "x", "sentid": 3}]]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
     data = open_dataset(tmp_path)
@@ -173,7 +173,7 @@ def test_pictures_as_bytes_alone_and_sentences_as_objects(tmp_path):
     assert texts(data.read("a.jpg")) == [(0, "x")]
 
 
-def test_pictures_that_are_only_paths_stay_inside(tmp_path):
+def test_images_that_are_only_paths_stay_inside(tmp_path):
     home = tmp_path / "data"
     home.mkdir()
     Image.new("RGB", (5, 6)).save(home / "a.jpg")
@@ -184,10 +184,10 @@ def test_pictures_that_are_only_paths_stay_inside(tmp_path):
     datasets.Dataset.from_dict(rows | {"filename": ["1", "2", "3"]}).to_parquet(home / "t.parquet")
     data = open_dataset(home)
     assert data.root == home
-    assert data.read("1").picture == home / "a.jpg"
+    assert data.read("1").image == home / "a.jpg"
     for name, words, caption in (("2", "lies outside of", "y"), ("3", "has no picture in its table", "z")):
         record = data.read(name)
-        assert record.picture is None
+        assert record.image is None
         [failure] = record.failures
         assert words in failure.error
         assert failure.text == caption
@@ -195,11 +195,11 @@ def test_pictures_that_are_only_paths_stay_inside(tmp_path):
         data.read("4")
 
 
-def test_pictures_are_never_decoded(tmp_path):
+def test_images_are_never_decoded(tmp_path):
     features = datasets.Features(image=datasets.Image(), caption=TEXT)
     broken = {"image": [{"bytes": b"no picture", "path": None}], "caption": ["x"]}
     datasets.Dataset.from_dict(broken, features=features).to_parquet(tmp_path / "t.parquet")
-    assert open_dataset(tmp_path).read("0").picture == b"no picture"
+    assert open_dataset(tmp_path).read("0").image == b"no picture"
 
 
 def test_columns_that_are_missing(tmp_path):
@@ -268,7 +268,7 @@ def test_names_on_the_hub(answers, tmp_path, monkeypatch):
         open_dataset("./nowhere")
 
 
-def test_a_picture_that_is_only_a_path_on_another_machine(answers):
+def test_a_image_that_is_only_a_path_on_another_machine(answers):
     features = datasets.Features(image=datasets.Image(decode=False), caption=TEXT)
     rows = {"image": [{"bytes": None, "path": "/home/me/a.jpg"}], "caption": ["x"]}
     answers.found = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features))

@@ -20,7 +20,7 @@ from grounding.evaluation.kinds import LINES, PHRASES, evaluation_of
 SIGN = "A man stands behind a sign that says \" Mark ' Mom ' Finley \" ."
 
 
-def pictures(folder, *names):
+def images(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         Image.new("RGB", (8, 6)).save(folder / name)
@@ -40,8 +40,8 @@ def release(folder, rows, name="captions.txt"):
 # ---------------------------------------------------------------- captions.txt
 
 
-def test_captions_txt_groups_rows_by_picture_whatever_their_order(tmp_path):
-    pictures(tmp_path / "Images", "a.jpg", "b.jpg")
+def test_captions_txt_groups_rows_by_image_whatever_their_order(tmp_path):
+    images(tmp_path / "Images", "a.jpg", "b.jpg")
     release(tmp_path, [("a.jpg", "one , two"), ("b.jpg", SIGN), ("a.jpg", "three"), ("b.jpg", "two\nlines")])
     data = open_dataset(tmp_path)
     assert isinstance(data, Dataset)
@@ -50,7 +50,7 @@ def test_captions_txt_groups_rows_by_picture_whatever_their_order(tmp_path):
     record = data.read("a.jpg")
     assert record == Record("a.jpg", tmp_path / "Images" / "a.jpg", (Caption("one , two", 0), Caption("three", 1)))
     assert texts(data.read("b.jpg")) == [(0, SIGN), (1, "two\nlines")]
-    assert open_image(record.picture, root=data.root).width == 8
+    assert open_image(record.image, root=data.root).width == 8
     assert (data.problems, data.broken) == ((), {})
 
 
@@ -68,27 +68,27 @@ def test_an_empty_caption_is_a_failure_and_keeps_its_line(tmp_path):
     "place",
     ["Images", "images", "flickr30k_images", "flickr30k-images", "flickr30k_images/flickr30k_images", "."],
 )
-def test_pictures_are_found_where_copies_have_them(tmp_path, place):
-    pictures(tmp_path / place, "a.jpg")
+def test_images_are_found_where_copies_have_them(tmp_path, place):
+    images(tmp_path / place, "a.jpg")
     data = open_dataset(release(tmp_path, [("missing.jpg", "x"), ("a.jpg", "y")]))
-    assert data.read("a.jpg").picture.is_file()
+    assert data.read("a.jpg").image.is_file()
     assert data.root.samefile(tmp_path / place)
-    assert not data.read("missing.jpg").picture.exists()  # whoever opens it will say so
+    assert not data.read("missing.jpg").image.exists()  # whoever opens it will say so
 
 
-def test_a_listing_may_name_the_folder_of_its_pictures(tmp_path):
-    pictures(tmp_path / "Images", "a.jpg")
+def test_a_listing_may_name_the_folder_of_its_images(tmp_path):
+    images(tmp_path / "Images", "a.jpg")
     data = open_dataset(release(tmp_path, [("Images/a.jpg", "x")]))
-    assert data.read("Images/a.jpg").picture.is_file()
+    assert data.read("Images/a.jpg").image.is_file()
     assert data.root == tmp_path
 
 
 def test_a_relative_folder_gives_absolute_paths(tmp_path, monkeypatch):
-    pictures(tmp_path / "data" / "Images", "a.jpg")
+    images(tmp_path / "data" / "Images", "a.jpg")
     release(tmp_path / "data", [("a.jpg", "x")])
     monkeypatch.chdir(tmp_path)
     data = open_dataset("data")
-    assert open_image(data.read("a.jpg").picture, root=data.root).height == 6
+    assert open_image(data.read("a.jpg").image, root=data.root).height == 6
 
 
 @pytest.mark.parametrize(
@@ -122,47 +122,47 @@ def test_a_broken_quote_does_not_swallow_thousands_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["two\nlines.jpg", 'quo"te.jpg', "it's.jpg", "dog 🐕.jpg", "-rf.jpg", "<script>.jpg"])
-def test_strange_names_of_pictures_work(tmp_path, name):
-    pictures(tmp_path / "Images", "plain.jpg")
+def test_strange_names_of_images_work(tmp_path, name):
+    images(tmp_path / "Images", "plain.jpg")
     (tmp_path / "Images" / "plain.jpg").rename(tmp_path / "Images" / name)
     data = open_dataset(release(tmp_path, [(name, "x")]))
     assert data.ids == (name,)
-    assert data.read(name).picture.is_file()
+    assert data.read(name).image.is_file()
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../secret.jpg", "link.jpg", "a\0.jpg", "\0"])
 def test_paths_that_leave_the_folder_are_never_given_out(tmp_path, name):
-    pictures(tmp_path, "secret.jpg")
+    images(tmp_path, "secret.jpg")
     home = tmp_path / "data"
-    pictures(home / "Images", "a.jpg")
+    images(home / "Images", "a.jpg")
     (home / "Images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     data = open_dataset(release(home, [(name, "x"), ("a.jpg", "y")]))
     assert data.root == home / "Images"
     record = data.read(name)
-    assert (record.picture, record.captions) == (None, ())
+    assert (record.image, record.captions) == (None, ())
     [failure] = record.failures
     assert (failure.line, failure.text) == (0, "x")  # what is said of it is not lost
     assert len(failure.error.splitlines()) == 1
-    assert data.read("a.jpg").picture.is_file()
+    assert data.read("a.jpg").image.is_file()
 
 
 def test_absolute_paths_inside_the_folder_and_a_folder_that_is_a_link_work(tmp_path):
-    pictures(tmp_path / "disk", "a.jpg")
+    images(tmp_path / "disk", "a.jpg")
     home = tmp_path / "data"
     home.mkdir()
     (home / "Images").symlink_to(tmp_path / "disk")
     inside = str(home / "Images" / "a.jpg")
     data = open_dataset(release(home, [("a.jpg", "x"), (inside, "y")]))
     for name in ("a.jpg", inside):
-        assert open_image(data.read(name).picture, root=data.root).width == 8
+        assert open_image(data.read(name).image, root=data.root).width == 8
 
 
 def test_a_path_that_turns_into_a_way_out_later_is_refused_on_opening(tmp_path):
-    pictures(tmp_path, "secret.jpg")
+    images(tmp_path, "secret.jpg")
     home = tmp_path / "data"
-    pictures(home / "Images", "a.jpg")
+    images(home / "Images", "a.jpg")
     data = open_dataset(release(home, [("a.jpg", "x")]))
-    path = data.read("a.jpg").picture
+    path = data.read("a.jpg").image
     path.unlink()
     path.symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(ImageError, match="lies outside of") as caught:
@@ -220,14 +220,14 @@ def kaggle(folder, *rows):
 
 
 def test_results_csv_takes_the_number_of_a_comment_as_its_line(tmp_path):
-    pictures(tmp_path / "flickr30k_images" / "flickr30k_images", "a.jpg")
+    images(tmp_path / "flickr30k_images" / "flickr30k_images", "a.jpg")
     rows = ["a.jpg| 1| second , with a comma .", 'a.jpg| 0| " Quoted " | and barred', 'a.jpg|2|"Go" he says']
     data = kaggle(tmp_path, *rows, "b.jpg| 4| late")
     record = data.read("a.jpg")
     assert data.layout == "kaggle-csv"
     assert texts(record) == [(0, '" Quoted " | and barred'), (1, "second , with a comma ."), (2, '"Go" he says')]
     assert texts(data.read("b.jpg")) == [(4, "late")]
-    assert record.picture.is_file()
+    assert record.image.is_file()
     assert data.problems == ()
 
 
@@ -319,11 +319,11 @@ def test_karpathy_splits_and_raw_text(tmp_path):
 
 
 def test_karpathy_entries_that_cannot_be_used(tmp_path):
-    pictures(tmp_path / "val2014", "a.jpg")
+    images(tmp_path / "val2014", "a.jpg")
     karpathy(tmp_path, image("a.jpg", "val", "x", filepath="val2014"), image("a.jpg", "val", "y"), {"split": "val"}, 3)
     data = open_dataset(tmp_path)
     assert data.ids == ("val2014/a.jpg", "a.jpg")  # the names of two files
-    assert data.read("val2014/a.jpg").picture.is_file()
+    assert data.read("val2014/a.jpg").image.is_file()
     assert list(data.broken) == ["dataset_flickr30k.json:images[2]", "dataset_flickr30k.json:images[3]"]
     karpathy(tmp_path, image("a.jpg", "val", "x"), image("a.jpg", "val", "y"))
     data = open_dataset(tmp_path)
@@ -382,7 +382,7 @@ def test_json_lists_in_quoted_cells_with_a_split_column(tmp_path):
 
 
 def test_lines_of_json(tmp_path):
-    pictures(tmp_path, "a.jpg")
+    images(tmp_path, "a.jpg")
     lines = [
         {"image": "a.jpg", "caption": ["one", "two"]},
         {"image": "a.jpg", "caption": "three\u2028four"},
@@ -419,7 +419,7 @@ def test_splits_of_lists_that_have_none(tmp_path):
         open_dataset(tmp_path, "test")
 
 
-def test_a_picture_in_two_splits_is_reported(tmp_path):
+def test_a_image_in_two_splits_is_reported(tmp_path):
     (tmp_path / "list.csv").write_text("image,caption,split\na.jpg,x,train\na.jpg,y,test\n")
     data = open_dataset(tmp_path)
     assert data.split == "train"
@@ -427,12 +427,12 @@ def test_a_picture_in_two_splits_is_reported(tmp_path):
 
 
 def test_captions_from_elsewhere(tmp_path):
-    pictures(tmp_path / "pictures", "a.jpg")
+    images(tmp_path / "pictures", "a.jpg")
     release(tmp_path / "pictures", [("a.jpg", "near")])
     release(tmp_path, [("a.jpg", "far")], name="mine.csv")
     data = open_dataset(tmp_path / "pictures", captions_file=tmp_path / "mine.csv")
     assert texts(data.read("a.jpg")) == [(0, "far")]
-    assert data.read("a.jpg").picture.is_file()
+    assert data.read("a.jpg").image.is_file()
     with pytest.raises(DataError, match=r"none\.csv': there is no such file"):
         open_dataset(tmp_path / "pictures", captions_file="none.csv")
     with pytest.raises(DataError, match="no such folder for the pictures of"):
@@ -442,12 +442,12 @@ def test_captions_from_elsewhere(tmp_path):
 # ---------------------------------------------------------------- labels of text lines
 
 
-def test_text_lines_are_pictures_with_one_caption_each():
+def test_text_lines_are_images_with_one_caption_each():
     data = open_dataset(demo_lines(), "val")
     record = data.read(data.ids[0])
     assert data.ids[0].startswith("val/")
     assert len(record.captions) == 1
-    assert record.picture.is_file()
+    assert record.image.is_file()
     assert {name.split("/")[0] for name in open_dataset(demo_lines()).ids} == {"test", "val"}
     assert open_dataset(demo_lines() / "val").read("000.jpg").captions == record.captions
     with pytest.raises(DataError, match=r"no split 'train' .*there are: test, val"):
@@ -456,7 +456,7 @@ def test_text_lines_are_pictures_with_one_caption_each():
 
 def test_a_broken_line_of_one_split_is_named_with_it(tmp_path):
     for split in ("test", "val"):
-        pictures(tmp_path / split, "0.png")
+        images(tmp_path / split, "0.png")
         (tmp_path / split / "labels.jsonl").write_text('{"file": "0.png", "text": "a"}\n{"text": "b"}\n')
     data = open_dataset(tmp_path)
     assert data.ids == ("test/0.png", "val/0.png")
@@ -470,28 +470,28 @@ def test_a_broken_line_of_one_split_is_named_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("place", [".", "images"])
-def test_a_folder_of_pictures_alone(tmp_path, place):
-    pictures(tmp_path / place, "b.png", "a.JPG", ".hidden.png")
+def test_a_folder_of_images_alone(tmp_path, place):
+    images(tmp_path / place, "b.png", "a.JPG", ".hidden.png")
     (tmp_path / "notes.txt").write_text("nothing")
     data = open_dataset(tmp_path)
     assert (data.layout, data.ids) == ("pictures", ("a.JPG", "b.png"))
     record = data.read("b.png")
     assert (record.captions, record.failures) == ((), ())
-    assert record.picture.is_file()
+    assert record.image.is_file()
     assert data.problems == ()
-    pictures(tmp_path / place, "c.png")
+    images(tmp_path / place, "c.png")
     assert open_dataset(tmp_path).digest() != data.digest()
 
 
 def test_a_table_that_could_not_be_used_is_told(tmp_path):
-    pictures(tmp_path, "a.png")
+    images(tmp_path, "a.png")
     (tmp_path / "labels.tsv").write_text("a.png\tA dog\n")
     [problem] = open_dataset(tmp_path).problems
     assert problem.startswith("'labels.tsv' is not read")
 
 
 def test_a_name_that_is_not_utf8_is_reported(tmp_path):
-    pictures(tmp_path, "a.png")
+    images(tmp_path, "a.png")
     try:
         (tmp_path / os.fsdecode(b"b\xff.png")).write_bytes(b"")
     except OSError:
@@ -540,7 +540,7 @@ def test_what_is_no_folder_is_one_short_line(tmp_path, monkeypatch, name):
 def test_only_data_with_boxes_are_scored(tmp_path):
     assert evaluation_of(demo_scenes()) is PHRASES
     assert evaluation_of(demo_lines()) is LINES
-    pictures(tmp_path, "a.png")
+    images(tmp_path, "a.png")
     with pytest.raises(DataError, match="has pictures but no captions and no boxes"):
         evaluation_of(tmp_path)
     release(tmp_path, [("a.png", "x")])
@@ -550,7 +550,7 @@ def test_only_data_with_boxes_are_scored(tmp_path):
     assert not PHRASES.recognises(tmp_path)
 
 
-def test_a_line_without_a_caption_beside_others_of_its_picture_is_told(tmp_path):
+def test_a_line_without_a_caption_beside_others_of_its_image_is_told(tmp_path):
     lines = [{"image": "a.jpg", "caption": "one"}, {"image": "a.jpg"}, {"image": "b.jpg"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = open_dataset(tmp_path)
@@ -559,10 +559,10 @@ def test_a_line_without_a_caption_beside_others_of_its_picture_is_told(tmp_path)
     assert texts(data.read("b.jpg")) == []  # a row of its own: it has none at all
 
 
-def test_pictures_in_a_folder_of_any_name_are_found(tmp_path):
-    pictures(tmp_path / "img", "a.jpg")
+def test_images_in_a_folder_of_any_name_are_found(tmp_path):
+    images(tmp_path / "img", "a.jpg")
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.csv").write_text("image,caption\na.jpg,one\n")
     data = open_dataset(tmp_path)
     assert data.root == tmp_path / "img"
-    assert data.read("a.jpg").picture.is_file()
+    assert data.read("a.jpg").image.is_file()

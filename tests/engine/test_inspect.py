@@ -19,7 +19,7 @@ from grounding.explanation.inspection import Inspection
 from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
 from tests.conftest import noise
 from tests.methods.test_cams import one_by_one
-from tests.methods.test_methods import CAPTION, TAPS, run_tutorial
+from tests.methods.test_methods import CAPTION, LAYERS, run_tutorial
 from tests.support import models
 from tests.support.convolutional import COLUMNS, ROWS, ClassAdapter
 from tests.support.explanations import whole
@@ -28,10 +28,10 @@ from tests.support.oracles import vision
 from tests.support.tolerances import STORED, close
 
 
-@pytest.mark.parametrize("layer", TAPS)
-def test_it_is_what_a_tutorial_records(clip, picture, layer):
-    for entry, (score, features, gradient, _) in enumerate(run_tutorial(clip, picture, layer)[:3]):
-        found = inspect(clip, picture, CAPTION, entry=entry, layer=layer)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_it_is_what_a_tutorial_records(clip, image, layer):
+    for entry, (score, features, gradient, _) in enumerate(run_tutorial(clip, image, layer)[:3]):
+        found = inspect(clip, image, CAPTION, entry=entry, layer=layer)
         assert found.features.shape == found.gradients.shape == (4, 4, 32)
         assert close(found.features.reshape(16, -1), features[1:])
         assert close(found.gradients.reshape(16, -1), gradient[1:])
@@ -43,7 +43,7 @@ def test_it_is_what_a_tutorial_records(clip, picture, layer):
 
 
 def test_behind_a_relu_that_works_in_place():
-    adapter = ClassAdapter(tap="features")
+    adapter = ClassAdapter(layer="features")
     found = inspect(adapter, noise(70, 50), "2")
     features, gradient = one_by_one(adapter, noise(70, 50), 2, "features")
     assert found.features.min() < 0
@@ -63,17 +63,17 @@ def test_a_layer_with_a_grid_of_its_own():
     assert f"{large.geometry.rows} x {large.geometry.columns} cells, 8 channels" in shown
 
 
-def test_entries_by_label_and_what_they_are(clip, picture):
-    found = inspect(clip, picture, CAPTION, entry="red")
+def test_entries_by_label_and_what_they_are(clip, image):
+    found = inspect(clip, image, CAPTION, entry="red")
     assert (found.entry.kind, found.entry.label) == ("token", "red")
-    same = explain(clip, picture, CAPTION, methods=["gradcam"])
+    same = explain(clip, image, CAPTION, methods=["gradcam"])
     assert close(found.map, same["red"].raw)
-    phrase = inspect(clip, picture, CAPTION, entry="red jacket", select=Selection(phrases=["red jacket"]))
+    phrase = inspect(clip, image, CAPTION, entry="red jacket", select=Selection(phrases=["red jacket"]))
     assert phrase.entry.kind == "phrase"
     with pytest.raises(TextError, match=r"no entry 'blue' \(occurrence 0\); there are 0:'a man in a red jacket'"):
-        inspect(clip, picture, CAPTION, entry="blue")
+        inspect(clip, image, CAPTION, entry="blue")
     with pytest.raises(TextError, match="entry 99 is not in 0 to"):
-        inspect(clip, picture, CAPTION, entry=99)
+        inspect(clip, image, CAPTION, entry=99)
 
 
 def test_places_count_from_either_end():
@@ -82,17 +82,17 @@ def test_places_count_from_either_end():
     assert find_label("RED", labels, 1) == 1
 
 
-def test_all_entries_at_all_layers_come_from_one_pass(clip, picture, monkeypatch):
+def test_all_entries_at_all_layers_come_from_one_pass(clip, image, monkeypatch):
     passes = []
     handle = clip.model.vision_model.register_forward_hook(lambda *_: passes.append(1))
-    found = inspect_all(clip, picture, "two dogs", layers=["-1.in", "-2"], average_layers=True)
+    found = inspect_all(clip, image, "two dogs", layers=["-1.in", "-2"], average_layers=True)
     handle.remove()
     assert len(passes) == 1
     assert [(one.entry.label, one.layer) for one in found] == [
-        (label, layer) for label in ("two dogs", "two", "dog", "s") for layer in (TAPS[0], TAPS[1])
+        (label, layer) for label in ("two dogs", "two", "dog", "s") for layer in (LAYERS[0], LAYERS[1])
     ]
     for one in found:
-        assert close(one.map, inspect(clip, picture, "two dogs", entry=one.entry.label, layer=one.layer).map)
+        assert close(one.map, inspect(clip, image, "two dogs", entry=one.entry.label, layer=one.layer).map)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcam_ln"])
@@ -102,7 +102,7 @@ def test_the_map_is_the_weighted_sum_on_every_architecture(any_adapter, method):
     same = explain(any_adapter, noise(70, 50, 1), "two dogs", methods=[method])
     assert close(found.map, same.map(-1).raw)
     assert close(np.einsum("rcd,d->rc", found.features.astype(float), found.weights.astype(float)), found.map, STORED)
-    assert found.title == same.columns[method].title
+    assert found.title == same.methods[method].title
     assert (found.entry.label, found.entry.kind) == (same.entries[-1].label, same.entries[-1].kind)
     assert found.entry.score == pytest.approx(same.entries[-1].score)
 
@@ -133,26 +133,26 @@ def test_a_score_without_a_text_has_one_map_for_all_entries():
     assert all(np.array_equal(one.features, found[0].features) and one.map.any() for one in found)
 
 
-def test_options_are_those_of_the_method(clip, picture):
+def test_options_are_those_of_the_method(clip, image):
     options = {"gradcam.threshold": 0.5, "gradcam.smooth": 1.0, "rollout.fusion": "max"}
-    found = inspect_all(clip, picture, CAPTION, methods=["rollout", "gradcam"], options=options)[0]
-    same = explain(clip, picture, CAPTION, methods=["rollout", "gradcam"], options=options).map(0, "gradcam")
+    found = inspect_all(clip, image, CAPTION, methods=["rollout", "gradcam"], options=options)[0]
+    same = explain(clip, image, CAPTION, methods=["rollout", "gradcam"], options=options).map(0, "gradcam")
     assert close(found.map, same.raw)
     assert close(found.view, same.view)
     assert (found.view[found.view > 0] >= 0.5 * found.map.max()).all()
-    assert inspect_all(clip, picture, CAPTION, methods=["rollout", "relevance"])[0].title == "Grad-CAM"
-    assert [one.title for one in inspect_all(clip, picture, "dogs", methods=["default", "gradcam_ln"])][:1] == [
+    assert inspect_all(clip, image, CAPTION, methods=["rollout", "relevance"])[0].title == "Grad-CAM"
+    assert [one.title for one in inspect_all(clip, image, "dogs", methods=["default", "gradcam_ln"])][:1] == [
         "Grad-CAM (LN-rule)"
     ]
 
 
-def test_the_model_is_left_as_it_was(clip, picture):
+def test_the_model_is_left_as_it_was(clip, image):
     clip.model.train()
     before = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
     state = torch.random.get_rng_state()
-    inspect(clip, picture, CAPTION)
+    inspect(clip, image, CAPTION)
     with pytest.raises(LayerError, match="is dead"):
-        inspect(clip, picture, CAPTION, layer="-1")
+        inspect(clip, image, CAPTION, layer="-1")
     assert clip.model.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.model.state_dict().items())
@@ -160,32 +160,32 @@ def test_the_model_is_left_as_it_was(clip, picture):
     assert not any(m._forward_hooks for m in clip.model.modules() if type(m).__name__ == "LayerNorm")
 
 
-def test_a_model_that_draws_lots_draws_those_of_its_explanation(clip, picture):
+def test_a_model_that_draws_lots_draws_those_of_its_explanation(clip, image):
     drawn = []
     handle = clip.model.vision_model.register_forward_hook(lambda *_: drawn.append(torch.rand(()).item()))
     for call in (explain, inspect):
         for seed in (3, 4):
-            call(clip, picture, CAPTION, seed=seed)
+            call(clip, image, CAPTION, seed=seed)
     handle.remove()
     assert drawn[:2] == drawn[2:]
     assert drawn[0] != drawn[1]
 
 
-def test_what_cannot_be_inspected_is_refused(clip, picture):
+def test_what_cannot_be_inspected_is_refused(clip, image):
     with pytest.raises(
         OptionError, match=r"'layercam' has no channel weights .* \(methods that have: gradcam, gradcam_ln"
     ):
-        inspect(clip, picture, CAPTION, method="layercam")
+        inspect(clip, image, CAPTION, method="layercam")
     with pytest.raises(ValueError, match="did you mean 'gradcam'"):
-        inspect(clip, picture, CAPTION, method="gradkam")
+        inspect(clip, image, CAPTION, method="gradkam")
     with pytest.raises(GroundingError, match="one picture and one text, got 2 and 1"):
-        inspect(clip, [picture, picture], CAPTION)
+        inspect(clip, [image, image], CAPTION)
     with pytest.raises(GroundingError, match="one picture and one text, got 1 and 2"):
-        inspect(clip, picture, [CAPTION, "dogs"])
+        inspect(clip, image, [CAPTION, "dogs"])
     with pytest.raises(OptionError, match="nothing to inspect in 'two dogs'"):
-        inspect(clip, picture, "two dogs", select=Selection(caption=False, tokens=False))
+        inspect(clip, image, "two dogs", select=Selection(caption=False, tokens=False))
     with pytest.raises(OptionError, match=r"gradcam.threshold"):
-        inspect(clip, picture, CAPTION, options={"gradcam.threshold": 2})
+        inspect(clip, image, CAPTION, options={"gradcam.threshold": 2})
 
 
 def test_a_layer_read_through_a_norm_alone_is_said(trocr):
@@ -197,15 +197,15 @@ def test_a_layer_read_through_a_norm_alone_is_said(trocr):
 # ---------------------------------------------------------------- the figure
 
 
-def made(rows=3, columns=4, width=20, label="jacket", picture=None, geometry=None, **fields):
+def made(rows=3, columns=4, width=20, label="jacket", image=None, geometry=None, **fields):
     """An inspection by hand; channel d has the weight d - 8.9 and a gradient that is the same in every cell."""
-    picture = open_image(picture or noise(80, 60))
-    geometry = geometry or whole(picture.width, picture.height, rows, columns)
+    image = open_image(image or noise(80, 60))
+    geometry = geometry or whole(image.width, image.height, rows, columns)
     features = np.random.default_rng(0).normal(size=(rows, columns, width)).astype(np.float32)
     weights = (np.arange(width) - 8.9).astype(np.float32)
     gradients = np.broadcast_to(weights, features.shape)
     given = {
-        "picture": picture, "caption": "man in red jacket", "geometry": geometry,
+        "picture": image, "caption": "man in red jacket", "geometry": geometry,
         "layer": "vision.encoder.layers.3.norm", "entry": Entry(label, "token", 0, 3, 0.25), "title": "Grad-CAM",
         "features": features, "gradients": gradients,
         "weights": weights, "map": features @ weights, "target": "similarity", "model": {"id": "some/model"},
@@ -306,12 +306,12 @@ def test_the_histogram_counts_channels():
     ],
 )
 def test_what_the_model_saw_lies_under_the_grid(geometry, left, right):
-    picture = Image.new("RGB", (80, 40), left)
-    picture.paste(right, (40, 0, 80, 40))
+    image = Image.new("RGB", (80, 40), left)
+    image.paste(right, (40, 0, 80, 40))
     if geometry.input_width < 80 and not geometry.offset[1]:  # what the crop cuts off
-        picture.paste("lime", (0, 0, 20, 40))
-        picture.paste("lime", (60, 0, 80, 40))
-    shown = panels(made(4, 4, picture=picture, geometry=geometry).figure(1))["seen"].astype(int)
+        image.paste("lime", (0, 0, 20, 40))
+        image.paste("lime", (60, 0, 80, 40))
+    shown = panels(made(4, 4, image=image, geometry=geometry).figure(1))["seen"].astype(int)
     height, width = shown.shape[:2]
     assert tuple(shown[height // 2, width // 4]) == (255, 0, 0)
     assert tuple(shown[height // 2, 3 * width // 4]) == (0, 0, 255)

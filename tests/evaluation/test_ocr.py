@@ -77,7 +77,7 @@ def test_lines_as_they_stand_in_the_file(folder):
     found = open_lines(folder)
     assert (found.split, [line.text for line in found.lines]) == ("test", list(TEXTS))
     first = found.lines[0]
-    assert (first.number, first.picture, first.boxes[1]) == (1, folder / "test" / "0.png", (4.0, 0.0, 8.0, 4.0))
+    assert (first.number, first.image, first.boxes[1]) == (1, folder / "test" / "0.png", (4.0, 0.0, 8.0, 4.0))
     assert [line.groups for line in found.lines] == [
         ("seen faces", "dark on light"),
         ("unseen faces", "light on dark"),
@@ -348,7 +348,7 @@ def test_a_line_with_numeric_trouble_costs_itself_alone(folder, monkeypatch):
     real = evaluation.explain
 
     def explain(adapter, images, texts, **how):
-        if any(picture.path.endswith("1.png") for picture in images):
+        if any(image.path.endswith("1.png") for image in images):
             raise NumericError("NaN")
         return real(adapter, images, texts, **how)
 

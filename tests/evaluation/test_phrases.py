@@ -39,12 +39,12 @@ METHOD_KEYS = {
 }
 
 
-def write_data(folder, pictures, split="test"):
-    """A data set; `pictures`: name -> phrase -> box (x0, y0, x1, y1), half-open, of a picture of 80 x 80 pixels."""
+def write_data(folder, images, split="test"):
+    """A data set; `images`: name -> phrase -> box (x0, y0, x1, y1), half-open, of a picture of 80 x 80 pixels."""
     for part in ("Images", "Sentences", "Annotations"):
         (folder / part).mkdir(exist_ok=True, parents=True)
-    (folder / f"{split}.txt").write_text("\n".join(pictures))
-    for seed, (name, phrases) in enumerate(pictures.items()):
+    (folder / f"{split}.txt").write_text("\n".join(images))
+    for seed, (name, phrases) in enumerate(images.items()):
         noise(80, 80, seed).save(folder / "Images" / f"{name}.png")
         marks = [f"[/EN#{i}/people {phrase}]" for i, phrase in enumerate(phrases, 1)]
         (folder / "Sentences" / f"{name}.txt").write_text(" and ".join(marks) + "\n" + " or ".join(marks) + "\n")
@@ -81,7 +81,7 @@ def perfect(monkeypatch):
     asked = []
 
     def explain(adapter, images, texts, **how):
-        [picture], [texts] = [evaluation_open(image) for image in images], texts
+        [opened], [texts] = [evaluation_open(image) for image in images], texts
         asked.append((Path(images[0]).stem, tuple(texts), how))
         geometry = whole(80, 80)
         boxes = {phrase.lower(): box for phrase, box in PICTURES[Path(images[0]).stem].items()}
@@ -91,7 +91,7 @@ def perfect(monkeypatch):
             x0, y0, x1, y1 = (value // 20 for value in boxes[text])
             raw[y0:y1, x0:x1] = 1
             columns = [column(key, [raw], geometry) for key in ("gradcam", "relevance")]
-            made.append(explanation(picture.image, labels=(text,), geometry=geometry, columns=columns))
+            made.append(explanation(opened.pil, labels=(text,), geometry=geometry, columns=columns))
         return [made]
 
     def evaluation_open(path):
@@ -135,7 +135,7 @@ def test_all_captions_mention_more_and_explain_no_more(folder, clip, perfect):
     assert [len(texts) for _, texts, _ in perfect] == [2, 3, 2]
 
 
-def test_selection_of_pictures(folder, clip, perfect):
+def test_selection_of_images(folder, clip, perfect):
     few = evaluate(clip, open_dataset(folder), Rules(min_entities=3), **PERFECT)
     assert (few["pictures"], few["phrases"]) == (1, 3)
     assert (few["skipped"], few["skipped_pictures"]) == ({"min_entities": 4}, {"min_entities": 2})
@@ -143,7 +143,7 @@ def test_selection_of_pictures(folder, clip, perfect):
     assert (first["pictures"], first["phrases"], first["skipped"]) == (2, 5, {})
 
 
-def test_a_failing_picture_is_counted_and_named(folder, clip, perfect):
+def test_a_failing_image_is_counted_and_named(folder, clip, perfect):
     (folder / "Images" / "first.png").write_bytes(b"")
     (folder / "Annotations" / "third.xml").write_text("<annotation>")
     found = evaluate(clip, open_dataset(folder), **PERFECT)
@@ -177,7 +177,7 @@ def test_phrases_without_boxes_are_counted_by_reason(folder, clip, perfect):
         ({"layers": ["-1"], "methods": ["gradcam"]}, LayerError),  # dead: known after the first picture
     ],
 )
-def test_what_is_wrong_for_every_picture_ends_at_once(folder, clip, how, error):
+def test_what_is_wrong_for_every_image_ends_at_once(folder, clip, how, error):
     with pytest.raises(error):
         evaluate(clip, open_dataset(folder), **how)
 
@@ -188,15 +188,15 @@ def test_rules_that_mean_nothing(wrong):
         Rules(**wrong)
 
 
-def test_pictures_inside_tables_have_no_boxes_to_score(folder, clip, monkeypatch):
+def test_images_inside_tables_have_no_boxes_to_score(folder, clip, monkeypatch):
     data = open_dataset(folder, "test")
     real = data.read
-    monkeypatch.setattr(data, "read", lambda name: dataclasses.replace(real(name), picture=b"..."))
+    monkeypatch.setattr(data, "read", lambda name: dataclasses.replace(real(name), image=b"..."))
     with pytest.raises(GroundingError, match=r"not one phrase .*3 pictures failed_input.*first: a picture inside a"):
         evaluate(clip, data, methods=["rollout"])
 
 
-def test_a_picture_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
+def test_a_image_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
     real = evaluation.explain
 
     def explain(adapter, images, texts, **how):
@@ -287,7 +287,7 @@ def test_scores_of_the_best_and_of_any_order(white, weights, deletion, monkeypat
     json.dumps(found, allow_nan=False)
 
 
-def test_what_is_no_picture_is_never_touched(white):
+def test_what_is_no_image_is_never_touched(white):
     """Two columns are padding, with weights of their own: they add to every score alike."""
     weights = np.arange(CELLS, dtype=float).reshape(ROWS, COLUMNS)
     adapter = LinearAdapter({"a": weights}, shown=3)
@@ -301,7 +301,7 @@ def test_what_is_no_picture_is_never_touched(white):
 
 
 @pytest.mark.parametrize("baseline", ["blur", "mean"])
-def test_nothing_can_be_said_where_the_baseline_is_the_picture(white, baseline, monkeypatch):
+def test_nothing_can_be_said_where_the_baseline_is_the_image(white, baseline, monkeypatch):
     adapter = LinearAdapter({"a": one_hot()})
     monkeypatch.setattr(believing, "randomisation", lambda *_, **__: ([], {"true": []}))
     monkeypatch.setattr(believing, "text_sensitivity", lambda *_: {"true": {}})
@@ -377,10 +377,10 @@ def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
     assert float(again[0].std() / old.std()) == pytest.approx(1, abs=0.1)
 
 
-def test_a_picture_with_one_caption_is_held_against_another_ones(folder, clip):
+def test_a_image_with_one_caption_is_held_against_another_ones(folder, clip):
     how = {"methods": ["rollout"], "select": evaluation.WHOLE}
     cases = clip_cases(folder, clip, how)
-    single = [Case(case.picture, case.texts, case.maps, case.seen, case.captions[:1]) for case in cases]
+    single = [Case(case.image, case.texts, case.maps, case.seen, case.captions[:1]) for case in cases]
     found = text_sensitivity(clip, single, how)["rollout"]
     assert found == {"text_sensitivity": [[]] * 3, "foreign_text": [[1.0]] * 3}
 
@@ -420,9 +420,9 @@ def test_the_command_on_the_demo_world(command):
 
 
 def test_choices_reach_the_document(command):
-    taps = ("--methods", "gradcam", "--layer", "-1.in", "--layer", "-2", "--option", "gradcam.threshold=0.1")
+    layers = ("--methods", "gradcam", "--layer", "-1.in", "--layer", "-2", "--option", "gradcam.threshold=0.1")
     rules = ("--peak", "pixel", "--captions", "all", "--min-entities", 4, "--split", "val", "--threshold", 0.4)
-    code, out, _ = command("--limit", 2, *taps, *rules, "--format", "json", "--device", "cpu")
+    code, out, _ = command("--limit", 2, *layers, *rules, "--format", "json", "--device", "cpu")
     document = json.loads(out)
     assert code == 0
     assert list(document["methods"]) == ["gradcam@-1.in", "gradcam@-2", "centre", "random"]
@@ -461,7 +461,7 @@ def evaluation_warnings(counted):
     return warnings_of({"problems": [], "warnings": counted})
 
 
-def test_a_broken_picture_warns_and_the_rest_counts(command, folder):
+def test_a_broken_image_warns_and_the_rest_counts(command, folder):
     (folder / "Images" / "first.png").write_bytes(b"no picture")
     argv = ("--data", folder, "--methods", "rollout", "--device", "cpu")
     code, out, err = command(*argv)

@@ -8,7 +8,7 @@ import pytest
 from grounding.core.boxes import inside, overlap, pixel_mask, seen_points
 from grounding.core.geometry import Geometry
 from grounding.datasets.records import Caption, Phrase, Record
-from grounding.evaluation.pointing import Mention, best_threshold, mentions_of, score_picture, summary
+from grounding.evaluation.pointing import Mention, best_threshold, mentions_of, score_image, summary
 from grounding.evaluation.statistics import mean, pearson, ratio
 from tests.support.explanations import column, explanation, noise, whole
 
@@ -41,7 +41,7 @@ def score(maps, *, boxes=BOXES, mentions=MENTIONS, geometry=None, shared=False, 
         )
         for text, raw in maps.items()
     }
-    return score_picture(boxes, mentions, made, **options)
+    return score_image(boxes, mentions, made, **options)
 
 
 def perfect():
@@ -258,7 +258,7 @@ def test_the_interval_of_a_constant_is_the_constant():
     assert (found.value, found.interval, found.count) == (0.25, (0.25, 0.25), 7)
 
 
-def test_the_interval_of_one_picture_is_unknown_and_of_none_there_is_no_mean():
+def test_the_interval_of_one_image_is_unknown_and_of_none_there_is_no_mean():
     assert mean([[1.0, 0.0]]).interval is None
     assert mean([[1.0, 0.0]]).value == 0.5
     assert mean([]) == mean([[], [None]])
@@ -278,7 +278,7 @@ def test_intervals_are_those_of_the_bootstrap_on_paper():
     assert (high + low) / 2 == pytest.approx(0.5, abs=0.005)
 
 
-def test_pictures_are_resampled_not_phrases():
+def test_images_are_resampled_not_phrases():
     """Phrases that say the same five times over make nothing surer."""
     hits = [float(i % 3 == 0) for i in range(60)]
     assert mean([[h] * 5 for h in hits]).interval == pytest.approx(mean([[h] for h in hits]).interval)

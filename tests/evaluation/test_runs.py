@@ -64,7 +64,7 @@ def thing(chain, *boxes):
     return "".join(made)
 
 
-def write_picture(folder, name, sentences, things, split="test"):
+def write_image(folder, name, sentences, things, split="test"):
     for part in ("Images", "Sentences", "Annotations"):
         (folder / part).mkdir(exist_ok=True, parents=True)
     with (folder / f"{split}.txt").open("a") as listing:
@@ -137,7 +137,7 @@ def data(tmp_path):
     """One picture with one caption: a dog in two boxes, a ball in one patch, and four phrases without a box."""
     said = [("A Dog", 1, "animals"), ("the ball", 2, "other"), ("a thought", 3), ("a beach", 4, "scene")]
     said += [("each other", 0, "notvisual"), ("a ghost", 9)]
-    write_picture(tmp_path / "data", "one", [marked(*said)], THINGS)
+    write_image(tmp_path / "data", "one", [marked(*said)], THINGS)
     return open_dataset(tmp_path / "data", "test")
 
 
@@ -196,7 +196,7 @@ def test_energy_overlap_and_baselines_on_paper(tmp_path, data):
 
 def test_pixels_count_to_the_edge_of_the_box_around(tmp_path):
     """The first maximum is the corner pixel, which the strict protocol does not count."""
-    write_picture(tmp_path / "data", "one", [marked(("a dog", 1))], [thing(1, (0, 0, 20, 20))])
+    write_image(tmp_path / "data", "one", [marked(("a dog", 1))], [thing(1, (0, 0, 20, 20))])
     data = open_dataset(tmp_path / "data", "test")
     maps = {"a dog": delta((0, 0))}
     documents = evaluate_run(
@@ -216,7 +216,7 @@ def test_pixels_count_to_the_edge_of_the_box_around(tmp_path):
     ],
 )
 def test_chains_whose_first_box_is_small_are_skipped(tmp_path, boxes, scored):
-    write_picture(tmp_path / "data", "one", [marked(("a dog", 1), ("a cat", 2))], [thing(1, *boxes), thing(2, *PATCH)])
+    write_image(tmp_path / "data", "one", [marked(("a dog", 1), ("a cat", 2))], [thing(1, *boxes), thing(2, *PATCH)])
     data = open_dataset(tmp_path / "data", "test")
     maps = dict.fromkeys(("a dog", "a cat"), delta((0, 0)))
     documents = evaluate_run(write_run(tmp_path / "run", data, {"one": rows_of(data, "one", maps, maps)}), data)
@@ -232,7 +232,7 @@ def test_chains_whose_first_box_is_small_are_skipped(tmp_path, boxes, scored):
 def twice(tmp_path):
     """A chain that two captions name, in the box of patch (1, 1)."""
     sentences = [marked(("a dog", 1, "animals")), marked(("an old dog", 1, "animals", "other"))]
-    write_picture(tmp_path / "data", "one", sentences, [thing(1, (20, 20, 40, 40))])
+    write_image(tmp_path / "data", "one", sentences, [thing(1, (20, 20, 40, 40))])
     return open_dataset(tmp_path / "data", "test")
 
 
@@ -322,7 +322,7 @@ def several(tmp_path):
     for name in ("fine", "broken", "cut", "changed", "poor"):
         sentences = [marked(("a red dot", 1), ("a blue dot", 2)), marked(("red", 1), ("blue", 2))]
         things = [thing(1, (0, 0, 20, 20)), thing(2, (60, 60, 80, 80) if name != "poor" else "nobndbox")]
-        write_picture(tmp_path / "data", name, sentences, things)
+        write_image(tmp_path / "data", name, sentences, things)
     return open_dataset(tmp_path / "data", "test")
 
 
@@ -356,7 +356,7 @@ def test_every_phrase_is_scored_or_counted(tmp_path, several):
     assert poor[ANY]["phrases"] == 11
 
 
-def test_pictures_that_the_data_set_lost_are_named(tmp_path, several):
+def test_images_that_the_data_set_lost_are_named(tmp_path, several):
     run = write_run(tmp_path / "run", several, several_rows(several))
     (several.folder / "Annotations" / "fine.xml").unlink()
     documents = evaluate_run(run, open_dataset(several.folder, "test"))
@@ -447,7 +447,7 @@ def test_a_run_scores_as_the_model_does(tmp_path, several):
         texts = [caption.text for caption in record.captions]
         places = [tuple((p.start, p.end) for p in caption.phrases) for caption in record.captions]
         select = [[Selection(tokens=False, phrases=own) for own in places]]
-        [made] = explain(clip, [str(record.picture)], [texts], select=select, methods=["gradcam", "rollout"])
+        [made] = explain(clip, [str(record.image)], [texts], select=select, methods=["gradcam", "rollout"])
         rows[name] = [explained(name, line, one, {}) for line, one in enumerate(made)]
     about = RunMetadata.of(clip, plan, "similarity", "leave-one-out", 0)
     run = write_run(tmp_path / "run", several, rows, about)

@@ -23,13 +23,13 @@ def swaps(tmp_path):
     return Swaps.read(tmp_path)
 
 
-def record(picture=Path("x.png")):
+def record(image=Path("x.png")):
     caption = Caption(
         "A man in a red jacket and a dog", 0,
         (Phrase("A man in a red jacket", 0, 21, "1", ()), Phrase("a dog", 26, 31, "2", ())),
     )  # fmt: skip
     other = Caption("a woman in a red jacket", 1, (Phrase("a woman in a red jacket", 0, 23, "3", ()),))
-    return Record("x", picture, (caption, other), {}, {})
+    return Record("x", image, (caption, other), {}, {})
 
 
 def test_one_word_changes_at_a_time_and_combinations_occur(swaps):
@@ -38,7 +38,7 @@ def test_one_word_changes_at_a_time_and_combinations_occur(swaps):
     assert "an orange jacket" in list(swaps.of("man in a red jacket"))[2]  # "a orange" would give the swap away
 
 
-def test_what_is_true_of_the_picture_or_held_out_is_left_out(swaps):
+def test_what_is_true_of_the_image_or_held_out_is_left_out(swaps):
     made = changed_captions(record().captions[0], record(), swaps, frozenset({"a man in a blue jacket"}))
     assert made == ["A man in an orange jacket and a dog"]
     assert len(changed_captions(record().captions[0], record(), swaps, frozenset())) == 2

@@ -46,13 +46,13 @@ def same_as(result, original):
     for field in dataclasses.fields(Explanation):
         if field.name not in ("columns", "picture"):
             assert getattr(result, field.name) == getattr(original, field.name), field.name
-    assert list(result.columns) == list(original.columns)
-    for key, made in result.columns.items():
+    assert list(result.columns) == list(original.methods)
+    for key, made in result.methods.items():
         for field in dataclasses.fields(made):
             if field.name != "maps":
-                assert getattr(made, field.name) == getattr(original.columns[key], field.name), field.name
-        assert made.maps.dtype == original.columns[key].maps.dtype
-        assert made.maps.tobytes() == original.columns[key].maps.tobytes()
+                assert getattr(made, field.name) == getattr(original.methods[key], field.name), field.name
+        assert made.maps.dtype == original.methods[key].maps.dtype
+        assert made.maps.tobytes() == original.methods[key].maps.tobytes()
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +80,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(on_disk, tmp_path):
     assert names(tmp_path / "a" / "b") == ALL
     result = load(tmp_path / "a" / "b")
     same_as(result, on_disk)
-    assert result.picture.image.tobytes() == on_disk.picture.image.tobytes()
-    assert (result.picture.path, result.picture.sha256) == (on_disk.picture.path, on_disk.picture.sha256)
+    assert result.image.pil.tobytes() == on_disk.image.pil.tobytes()
+    assert (result.image.path, result.image.sha256) == (on_disk.image.path, on_disk.image.sha256)
     assert np.array_equal(np.asarray(result.figure().axes[0].images[1].get_array()),
                           np.asarray(on_disk.figure().axes[0].images[1].get_array()))  # fmt: skip
 
@@ -116,36 +116,36 @@ def test_special_values_survive(tmp_path):
     save(made, tmp_path / "out", DATA)
     result = load(tmp_path / "out")
     same_as(result, made)
-    assert [bool(s) for s in result.columns["gradcam"].status] == [True, True, False]
+    assert [bool(s) for s in result.methods["gradcam"].status] == [True, True, False]
 
 
-def test_a_picture_without_a_file_is_saved_beside(tmp_path):
+def test_a_image_without_a_file_is_saved_beside(tmp_path):
     made = explanation()
     save(made, tmp_path / "out")
     assert names(tmp_path / "out") == sorted([*ALL, "picture.png"])
     result = load(tmp_path / "out")
-    assert result.picture.image.tobytes() == made.picture.image.tobytes()
-    assert result.picture.path is None
+    assert result.image.pil.tobytes() == made.image.pil.tobytes()
+    assert result.image.path is None
     save(result, tmp_path / "again", DATA)
     assert (tmp_path / "again" / "maps.npz").read_bytes() == (tmp_path / "out" / "maps.npz").read_bytes()
 
 
-def test_picture_and_results_are_found_when_moved_together(on_disk, tmp_path):
+def test_image_and_results_are_found_when_moved_together(on_disk, tmp_path):
     made = dataclasses.replace(on_disk)
     save(made, tmp_path / "in" / "out", DATA)
     (tmp_path / "in").rename(tmp_path / "moved")
-    assert load(tmp_path / "moved" / "out").picture.image.size == (96, 96)
+    assert load(tmp_path / "moved" / "out").image.pil.size == (96, 96)
 
 
 @pytest.mark.parametrize(("fault", "message"), [("gone", "there is no such file"), ("changed", "has changed since")])
-def test_without_its_picture_a_result_still_has_its_maps(on_disk, tmp_path, fault, message):
+def test_without_its_image_a_result_still_has_its_maps(on_disk, tmp_path, fault, message):
     save(on_disk, tmp_path / "out", DATA)
-    path = Path(on_disk.picture.path)
+    path = Path(on_disk.image.path)
     path.unlink() if fault == "gone" else noise(96, 96, seed=1).save(path)
     result = load(tmp_path / "out")
     same_as(result, on_disk)
-    assert message in repr(result.picture)
-    for use in (result.figure, lambda: result.picture.image.size):
+    assert message in repr(result.image)
+    for use in (result.figure, lambda: result.image.pil.size):
         with pytest.raises(GroundingError, match=message) as caught:
             use()
         assert "\n" not in str(caught.value)
@@ -440,9 +440,9 @@ def test_damaged_folders_are_refused_in_one_line(on_disk, tmp_path, damage, mess
 def test_a_folder_that_is_a_mixture_of_two_results_is_refused(on_disk, tmp_path):
     save(on_disk, tmp_path / "a", DATA)
     save(explanation(), tmp_path / "b", DATA)
-    other = on_disk.columns["gradcam"]
+    other = on_disk.methods["gradcam"]
     newer = dataclasses.replace(other, maps=other.maps + 1)
-    save(dataclasses.replace(on_disk, columns={"gradcam": newer}), tmp_path / "b", DATA)
+    save(dataclasses.replace(on_disk, methods={"gradcam": newer}), tmp_path / "b", DATA)
     (tmp_path / "b" / "maps.npz").replace(tmp_path / "a" / "maps.npz")
     with pytest.raises(GroundingError, match="belongs to another result"):
         load(tmp_path / "a")

@@ -14,7 +14,7 @@ from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
 from tests.adapters.module import test_module
 from tests.adapters.trocr.test_trocr import TOKENS, tutorial
 from tests.conftest import noise
-from tests.methods.test_methods import CAPTION, TAPS, run_tutorial
+from tests.methods.test_methods import CAPTION, LAYERS, run_tutorial
 from tests.support import models, nets
 from tests.support.convolutional import CLASSES, COLUMNS, ROWS, ClassAdapter, Quadrants, quadrant
 from tests.support.oracles import vision
@@ -23,30 +23,30 @@ from tests.support.tolerances import ORACLE, TUTORIAL, close
 CAMS = list(vision.CAMS)
 WHOLE = Selection(tokens=False)
 PICTURES = [noise(70, 50, 1), noise(40, 90, 2), noise(64, 64, 3)]
-ORTHOGONAL = TAPS[1]  # read through a LayerNorm alone: in float32 <features, gradient> is rounding there
+ORTHOGONAL = LAYERS[1]  # read through a LayerNorm alone: in float32 <features, gradient> is rounding there
 COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
 
 
-def one_by_one(adapter, picture, number, tap):
+def one_by_one(adapter, image, number, layer):
     """Features and gradient (P, D) of one picture and class: the model's own forward and a full backward."""
     kept = {}
-    module = adapter.model.get_submodule(tap)
+    module = adapter.model.get_submodule(layer)
     handle = module.register_forward_hook(lambda m, a, out: kept.update(f=out) or out.clone())
-    score = adapter.model(adapter.pixels(picture)[None])[0, number]
+    score = adapter.model(adapter.pixels(image)[None])[0, number]
     handle.remove()
     [gradient] = torch.autograd.grad(score, kept["f"])
     return [t[0].detach().flatten(1).T.numpy() for t in (kept["f"], gradient)]
 
 
 @pytest.mark.parametrize("tap", ["active", "features", "stem.0"])
-def test_all_cams_of_a_convolutional_network(tap):
+def test_all_cams_of_a_convolutional_network(layer):
     """Three pictures in one batch, each with a class of its own; also behind a ReLU that works in place."""
-    adapter = ClassAdapter(tap=tap)
+    adapter = ClassAdapter(layer=layer)
     found = explain(adapter, PICTURES, ["3", "0", "1"], methods=CAMS, select=WHOLE)
-    for picture, number, one in zip(PICTURES, (3, 0, 1), found, strict=True):
-        features, gradient = one_by_one(adapter, picture, number, tap)
+    for image, number, one in zip(PICTURES, (3, 0, 1), found, strict=True):
+        features, gradient = one_by_one(adapter, image, number, layer)
         for name in CAMS:
-            assert one.columns[name].maps.shape == (1, ROWS, COLUMNS)
+            assert one.methods[name].maps.shape == (1, ROWS, COLUMNS)
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](features, gradient))
 
 
@@ -57,8 +57,8 @@ def test_all_cams_of_image_classifiers(kind, layer):
     adapter = models.classifier_adapter(kind)
     path, prefix = adapter.resolve(layer), adapter.structure.prefix
     found = explain(adapter, PICTURES, test_classifier.ASKED, methods=CAMS, layers=[path])
-    for picture, index, one in zip(PICTURES, test_classifier.INDICES, found, strict=True):
-        _, *kept, _ = test_classifier.tutorial(adapter, picture, index, path)
+    for image, index, one in zip(PICTURES, test_classifier.INDICES, found, strict=True):
+        _, *kept, _ = test_classifier.tutorial(adapter, image, index, path)
         pair = [test_classifier.as_patches(tensor, prefix) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))
@@ -68,23 +68,23 @@ def test_all_cams_of_image_classifiers(kind, layer):
     ("net", "tap"),
     [(nets.Vgg, "features.28"), (nets.ResNet34, "layer3"), (nets.MobileNet, None), (nets.ViT, "encoder.layers.2.ln_1")],
 )
-def test_all_cams_of_any_module(net, tap):
-    adapter = test_module.made(net(), tap, width=64, height=48 if net is nets.ViT else 96)
+def test_all_cams_of_any_module(net, layer):
+    adapter = test_module.made(net(), layer, width=64, height=48 if net is nets.ViT else 96)
     found = explain(adapter, PICTURES, [3, 0, 4], methods=CAMS)
-    for picture, index, one in zip(PICTURES, (3, 0, 4), found, strict=True):
-        kept = test_module.tutorial(adapter.model, adapter.preprocess(picture), index, adapter.structure.tap)
+    for image, index, one in zip(PICTURES, (3, 0, 4), found, strict=True):
+        kept = test_module.tutorial(adapter.model, adapter.preprocess(image), index, adapter.structure.layer)
         pair = [test_classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))
 
 
-@pytest.mark.parametrize("layer", TAPS)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ORACLE), (torch.float32, TUTORIAL)])
 def test_all_cams_of_a_vit(layer, dtype, tolerance):
     adapter = models.clip_adapter(0, dtype)
     found = explain(adapter, PICTURES, [CAPTION] * 3, methods=CAMS, layers=[layer], select=Selection(phrases=["red"]))
-    for picture, one in zip(PICTURES, found, strict=True):
-        runs = run_tutorial(adapter, picture, layer)[:-1]  # the caption, then each token left out
+    for image, one in zip(PICTURES, found, strict=True):
+        runs = run_tutorial(adapter, image, layer)[:-1]  # the caption, then each token left out
         for i, (_, features, gradient, _) in enumerate(runs):
             for name in CAMS:
                 if name == "hirescam" and layer == ORTHOGONAL and dtype == torch.float32:
@@ -110,7 +110,7 @@ def test_all_cams_in_a_fusion_encoder(kind, layer):
     for name in CAMS:
         cam = vision.CAMS[name]
         expected = [sum(cam(patches(f, 2), patches(g, 2)) for f, g in [run[1:3], *run[4]]) for run in runs]
-        assert close(found.columns[name].maps.reshape(len(runs), -1), expected)
+        assert close(found.methods[name].maps.reshape(len(runs), -1), expected)
 
 
 def test_grad_cam_pp_is_what_its_derivation_says():
@@ -124,18 +124,18 @@ def test_grad_cam_pp_is_what_its_derivation_says():
     assert close(found.map(0).raw.ravel(), expected)
 
 
-def test_eps_of_grad_cam_pp(clip, picture):
+def test_eps_of_grad_cam_pp(clip, image):
     """The published implementation's 1e-6 outweighs small gradients: its map is another one than the paper's."""
-    [(_, features, gradient, _)] = run_tutorial(clip, picture, TAPS[0])[:1]
+    [(_, features, gradient, _)] = run_tutorial(clip, image, LAYERS[0])[:1]
     expected = {eps: vision.gradcam_pp(features[1:], gradient[1:], eps) for eps in (0.0, 1e-6)}
     published = {"gradcam_pp.eps": 1e-6}
     for eps, options in ((0.0, {}), (1e-6, published)):
-        found = explain(clip, picture, CAPTION, methods=["gradcam_pp"], layers=[TAPS[0]], select=WHOLE, options=options)
+        found = explain(clip, image, CAPTION, methods=["gradcam_pp"], layers=[LAYERS[0]], select=WHOLE, options=options)
         assert close(found.map(0).raw.ravel(), expected[eps])
     apart = np.abs(expected[0.0] - expected[1e-6]).max()
     assert apart > 0.01 * np.abs(expected[0.0]).max()
     with pytest.raises(OptionError, match=r"gradcam_pp.eps: expected 0 or more, got -1"):
-        explain(clip, picture, CAPTION, methods=["gradcam_pp"], options={"gradcam_pp.eps": -1})
+        explain(clip, image, CAPTION, methods=["gradcam_pp"], options={"gradcam_pp.eps": -1})
 
 
 @pytest.mark.parametrize("name", CAMS)
@@ -146,11 +146,11 @@ def test_a_class_that_reads_one_quadrant_has_its_map_there(name, number, own):
     cells = np.zeros((ROWS, COLUMNS, 3), np.uint8)
     for place, colour in enumerate(COLOURS):
         cells[quadrant(place)] = 255 * np.array(colour)
-    picture = Image.fromarray(cells).resize((120, 60), Image.Resampling.NEAREST)
+    image = Image.fromarray(cells).resize((120, 60), Image.Resampling.NEAREST)
     known = ClassAdapter(Quadrants(COLOURS), "features")
     given = ModuleAdapter(known.model, "features", preprocess=known.pixels)
     asked = {"texts": str(number), "select": WHOLE} if own else {"target": number}
-    found = explain(known if own else given, picture, methods=[name], **asked)[0]
+    found = explain(known if own else given, image, methods=[name], **asked)[0]
     inside = np.zeros((ROWS, COLUMNS), bool)
     inside[quadrant(number)] = True
     assert (found.view[inside] > 0).all()
@@ -164,7 +164,7 @@ def test_of_a_channel_that_is_bright_everywhere_the_elementwise_maps_show_what_i
     """Grad-CAM's weights know no place: there it is the whole picture, the same in every cell."""
     adapter = ClassAdapter(Quadrants([[1.0, 1.0, 1.0]]), "features")
     white = Image.new("RGB", (48, 32), "white")
-    plain, found = explain(adapter, white, "1", methods=["gradcam", name], select=WHOLE).columns.values()
+    plain, found = explain(adapter, white, "1", methods=["gradcam", name], select=WHOLE).methods.values()
     assert np.ptp(plain.maps) <= ORACLE * np.abs(plain.maps).max()
     inside = np.zeros((ROWS, COLUMNS), bool)
     inside[quadrant(1)] = True
@@ -172,11 +172,11 @@ def test_of_a_channel_that_is_bright_everywhere_the_elementwise_maps_show_what_i
 
 
 @pytest.mark.parametrize("name", CAMS)
-def test_smoothing_is_the_same_for_all_and_changes_what_is_stored(name, clip, picture):
+def test_smoothing_is_the_same_for_all_and_changes_what_is_stored(name, clip, image):
     import cv2
 
     plain, smooth = (
-        explain(clip, picture, CAPTION, methods=[name], select=WHOLE, options=options)[0].raw
+        explain(clip, image, CAPTION, methods=[name], select=WHOLE, options=options)[0].raw
         for options in ({}, {f"{name}.smooth": 0.8})
     )
     assert close(smooth, cv2.GaussianBlur(plain.astype(np.float64), (7, 7), 0.8, borderType=cv2.BORDER_REFLECT_101))
@@ -192,11 +192,11 @@ def test_where_features_and_gradient_are_at_right_angles_an_elementwise_map_rank
     assert "weak evidence" not in said["HiResCAM"]
     assert all("is weak evidence" in said[title] for title in ("Grad-CAM ", "LayerCAM", "Grad-CAM++"))
     assert all("use gradcam_ln, the LN-rule, there" in text for text in said.values())
-    sizes = {name: np.abs(found.columns[name].maps).max() for name in CAMS}
+    sizes = {name: np.abs(found.methods[name].maps).max() for name in CAMS}
     assert sizes["hirescam"] < 1e-6 * sizes["layercam"]
-    assert {s.status for s in found.columns["hirescam"].status} == {"degenerate"}
-    assert all(s.reason.startswith("rounding") for s in found.columns["hirescam"].status)
-    assert any(found.columns["layercam"].status)
+    assert {s.status for s in found.methods["hirescam"].status} == {"degenerate"}
+    assert all(s.reason.startswith("rounding") for s in found.methods["hirescam"].status)
+    assert any(found.methods["layercam"].status)
     elsewhere = explain(trocr, noise(90, 30), TEXT, methods=CAMS, layers=["-1.in"], select=TOKENS)
     assert not any("<activation, gradient>" in w for w in elsewhere.warnings)
 
@@ -205,4 +205,4 @@ def test_no_cam_can_read_the_text_of_a_score_without_one():
     """`norm`: one map for all entries, from the first target of each picture."""
     adapter = models.mean_adapter()
     found = explain(adapter, noise(50, 40), "two dogs", target="norm", methods=CAMS)
-    assert all(column.shared and column.maps.any() for column in found.columns.values())
+    assert all(column.shared and column.maps.any() for column in found.methods.values())

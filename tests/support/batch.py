@@ -60,12 +60,12 @@ def run(output, what, load=None, *, limit=None, drawn=None, **options):
     load = load or Counting()
     dataset = what.dataset() if "dataset" not in options else options.pop("dataset")
     ids = chosen_ids(dataset, limit, drawn, 0)
-    return run_batch(output, what, dataset, ids, LocalExecutor(load, what, lambda _rows, _pictures: None), **options)
+    return run_batch(output, what, dataset, ids, LocalExecutor(load, what, lambda _rows, _images: None), **options)
 
 
 def rows(folder):
     """All rows of a finished run."""
-    return [row for own in folder.pictures() for row in own]
+    return [row for own in folder.images() for row in own]
 
 
 def statuses(folder):
@@ -99,7 +99,7 @@ MADE = explanation()
 def about(made):
     """What rows of explanations like this one have in common."""
     names = ("method", "title", "layer", "options", "signed", "text_conditioned")
-    methods = {key: {name: getattr(column, name) for name in names} for key, column in made.columns.items()}
+    methods = {key: {name: getattr(column, name) for name in names} for key, column in made.methods.items()}
     return RunMetadata(methods, made.target, made.token_target, dict(made.model), plain(made.provenance))
 
 
@@ -136,10 +136,10 @@ class Heard(Progress):
     """Remembers what it is told."""
 
     def __init__(self):
-        self.said, self.todo, self.pictures = [], None, None
+        self.said, self.todo, self.images = [], None, None
 
-    def begins(self, run, todo, pictures):
-        self.todo, self.pictures = list(todo), pictures
+    def begins(self, run, todo, images):
+        self.todo, self.images = list(todo), images
 
     def damaged(self, path):
         self.said.append(path.name)

@@ -66,15 +66,15 @@ class ClassAdapter(Adapter):
     token_targets = ()
     default_methods = ("gradcam",)
 
-    def __init__(self, model=None, tap="active"):
+    def __init__(self, model=None, layer="active"):
         torch.manual_seed(0)
         self.model = (model or Network()).double().eval()
         self.info = ModelInfo(id="classes", type="classes")
-        self.tap = tap
+        self.layer = layer
 
     @cached_property
     def structure(self):
-        return ModelStructure(stacks={"vision": Stack((self.tap,))}, tap=self.tap, pooling="mean", prefix=0)
+        return ModelStructure(stacks={"vision": Stack((self.layer,))}, layer=self.layer, pooling="mean", prefix=0)
 
     def pixels(self, image):
         """Of a PIL picture: (3, 16, 24), from 0 to 1."""
@@ -83,12 +83,12 @@ class ClassAdapter(Adapter):
         return levels.reshape(ROWS * STEP, COLUMNS * STEP, 3).movedim(-1, 0)
 
     def prepare_images(self, images):
-        pictures = tuple(open_image(image) for image in images)
+        opened = tuple(open_image(image) for image in images)
         size = (COLUMNS * STEP, ROWS * STEP)
         grid = (ROWS, COLUMNS)
-        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size, grid=grid) for p in pictures)
-        pixels = torch.stack([self.pixels(p.image) for p in pictures])
-        return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
+        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size, grid=grid) for p in opened)
+        pixels = torch.stack([self.pixels(p.pil) for p in opened])
+        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]

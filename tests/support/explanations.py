@@ -30,10 +30,10 @@ def whole(width, height, rows=4, columns=4):
     return Geometry.from_steps(width, height, resized=(columns * 16, rows * 16), grid=(rows, columns))
 
 
-def explanation(picture=None, *, labels=LABELS, geometry=None, columns=None, caption=None, warnings=(), **fields):
+def explanation(image=None, *, labels=LABELS, geometry=None, columns=None, caption=None, warnings=(), **fields):
     """Grad-CAM and relevance per entry, rollout for all of them; random, always the same."""
-    picture = open_image(noise(96, 96) if picture is None else picture)
-    geometry = geometry or whole(picture.width, picture.height)
+    image = open_image(noise(96, 96) if image is None else image)
+    geometry = geometry or whole(image.width, image.height)
     rng = np.random.default_rng(7)
     grid = geometry.rows, geometry.columns
 
@@ -50,10 +50,10 @@ def explanation(picture=None, *, labels=LABELS, geometry=None, columns=None, cap
         for i, text in enumerate(labels)
     )
     return Explanation(
-        picture=picture,
+        image=image,
         caption=labels[0] if caption is None else caption,
         entries=entries,
-        columns={c.key: c for c in columns},
+        methods={c.key: c for c in columns},
         geometry=geometry,
         target="similarity",
         token_target="leave-one-out",

@@ -34,13 +34,13 @@ def colourful(array):
     return array.max(-1) - array.min(-1) > 12
 
 
-def ramp(picture=None, *, signed=True, geometry=None):
-    picture = picture or Image.new("RGB", (64, 64), (128, 128, 128))
-    geometry = geometry or whole(*picture.size)
+def ramp(image=None, *, signed=True, geometry=None):
+    image = image or Image.new("RGB", (64, 64), (128, 128, 128))
+    geometry = geometry or whole(*image.size)
     return explanation(
-        picture, labels=("x",), geometry=geometry, columns=[column("gradcam", RAMP, geometry, signed=signed)]
+        image, labels=("x",), geometry=geometry, columns=[column("gradcam", RAMP, geometry, signed=signed)]
     )
 
 
 def painted(made, **style):
-    return np.asarray(overlay(made.map(0), made.picture, **{**PLAIN, **style})).astype(int)
+    return np.asarray(overlay(made.map(0), made.image, **{**PLAIN, **style})).astype(int)

@@ -33,22 +33,22 @@ class LinearAdapter(Adapter):
 
     @cached_property
     def structure(self):
-        return ModelStructure(stacks={"vision": Stack(("layer",))}, tap="layer", pooling="mean", prefix=0)
+        return ModelStructure(stacks={"vision": Stack(("layer",))}, layer="layer", pooling="mean", prefix=0)
 
     def prepare_images(self, images):
-        pictures = tuple(open_image(image) for image in images)
+        opened = tuple(open_image(image) for image in images)
         size = (self.shown * PATCH, ROWS * PATCH)
-        pixels = np.ones((len(pictures), 1, ROWS * PATCH, COLUMNS * PATCH))
-        for own, picture in zip(pixels, pictures, strict=True):
-            own[0, :, : size[0]] = np.asarray(picture.image.convert("L").resize(size)) / 255
+        pixels = np.ones((len(opened), 1, ROWS * PATCH, COLUMNS * PATCH))
+        for own, one in zip(pixels, opened, strict=True):
+            own[0, :, : size[0]] = np.asarray(one.pil.convert("L").resize(size)) / 255
         geometry = tuple(
             Geometry.from_steps(
                 p.width, p.height, resized=size, pad=(0, 0, COLUMNS * PATCH, ROWS * PATCH), grid=(ROWS, COLUMNS)
             )
-            for p in pictures
+            for p in opened
         )
         tensors = {"pixel_values": torch.from_numpy(pixels)}
-        return Inputs(pictures, geometry, (), (), tensors, ((),) * len(pictures))
+        return Inputs(opened, geometry, (), (), tensors, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]

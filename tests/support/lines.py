@@ -14,13 +14,13 @@ def line(width, height, text="", size=None):
     """A picture of a line of text, dark on light, across its whole width."""
     from matplotlib import get_data_path
 
-    picture = Image.new("RGB", (width, height), (236, 230, 215))
+    image = Image.new("RGB", (width, height), (236, 230, 215))
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size or max(8, int(height * 0.6)))
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     step = width / max(1, len(text))
     for i, sign in enumerate(text):
         pen.text(((i + 0.5) * step, height / 2), sign, font=font, fill=(30, 25, 40), anchor="mm")
-    return picture
+    return image
 
 
 def peaks(cells, rows, columns):
@@ -35,12 +35,12 @@ def peaks(cells, rows, columns):
 
 def written(
     labels, cells, *, size=(512, 64), grid=(4, 32), keys=("gradcam",), shared=(), probabilities=None,
-    picture=None, origin="generated", caption=None, extra=(), extra_cells=(), warnings=(), alternatives=None,
+    image=None, origin="generated", caption=None, extra=(), extra_cells=(), warnings=(), alternatives=None,
 ):  # fmt: skip
     """An explanation of tokens `labels` that peak at `cells`, (row, column) each, None for no evidence."""
     text = "".join(labels) if caption is None else caption
-    picture = open_image(picture or line(*size, text))
-    geometry = Geometry.from_steps(picture.width, picture.height, resized=(grid[1] * 16, grid[0] * 16), grid=grid)
+    image = open_image(image or line(*size, text))
+    geometry = Geometry.from_steps(image.width, image.height, resized=(grid[1] * 16, grid[0] * 16), grid=grid)
     maps = peaks([*cells, *extra_cells], *grid)
     columns = [column(key, maps, geometry) for key in keys]
     columns += [column(key, maps[:1], geometry, signed=False, shared=True) for key in shared]
@@ -52,7 +52,7 @@ def written(
         for i, label in enumerate(labels)
     ]
     return Explanation(
-        picture=picture, caption=text, entries=(*entries, *extra), columns={c.key: c for c in columns},
+        image=image, caption=text, entries=(*entries, *extra), methods={c.key: c for c in columns},
         geometry=geometry, target="logit", token_target=None, model={"id": "some/reader", "type": "reader"},
         warnings=tuple(warnings), provenance={"seed": 0}, origin=origin,
     )  # fmt: skip

@@ -306,11 +306,11 @@ def to_pixels(width=48, height=32, mode="RGB"):
     return transform
 
 
-def module_adapter(seed=0, tap=None, **options):
+def module_adapter(seed=0, layer=None, **options):
     """A tiny module, its layers on 48 x 32 pixels."""
     torch.manual_seed(seed)
     model = shaken(TwoEnds()).double().eval()
-    return ModuleAdapter(model, tap, **{"preprocess": to_pixels(), "labels": CLASSES} | options)
+    return ModuleAdapter(model, layer, **{"preprocess": to_pixels(), "labels": CLASSES} | options)
 
 
 # One per architecture in `adapters.ADAPTERS`, and one from outside.

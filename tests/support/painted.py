@@ -56,17 +56,17 @@ class PaintedAdapter(Adapter):
 
     @cached_property
     def structure(self):
-        return ModelStructure(stacks={"vision": Stack(("layer",))}, tap="layer", pooling="mean", prefix=0)
+        return ModelStructure(stacks={"vision": Stack(("layer",))}, layer="layer", pooling="mean", prefix=0)
 
     def prepare_images(self, images):
         self.calls += 1
-        pictures = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
+        opened = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
         geometry = tuple(
             Geometry.from_steps(p.width, p.height, resized=(COLUMNS * CELL, ROWS * CELL), grid=(ROWS, COLUMNS))
-            for p in pictures
+            for p in opened
         )
-        pixels = torch.stack([torch.from_numpy(np.array(p.image.convert("L"))) for p in pictures])
-        return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
+        pixels = torch.stack([torch.from_numpy(np.array(p.pil.convert("L"))) for p in opened])
+        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         levels = inputs.tensors["pixel_values"][:, CELL // 2, CELL // 2 :: CELL].double() / STEP

@@ -75,17 +75,15 @@ class MeanAdapter(Adapter):
     def structure(self):
         blocks = tuple(f"blocks.{i}" for i in range(2))
         stack = Stack(blocks, tuple(f"{b}.norm" for b in blocks), tuple(f"{b}.attend" for b in blocks))
-        return ModelStructure(stacks={"vision": stack}, tap="blocks.1", pooling="mean", prefix=0)
+        return ModelStructure(stacks={"vision": stack}, layer="blocks.1", pooling="mean", prefix=0)
 
     def prepare_images(self, images):
-        pictures = tuple(open_image(image) for image in images)
+        opened = tuple(open_image(image) for image in images)
         size = (COLUMNS * PATCH, ROWS * PATCH)
-        pixels = [torch.frombuffer(bytearray(p.image.resize(size).tobytes()), dtype=torch.uint8) for p in pictures]
+        pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
-        geometry = tuple(
-            Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in pictures
-        )
-        return Inputs(pictures, geometry, (), (), {"pixel_values": pixels}, ((),) * len(pictures))
+        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in opened)
+        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         tokens = []

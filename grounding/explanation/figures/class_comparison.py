@@ -61,13 +61,13 @@ def save(explanations: Sequence[Explanation], directory: str | Path, **options: 
 
 
 def _compared(explanation: Explanation, what: str) -> str:
-    return str(list(explanation.columns)) if what == "columns" else str(getattr(explanation, what))
+    return str(list(explanation.methods)) if what == "columns" else str(getattr(explanation, what))
 
 
 def _shared_limits(explanations: Sequence[Explanation], style: Style, scale: Scale) -> dict[str, Limits]:
     return {
         key: limits_of([e.map(i, key) for e in explanations for i in range(len(e))], style, scale)
-        for key in explanations[0].columns
+        for key in explanations[0].methods
     }
 
 
@@ -79,7 +79,7 @@ class Member(Comparison):
 
     @cached_property
     def _grid(self) -> Grid:
-        geometry, count = self.explanation.geometry, 1 + len(self.explanation.columns)
+        geometry, count = self.explanation.geometry, 1 + len(self.explanation.methods)
         width, height = PANEL
         usable = (BROADEST - Grid(PANEL, 1).width(0)) / count - Grid(PANEL, 1).gap
         across = min(width, usable, height * geometry.width / geometry.height)
@@ -98,15 +98,15 @@ class Member(Comparison):
         made = []
         for entry in range(len(self.explanation)):
             cells = [
-                self._overlay_cell(column, entry, titled=not entry) for column in self.explanation.columns.values()
+                self._overlay_cell(column, entry, titled=not entry) for column in self.explanation.methods.values()
             ]
-            picture = [] if entry else [self._picture_cell()]
-            made.append(Row(self._label(entry), [*picture, *cells], first=1 - len(picture)))
+            image = [] if entry else [self._image_cell()]
+            made.append(Row(self._label(entry), [*image, *cells], first=1 - len(image)))
         return made
 
     def words(self) -> Block:
         """What is the same for all: scale, colours, marks."""
-        scale = wording.scale_note(self.explanation.columns.values(), self.style, self.scale, self.fixed)
+        scale = wording.scale_note(self.explanation.methods.values(), self.style, self.scale, self.fixed)
         notes = (wording.legend(self.explanation, self.style), wording.score_note(self.explanation))
         return [Line(scale, space=0.06), *self._bars(), *(Line(note) for note in notes if note)]
 
@@ -114,7 +114,7 @@ class Member(Comparison):
         item = self.explanation.entries[entry]
         others = next_best(item)
         return [
-            Line(wording.name_of(self.explanation.picture.path), 8.0, INK, most=2),
+            Line(wording.name_of(self.explanation.image.path), 8.0, INK, most=2),
             Line(self._titles[entry], 10.0, INK, "bold", 4),
             Line(wording.score_line(item)),
             *([Line(f"or: {others}", 6.5, most=2)] if others else []),
@@ -150,7 +150,7 @@ def _warnings(explanations: Sequence[Explanation]) -> list[str]:
     having: dict[str, list[str]] = {}
     for one in explanations:
         for text in dict.fromkeys(one.warnings):
-            having.setdefault(text, []).append(wording.name_of(one.picture.path))
+            having.setdefault(text, []).append(wording.name_of(one.image.path))
     said = [
         text
         if len(names) == len(explanations)

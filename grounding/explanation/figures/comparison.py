@@ -58,11 +58,11 @@ class Comparison:
 
     @cached_property
     def _shared(self) -> list[MethodMaps]:
-        return [c for c in self.explanation.columns.values() if c.shared]
+        return [c for c in self.explanation.methods.values() if c.shared]
 
     @cached_property
     def _own(self) -> list[MethodMaps]:
-        return [c for c in self.explanation.columns.values() if not c.shared]
+        return [c for c in self.explanation.methods.values() if not c.shared]
 
     @cached_property
     def _single(self) -> bool:
@@ -91,7 +91,7 @@ class Comparison:
         longest = round(max(self._grid.panel) * DPI * OVERSAMPLING)
         geometry = self.explanation.geometry
         size = fit(geometry.width, geometry.height, longest)
-        return Painter(self.explanation.picture.image, geometry, size, self.style, grid=False)
+        return Painter(self.explanation.image.pil, geometry, size, self.style, grid=False)
 
     @cached_property
     def _titles(self) -> list[str]:
@@ -139,7 +139,7 @@ class Comparison:
         """What stands once in the figure: caption, model, scale, legend, warnings."""
         explanation = self.explanation
         caption = [Line(f"“{explanation.caption}”", 12.0, INK, "bold", 5)] if explanation.caption else []
-        scale = wording.scale_note(explanation.columns.values(), self.style, self.scale, self.fixed)
+        scale = wording.scale_note(explanation.methods.values(), self.style, self.scale, self.fixed)
         notes = [wording.legend(explanation, self.style), wording.score_note(explanation)]
         warnings = explanation.warnings
         block: list[Line | Bar] = [
@@ -159,7 +159,7 @@ class Comparison:
 
     def _bars(self) -> Iterator[Line | Bar]:
         """One colour bar, or two with the names of the methods each belongs to."""
-        plain, around = wording.drawn_around_zero(self.explanation.columns.values(), self.style)
+        plain, around = wording.drawn_around_zero(self.explanation.methods.values(), self.style)
         ends = ("lowest", "highest") if self.fixed is None else self.fixed
         signed = ("against", "for") if self.fixed is None else wording.symmetric(self.fixed)
         for columns, name, (low, high) in ((plain, self.style.cmap, ends), (around, self.style.diverging, signed)):
@@ -172,14 +172,14 @@ class Comparison:
         """The picture and the maps that are one for all entries, above the rows; not where all fit one row."""
         if self.layout == "rows" and not self._single:
             cells = [self._overlay_cell(c, 0, titled=True) for c in self._shared]
-            yield from self._lines_of(self._picture_label(), [self._picture_cell(), *cells])
+            yield from self._lines_of(self._image_label(), [self._image_cell(), *cells])
 
     def _rows(self) -> Iterator[Row]:
         if self.layout == "panels":
             yield from self._triples()
         elif self._single:
-            cells = [self._overlay_cell(c, 0, titled=True) for c in self.explanation.columns.values()]
-            yield from self._lines_of(self._entry_label(0), [self._picture_cell(), *cells])
+            cells = [self._overlay_cell(c, 0, titled=True) for c in self.explanation.methods.values()]
+            yield from self._lines_of(self._entry_label(0), [self._image_cell(), *cells])
         else:
             for entry in range(len(self.explanation.entries)):
                 cells = [self._overlay_cell(c, entry, titled=entry == 0) for c in self._own]
@@ -207,7 +207,7 @@ class Comparison:
             heat, overlay = self._painter.heat(found, limits), self._painter.overlay(found, limits)
             label = [Line("all entries", 10.0, INK, "bold")] if column.shared else self._entry_label(entry)
             cells = [
-                Cell(self._painter.picture, "picture", titles[0], self._stretch_note()),
+                Cell(self._painter.image, "picture", titles[0], self._stretch_note()),
                 Cell(heat, f"heat:{name}", titles[1], self._below(found, limits), lines),
                 Cell(overlay, f"overlay:{name}", titles[2], grid=lines),
             ]
@@ -226,10 +226,10 @@ class Comparison:
         entries = range(len(self.explanation.entries))
         return {
             key: limits_of([self._map(column, e) for e in entries], self.style, self.scale)
-            for key, column in self.explanation.columns.items()
+            for key, column in self.explanation.methods.items()
         }
 
-    def _picture_label(self) -> Block:
+    def _image_label(self) -> Block:
         return [Line("all entries", 10.0, INK, "bold")] if self._shared else []
 
     def _entry_label(self, entry: int) -> Block:
@@ -253,8 +253,8 @@ class Comparison:
             *([Line(f"scale {wording.span(limits)}")] if shown else []),
         ]
 
-    def _picture_cell(self) -> Cell:
-        return Cell(self._painter.picture, "picture", [Line("Picture", 9.0, INK, "bold")], self._stretch_note())
+    def _image_cell(self) -> Cell:
+        return Cell(self._painter.image, "picture", [Line("Picture", 9.0, INK, "bold")], self._stretch_note())
 
     def _overlay_cell(self, column: MethodMaps, entry: int, *, titled: bool) -> Cell:
         found, limits = self._map(column, entry), self._limits(column, entry)

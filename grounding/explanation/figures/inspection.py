@@ -80,7 +80,7 @@ def _words(inspections: Sequence[Inspection], cmap: str) -> Block:
     first = inspections[0]
     warnings = dict.fromkeys(text for one in inspections for text in one.warnings)
     facts = (
-        f"{wording.name_of(first.picture.path)}, {first.picture.width} x {first.picture.height} pixels · "
+        f"{wording.name_of(first.image.path)}, {first.image.width} x {first.image.height} pixels · "
         f"model {first.model.get('id') or 'unnamed'} · target {first.target}"
     )
     return [
@@ -145,7 +145,7 @@ class _Section:
 
     def _maps(self) -> Iterator[Cell]:
         one, name = self.inspection, "inspect"
-        yield Cell(_seen(one.picture, one.geometry, self._size), f"{name}:seen", [_strong("What the model saw")])
+        yield Cell(_seen(one.image, one.geometry, self._size), f"{name}:seen", [_strong("What the model saw")])
         below = [Line(f"raw {_range(one.map)}", 6.5)]
         yield Cell(self._around_zero(one.map), f"{name}:before", [_strong("Map before ReLU")], below)
         level = float(one.options.get(THRESHOLD, 0.0))
@@ -220,13 +220,13 @@ def _frame(geometry: Geometry) -> tuple[float, float]:
     return width * geometry.columns, height * geometry.rows
 
 
-def _seen(picture: Picture, geometry: Geometry, size: tuple[int, int]) -> Rgb:
+def _seen(image: Picture, geometry: Geometry, size: tuple[int, int]) -> Rgb:
     """The picture as it lies under the grid, at `size`; grey where the model's input is padding."""
     panel = np.full((*size, 3), FADE_TO, np.uint8)
     frame = np.array(_frame(geometry))
     corners = geometry.points_to_input(np.reshape(geometry.seen, (2, 2))) / frame * size[::-1]
     x0, y0, x1, y1 = _pixels(corners.ravel().tolist(), size)
-    crop = picture.image.crop(_pixels(geometry.seen, (picture.height, picture.width)))
+    crop = image.pil.crop(_pixels(geometry.seen, (image.height, image.width)))
     panel[y0:y1, x0:x1] = resized(crop, (y1 - y0, x1 - x0))
     return panel
 

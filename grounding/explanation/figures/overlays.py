@@ -23,7 +23,7 @@ LEAST_OVERLAY, LONGEST_OVERLAY, LEAST_SIDE = 768, 1600, 64  # pixels
 
 def overlay(
     entry_map: PatchMap,
-    picture: Picture | Image.Image,
+    image: Picture | Image.Image,
     *,
     limits: Limits | None = None,
     longest: int | None = None,
@@ -40,13 +40,13 @@ def overlay(
 
     A map without evidence gives the picture in grey, marked so. Raises OptionError.
     """
-    image = picture if isinstance(picture, Image.Image) else picture.image
-    size = (image.height, image.width)
+    pil = image if isinstance(image, Image.Image) else image.pil
+    size = (pil.height, pil.width)
     wanted = min(max(max(size), least or 0), longest or inf)
     if wanted != max(size):
-        size = fit(image.width, image.height, int(wanted), inf, inf)
+        size = fit(pil.width, pil.height, int(wanted), inf, inf)
     chosen = Style(**style)
-    painter = Painter(image, entry_map.geometry, size, chosen)
+    painter = Painter(pil, entry_map.geometry, size, chosen)
     return Image.fromarray(painter.overlay(entry_map, limits or limits_of([entry_map], chosen)))
 
 
@@ -66,12 +66,12 @@ def overlays(
     chosen = Style(**style)
     _check(layout, scale, fixed)
     limits = None if fixed is None else (float(fixed[0]), float(fixed[1]))
-    geometry, image = explanation.geometry, explanation.picture.image
+    geometry, image = explanation.geometry, explanation.image.pil
     flat = max(geometry.width, geometry.height) / min(geometry.width, geometry.height)
     wanted = max(geometry.width, geometry.height, LEAST_OVERLAY, LEAST_SIDE * flat)
     size = fit(geometry.width, geometry.height, round(min(wanted, LONGEST_OVERLAY)), inf, inf)
     painter = Painter(image, geometry, size, chosen)
-    own = [key for key, column in explanation.columns.items() if not column.shared]
+    own = [key for key, column in explanation.methods.items() if not column.shared]
     maps = {key: [explanation.map(i, key) for i in range(len(explanation.entries))] for key in own}
     kind = cast(Scale, scale)
     for entry in range(len(explanation.entries)):

@@ -33,7 +33,7 @@ Limits = tuple[float, float]
 
 def with_sign(entry_map: PatchMap, style: Style) -> bool:
     """Whether a map is drawn around zero, negative values included."""
-    return style.signed and entry_map.column.signed
+    return style.signed and entry_map.method.signed
 
 
 def drawn_values(entry_map: PatchMap, style: Style) -> Float[np.ndarray, "rows columns"]:
@@ -87,15 +87,15 @@ class Painter:
                 f"{geometry.width} x {geometry.height}"
             )
         self.geometry, self.size, self.style, self.grid = geometry, size, style, grid and style.grid
-        self.picture: Rgb = resized(image, size)
+        self.image: Rgb = resized(image, size)
 
     @cached_property
     def _ground(self) -> Rgb:
-        return ground(self.picture, self.style.background)
+        return ground(self.image, self.style.background)
 
     @cached_property
     def _pale(self) -> Rgb:
-        return faded(self.picture)
+        return faded(self.image)
 
     def overlay(self, entry_map: PatchMap, limits: Limits) -> Rgb:
         """The heat over the picture."""

@@ -44,11 +44,11 @@ def strip(explanation: Explanation, column: str | None = None) -> Figure:
     In the figure artists are found by gid: `cell:<key>:<entry>` is a box, in inches from the top left.
     Raises GroundingError where there are no tokens, no such method, or the picture of a loaded explanation is gone.
     """
-    if column is not None and column not in explanation.columns:
-        raise GroundingError(f"no method {column!r} in this explanation (it has: {', '.join(explanation.columns)})")
+    if column is not None and column not in explanation.methods:
+        raise GroundingError(f"no method {column!r} in this explanation (it has: {', '.join(explanation.methods)})")
     if not token_indices(explanation):
         raise GroundingError("no tokens to draw along the picture: explain a text with its tokens")
-    columns = [c for c in explanation.columns.values() if column in (None, c.key)]
+    columns = [c for c in explanation.methods.values() if column in (None, c.key)]
     return _Strips(explanation, columns).draw()
 
 
@@ -104,15 +104,15 @@ class _Strips:
         return width * factor, height * factor
 
     @cached_property
-    def _picture(self) -> Rgb:
+    def _image(self) -> Rgb:
         """The picture, hatched where the model saw nothing of it."""
         geometry = self.explanation.geometry
         longest = round(max(self._size) * DPI * OVERSAMPLING)
         size = fit(geometry.width, geometry.height, max(1, longest))
-        picture = resized(self.explanation.picture.image, size)
+        image = resized(self.explanation.image.pil, size)
         unseen = np.ones(size, bool)
         unseen[geometry.seen_slices(size)] = False
-        return hatch(picture, faded(picture), unseen)
+        return hatch(image, faded(image), unseen)
 
     def _words(self) -> Block:
         """What stands once: the text, model and picture, what the signs mean, all warnings."""
@@ -201,7 +201,7 @@ class _Strips:
         """Put the picture at `y` and its labels below; return where they end."""
         width, height = self._size
         frame = (MARGIN + (self._lane - width) / 2, y, width, height)
-        sheet.images.append((frame, self._picture, f"strip:{key}"))
+        sheet.images.append((frame, self._image, f"strip:{key}"))
         centres, rows, far = self._positions(marks)
         fan = 0.14 + 0.14 * min(2.0, far)
         first = y + height + fan + 0.04

@@ -48,7 +48,7 @@ def facts(explanation: Explanation) -> str:
     geometry, origin = explanation.geometry, origin_words(explanation)
     how = f" ({explanation.token_target})" if explanation.token_target else ""
     parts = [
-        f"{name_of(explanation.picture.path)}, {geometry.width} x {geometry.height} pixels",
+        f"{name_of(explanation.image.path)}, {geometry.width} x {geometry.height} pixels",
         f"model {explanation.model.get('id') or 'unnamed'}",
         *([origin] if origin else []),
         f"target {explanation.target}{how}",

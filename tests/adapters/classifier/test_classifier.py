@@ -24,13 +24,13 @@ ASKED = [2, "crane, BIRD", "two dogs"]
 INDICES = [2, 8, 1]
 
 
-def tutorial(adapter, picture, index, path):
+def tutorial(adapter, image, index, path):
     """Logits, features and gradient of one picture by a full backward with hooks on the bare model, and attention."""
     model, kept = adapter.model, {}
     if adapter.structure.attention("vision"):
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
-    pixels = adapter.image_processor(picture, return_tensors="pt")["pixel_values"].to(adapter.dtype)
+    pixels = adapter.image_processor(image, return_tensors="pt")["pixel_values"].to(adapter.dtype)
     handle = model.get_submodule(path).register_forward_hook(
         lambda m, a, out: kept.update(f=out[0] if isinstance(out, tuple) else out)
     )
@@ -56,8 +56,8 @@ def test_gradcam_equals_the_oracle(kind, layer):
     adapter = models.classifier_adapter(kind)
     path = adapter.resolve(layer)
     found = explain(adapter, PICTURES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
-    for picture, index, explanation in zip(PICTURES, INDICES, found, strict=True):
-        logits, features, gradient, _ = tutorial(adapter, picture, index, path)
+    for image, index, explanation in zip(PICTURES, INDICES, found, strict=True):
+        logits, features, gradient, _ = tutorial(adapter, image, index, path)
         expected = vision.gradcam(*(as_patches(t, adapter.structure.prefix) for t in (features, gradient)))
         [entry] = explanation.entries
         assert (entry.kind, entry.token_id, entry.label) == ("class", index, models.CLASSES[index])
@@ -84,8 +84,8 @@ def test_attention_methods_equal_the_oracle(kind, read):
     adapter = models.classifier_adapter(kind)
     methods = ["rollout", "relevance", "gradient_rollout"]
     found = explain(adapter, PICTURES, ASKED, methods=methods)
-    for picture, index, explanation in zip(PICTURES, INDICES, found, strict=True):
-        *_, pairs = tutorial(adapter, picture, index, adapter.structure.tap)
+    for image, index, explanation in zip(PICTURES, INDICES, found, strict=True):
+        *_, pairs = tutorial(adapter, image, index, adapter.structure.layer)
         row, prefix = read(pairs[0][0].shape[-1]), adapter.structure.prefix
         for name, matrix in zip(
             methods,
@@ -104,20 +104,20 @@ def test_attention_that_cannot_be_chained_is_refused_with_the_reason(kind, why, 
     adapter = models.classifier_adapter(kind)
     with pytest.raises(OptionError, match=f"'{method}' reads vision attention, which {kind} does not have: it .*{why}"):
         explain(adapter, PICTURES[0], methods=[method])
-    assert list(explain(adapter, PICTURES[0]).columns) == ["gradcam"]  # what is left of the default methods
+    assert list(explain(adapter, PICTURES[0]).methods) == ["gradcam"]  # what is left of the default methods
 
 
 def test_the_predicted_class_is_explained_and_named(tmp_path):
     adapter = models.classifier_adapter()
     found = explain(adapter, PICTURES[0])
-    best = int(tutorial(adapter, PICTURES[0], 0, adapter.structure.tap)[0].argmax())
+    best = int(tutorial(adapter, PICTURES[0], 0, adapter.structure.layer)[0].argmax())
     assert (found.entries[0].token_id, found.origin, found.caption, found.target) == (best, "predicted", "", "class")
     assert "target class, predicted by the model" in headline(found)
     assert "p" in explanation_table(found).split()
     found.save(tmp_path / "out")
     again = Explanation.load(tmp_path / "out")
     assert again.entries == found.entries
-    assert np.array_equal(again.columns["gradcam"].maps, found.columns["gradcam"].maps)
+    assert np.array_equal(again.methods["gradcam"].maps, found.methods["gradcam"].maps)
 
 
 def test_classes_by_index_name_synonym_and_list():
@@ -212,7 +212,7 @@ def test_layers_of_a_network_have_grids_of_their_own():
     assert [layers[i].shape for i in "012"] == [(1, 8, 16, 24), (1, 12, 8, 12), (1, 16, 4, 6)]
     assert layers["2"].default
     found = explain(adapter, PICTURES[0], target=1, methods=["gradcam"], layers=["0", "2"])
-    assert [c.maps.shape for c in found.columns.values()] == [(1, 16, 24), (1, 4, 6)]
+    assert [c.maps.shape for c in found.methods.values()] == [(1, 16, 24), (1, 4, 6)]
     fine = found.map(0, "gradcam@0")
     assert (fine.geometry.rows, fine.geometry.columns) == (16, 24)
     assert fine.heat().shape == (60, 90)
@@ -230,7 +230,7 @@ def test_layers_of_a_network_have_grids_of_their_own():
 def test_the_fast_tap_is_left_where_the_head_was_changed():
     adapter = models.classifier_adapter()
     plain = explain(adapter, PICTURES[0], target=1)
-    assert list(adapter.fast_taps) == [adapter.structure.tap]
+    assert list(adapter.fast_taps) == [adapter.structure.layer]
     handle = adapter.model.classifier.register_forward_hook(lambda module, args, out: 2 * out)
     assert not adapter.fast_taps
     assert close(explain(adapter, PICTURES[0], target=1)[0].raw, 2 * plain[0].raw)
@@ -243,7 +243,7 @@ def test_layers_that_ran_twice_are_not_listed():
     """A Swin's dropout runs within windows and over the picture: only one of its outputs is a patch grid."""
     adapter = models.classifier_adapter("swin", size=(48, 48))
     found = [layer.path for layer in list_layers(adapter, PICTURES[0])]
-    assert adapter.structure.tap in found
+    assert adapter.structure.layer in found
     assert not [path for path in found if path.endswith("blocks.0.dropout")]
 
 
@@ -262,7 +262,7 @@ def test_the_predicted_class_costs_one_pass_at_the_fast_tap():
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 def test_position_codes_are_stretched_to_another_size(kind):
     adapter = models.classifier_adapter(kind, size=(24, 40))
-    assert explain(adapter, PICTURES[0]).columns["gradcam"].maps.shape[1:] == (3, 5)
+    assert explain(adapter, PICTURES[0]).methods["gradcam"].maps.shape[1:] == (3, 5)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "deit with teacher"])
@@ -324,7 +324,7 @@ def test_a_measured_quantity_has_no_probability(settings, measures):
     assert ("most probable" in explanation_table(found)) != measures
 
 
-def test_pictures_with_other_channels_than_the_processor_gives():
+def test_images_with_other_channels_than_the_processor_gives():
     adapter = small(ResNetConfig(**RESNET, num_labels=3, num_channels=1))
     with pytest.raises(
         ModelError, match=r"gives 3 channels, .* takes 1: load the model yourself and use .*ModuleAdapter"
@@ -335,4 +335,4 @@ def test_pictures_with_other_channels_than_the_processor_gives():
 def test_the_last_stage_is_the_one_that_ends_last():
     """A list of the stem's layers stands as deep in a SwiftFormer as that of its stages."""
     config = SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], num_labels=3)
-    assert small(config).structure.tap == "swiftformer.encoder.network.6"
+    assert small(config).structure.layer == "swiftformer.encoder.network.6"

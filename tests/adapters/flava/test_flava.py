@@ -33,9 +33,9 @@ def flava():
     return models.flava_adapter()
 
 
-def loop(adapter, kind, layer, picture=None):
+def loop(adapter, kind, layer, image=None):
     """The caption (where it has a score of its own), then each token."""
-    pixels = adapter.image_processor(picture or noise(50, 40), return_tensors="pt")["pixel_values"].to(adapter.dtype)
+    pixels = adapter.image_processor(image or noise(50, 40), return_tensors="pt")["pixel_values"].to(adapter.dtype)
     ids = adapter.tokenizer(TEXT)["input_ids"]
     tutorial = Tutorial(adapter.model, pixels, ids)
     places = [*([] if kind == "logit" else [None]), *range(1, len(ids) - 1)]
@@ -60,7 +60,7 @@ def test_gradcam_in_the_image_tower_equals_a_plain_loop(kind, dtype, tolerance):
     for layer in layers:
         runs = loop(adapter, kind, layer)
         expected = [vision.gradcam(patches(f), patches(g)) for _, f, g, *_ in runs]
-        assert close(found.columns[f"gradcam@{layer}"].maps.reshape(len(runs), -1), expected, tolerance)
+        assert close(found.methods[f"gradcam@{layer}"].maps.reshape(len(runs), -1), expected, tolerance)
         assert close([e.score for e in found.entries], [r[0] for r in runs], tolerance)
 
 
@@ -73,7 +73,7 @@ def test_gradcam_in_the_multimodal_encoder_equals_a_plain_loop(flava, kind, meth
         monkeypatch.setattr(torch.nn.LayerNorm, "forward", vision.constant_deviation_norm)
     runs = loop(flava, kind, FUSION[layer])
     expected = [sum(vision.gradcam(patches(f, 2), patches(g, 2)) for f, g in [run[1:3], *run[4]]) for run in runs]
-    assert close(found.columns[method].maps.reshape(len(runs), -1), expected)
+    assert close(found.methods[method].maps.reshape(len(runs), -1), expected)
 
 
 def start(kind, index, length):
@@ -100,7 +100,7 @@ def test_attention_methods_equal_their_oracles_through_both_encoders(flava, kind
         expected["attention_gradcam"].append(((row > 0) @ vision.attention_gradcam(*fusing[-2]))[image])
         expected["relevance"].append((row @ vision.relevance(fusing))[image] @ vision.relevance(seeing))
     for name in methods:
-        assert close(found.columns[name].maps, np.array(expected[name])[:, 1:].reshape(-1, 4, 4))
+        assert close(found.methods[name].maps, np.array(expected[name])[:, 1:].reshape(-1, 4, 4))
 
 
 @pytest.mark.parametrize("kind", ["similarity", "norm"])
@@ -114,7 +114,7 @@ def test_attention_methods_of_the_image_tower(flava, kind):
         "gradient_rollout": vision.gradient_rollout(pairs),
     }
     for name in methods:
-        assert close(found.columns[name].maps[0].ravel(), expected[name][0, 1:])
+        assert close(found.methods[name].maps[0].ravel(), expected[name][0, 1:])
 
 
 def test_one_layer_and_one_head_of_the_attention(flava):
@@ -122,7 +122,7 @@ def test_one_layer_and_one_head_of_the_attention(flava):
     options = {"attention.layer": 1, "attention.head": 3}
     found = explain(flava, noise(50, 40), TEXT, methods=["attention"], options=options)
     weights = loop(flava, "similarity", VISION["inner block"])[0][3]["image_model"][1][0]
-    assert close(found.columns["attention"].maps[0].ravel(), weights[3, 0, 1:])
+    assert close(found.methods["attention"].maps[0].ravel(), weights[3, 0, 1:])
     with pytest.raises(LayerError, match=r"attention.head: 4 is not in -4 to 3"):
         explain(flava, noise(50, 40), TEXT, methods=["attention"], options={"attention.head": 4})
 
@@ -145,36 +145,36 @@ def test_attention_is_attention(stack):
 def test_the_caption_enters_its_map_and_where_it_does_not_that_is_said(flava):
     for kind in KINDS:
         first, second = (explain(flava, noise(50, 40), t, target=kind) for t in (TEXT, "two dogs"))
-        assert np.abs(first.columns["gradcam"].maps[0] - second.columns["gradcam"].maps[0]).max() > 1e-6
-        conditioned = {key: column.text_conditioned for key, column in first.columns.items()}
+        assert np.abs(first.methods["gradcam"].maps[0] - second.methods["gradcam"].maps[0]).max() > 1e-6
+        conditioned = {key: column.text_conditioned for key, column in first.methods.items()}
         assert conditioned == {"gradcam": True, "rollout": kind != "similarity", "relevance": True}
         said = any("Attention rollout does not see the text" in w for w in first.warnings)
         assert said == (kind == "similarity")
     first, second = (explain(flava, noise(50, 40), t, target="norm") for t in (TEXT, "two dogs"))
-    for key, column in first.columns.items():
+    for key, column in first.methods.items():
         assert not column.text_conditioned
-        assert np.array_equal(column.maps, second.columns[key].maps)
+        assert np.array_equal(column.maps, second.methods[key].maps)
         assert any(f"{column.title} does not see the text" in w for w in first.warnings)
 
 
-def test_every_picture_gets_its_own_map(flava):
+def test_every_image_gets_its_own_map(flava):
     """A hook list that is never cleared would show the first picture again and again."""
-    pictures = [noise(50, 40, 1), noise(60, 40, 2)]
+    images = [noise(50, 40, 1), noise(60, 40, 2)]
     for kind in KINDS:
-        maps = [explain(flava, picture, TEXT, target=kind).columns["gradcam"].maps for picture in pictures]
+        maps = [explain(flava, image, TEXT, target=kind).methods["gradcam"].maps for image in images]
         assert np.abs(maps[0] - maps[1]).max() > 1e-6
-        together = explain(flava, pictures, [TEXT, TEXT], target=kind)
+        together = explain(flava, images, [TEXT, TEXT], target=kind)
         for one, found in zip(maps, together, strict=True):
-            assert close(found.columns["gradcam"].maps, one)
+            assert close(found.methods["gradcam"].maps, one)
     left = [hook for module in flava.model.modules() for hook in module._forward_hooks.values()]
     assert all(getattr(hook, "__module__", "").startswith("transformers.") for hook in left)
 
 
-def test_a_flat_picture_divides_by_nothing(flava):
+def test_a_flat_image_divides_by_nothing(flava):
     from PIL import Image
 
     found = explain(flava, Image.new("RGB", (64, 64), "grey"), TEXT, target="norm")
-    assert all(np.isfinite(column.maps).all() for column in found.columns.values())
+    assert all(np.isfinite(column.maps).all() for column in found.methods.values())
     found.figure()
 
 
@@ -183,12 +183,12 @@ def test_words_and_phrases(flava):
     tokens = explain(flava, noise(50, 40), TEXT, target="logit", methods=["gradcam"], select=Selection(caption=False))
     found = explain(flava, noise(50, 40), TEXT, target="logit", methods=["gradcam"], select=select)
     own = [i for i, e in enumerate(tokens.entries) if e.start >= TEXT.index("red")]
-    assert close(found.columns["gradcam"].maps[-1], tokens.columns["gradcam"].maps[own].mean(0))
+    assert close(found.methods["gradcam"].maps[-1], tokens.methods["gradcam"].maps[own].mean(0))
     for kind in ("similarity", "matching"):
         found = explain(flava, noise(50, 40), TEXT, target=kind, methods=["gradcam"], select=select)
         alone = explain(flava, noise(50, 40), "red jacket", target=kind, methods=["gradcam"])
         assert found.entries[-1].score == pytest.approx(alone.entries[0].score)
-        assert close(found.columns["gradcam"].maps[-1], alone.columns["gradcam"].maps[0])
+        assert close(found.methods["gradcam"].maps[-1], alone.methods["gradcam"].maps[0])
         alone = explain(flava, noise(50, 40), TEXT, target=kind, token_target="alone", select=Selection(tokens=["red"]))
         word = explain(flava, noise(50, 40), "red", target=kind)
         assert alone.entries[-1].score == pytest.approx(word.entries[0].score)

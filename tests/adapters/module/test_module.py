@@ -19,10 +19,10 @@ from tests.support.tolerances import TUTORIAL, close
 PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 
 
-def made(net, tap=None, width=64, height=64, **options):
+def made(net, layer=None, width=64, height=64, **options):
     torch.manual_seed(0)
     model = models.shaken(net).double().eval()
-    return ModuleAdapter(model, tap, **{"preprocess": models.to_pixels(width, height)} | options)
+    return ModuleAdapter(model, layer, **{"preprocess": models.to_pixels(width, height)} | options)
 
 
 def tutorial(model, pixels, index, path):
@@ -58,17 +58,17 @@ def tutorial(model, pixels, index, path):
         (models.TwoEnds, None, "same", (32, 48)),
     ],
 )
-def test_gradcam_equals_the_oracle(net, tap, path, size):
+def test_gradcam_equals_the_oracle(net, layer, path, size):
     """Three pictures, a class of its own each, non-square input; the modules have their ReLUs in place."""
-    adapter = made(net(), tap, width=size[1], height=size[0])
-    assert adapter.structure.tap == path
+    adapter = made(net(), layer, width=size[1], height=size[0])
+    assert adapter.structure.layer == path
     found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
-    for picture, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
-        features, gradient = tutorial(adapter.model, adapter.preprocess(picture), index, path)
+    for image, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
+        features, gradient = tutorial(adapter.model, adapter.preprocess(image), index, path)
         prefix = 2 if net is nets.ViT else 0
         pair = [(t.flatten(1).T if t.ndim == 3 else t[prefix:]).numpy() for t in (features, gradient)]
         assert close(explanation[0].raw.ravel(), vision.gradcam(*pair))
-        assert explanation.geometry.seen == (0, 0, *picture.size)
+        assert explanation.geometry.seen == (0, 0, *image.size)
 
 
 @pytest.mark.parametrize("net", [nets.Vgg, nets.ResNet34, nets.ViT, models.TwoEnds])
@@ -88,11 +88,11 @@ def test_the_users_model_is_as_before(net):
 @pytest.mark.parametrize("quadrant", range(4))
 def test_a_score_of_one_quadrant_has_its_map_there(quadrant):
     """On a picture and an input that are not square, in original pixels."""
-    picture, size = noise(90, 60, 4), {"width": 64, "height": 32}
+    image, size = noise(90, 60, 4), {"width": 64, "height": 32}
     (row, column), (height, width) = divmod(quadrant, 2), (4, 8)
     own = np.zeros((2 * height, 2 * width), bool)
     own[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
-    all_maps = explain(made(nets.Quadrants(own_map=False), **size), picture, target=quadrant, methods=["hirescam"])[0]
+    all_maps = explain(made(nets.Quadrants(own_map=False), **size), image, target=quadrant, methods=["hirescam"])[0]
     assert all_maps.raw.shape == own.shape == (8, 16)
     assert not all_maps.raw[~own].any()
     assert (all_maps.raw[own] > 0).all()
@@ -118,19 +118,19 @@ def test_gradcam_of_a_score_of_one_quadrant():
 
 def test_a_layer_of_one_cell_names_the_last_with_a_size():
     adapter = made(nets.MobileNet(), width=32, height=32, preprocess=models.to_pixels(32, 32))
-    assert adapter.structure.tap == "features.3"
-    for tap in ("features", "features.4", "children:0"):
+    assert adapter.structure.layer == "features.3"
+    for layer in ("features", "features.4", "children:0"):
         with pytest.raises(
             LayerError, match=r"no spatial size \(1 x 1\): the last layer that has one is 'features.3' \(2 x 2\)"
         ):
-            made(nets.MobileNet(), tap, preprocess=models.to_pixels(32, 32))
+            made(nets.MobileNet(), layer, preprocess=models.to_pixels(32, 32))
     with pytest.raises(LayerError, match=r"'classifier' has no spatial size \(its output is \(1, 5\)\): the last"):
         made(nets.MobileNet(), "classifier")
     with pytest.raises(LayerError, match="ran twice"):
         explain(made(nets.ResNet34(), "layer1.0.relu"), PICTURES[0])
-    for tap, words in (("features.9", "has no layer 'features.9'"), ("-99", "the vision stack has"), (99, "blocks")):
+    for layer, words in (("features.9", "has no layer 'features.9'"), ("-99", "the vision stack has"), (99, "blocks")):
         with pytest.raises(LayerError, match=words):
-            made(nets.MobileNet(), tap)
+            made(nets.MobileNet(), layer)
 
 
 def test_inputs_of_any_size_and_too_small_ones():
@@ -141,7 +141,7 @@ def test_inputs_of_any_size_and_too_small_ones():
 
     adapter = made(nets.MobileNet(), preprocess=plain)
     shapes = [
-        explain(adapter, noise(*size), target=1).columns["gradcam"].maps.shape[1:] for size in ((96, 64), (65, 130))
+        explain(adapter, noise(*size), target=1).methods["gradcam"].maps.shape[1:] for size in ((96, 64), (65, 130))
     ]
     assert shapes == [(2, 3), (5, 3)]
     with pytest.raises(LayerError, match=r"'features' has no spatial size \(1 x 1\): the last layer .* \(2 x 2\)"):
@@ -150,11 +150,11 @@ def test_inputs_of_any_size_and_too_small_ones():
         explain(adapter, [noise(96, 64), noise(64, 96)], target=1)
 
 
-def test_grey_pictures():
+def test_grey_images():
     options = {"preprocess": models.to_pixels(48, 32, "L"), "mode": "L", "labels": models.CLASSES}
     adapter = made(models.TwoEnds(channels=1), **options)
     found = explain(adapter, PICTURES[0], target="red car")
-    assert found.columns["gradcam"].maps.shape == (1, 8, 12)
+    assert found.methods["gradcam"].maps.shape == (1, 8, 12)
     assert found.geometry.seen == (0, 0, 90, 60)
     with pytest.raises(
         ModelError, match="gives 3 channels, the first convolution of TwoEnds takes 1; mode='L' gives it"
@@ -257,7 +257,7 @@ def test_one_score_is_a_yes():
     assert entry.probability == pytest.approx(float(torch.tensor(entry.score).sigmoid()))
 
 
-def test_models_that_normalise_over_the_batch_take_one_picture():
+def test_models_that_normalise_over_the_batch_take_one_image():
     net = nets.MobileNet()
     net.features[0][1] = nn.BatchNorm2d(4, track_running_stats=False)
     adapter = made(net)

@@ -39,11 +39,11 @@ class ClassBehind(nets.ViT):
 def test_tokens_behind_the_patches(before):
     adapter = made(ClassBehind(before), prefix=before, width=48, height=32)
     path = "encoder.layers.2.ln_1"
-    assert adapter.structure.tap == path
+    assert adapter.structure.layer == path
     found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
-    for picture, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
+    for image, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
         pair = [
-            t[before : -2 + before].numpy() for t in tutorial(adapter.model, adapter.preprocess(picture), index, path)
+            t[before : -2 + before].numpy() for t in tutorial(adapter.model, adapter.preprocess(image), index, path)
         ]
         assert close(explanation[0].raw.ravel(), vision.gradcam(*pair))
         assert not [line for line in explanation.warnings if "prefix=" in line]
@@ -137,11 +137,11 @@ def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
 
 
 @pytest.mark.parametrize("tap", ["encoder.layers.2", "encoder.ln"])
-def test_a_dead_tap_of_the_users_names_a_live_one(tap):
-    adapter = made(nets.ViT(), tap, prefix=2)
-    assert adapter.structure.tap == tap
+def test_a_dead_tap_of_the_users_names_a_live_one(layer):
+    adapter = made(nets.ViT(), layer, prefix=2)
+    assert adapter.structure.layer == layer
     with pytest.raises(
-        LayerError, match=f"layer '{tap}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
+        LayerError, match=f"layer '{layer}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
     ):
         explain(adapter, PICTURES[0])
 
@@ -160,14 +160,14 @@ class Five(nn.Module):
         return self.head(self.conv(x).relu().mean((2, 3)))
 
 
-def five(picture):
-    values = models.to_pixels(64, 64)(picture)
+def five(image):
+    values = models.to_pixels(64, 64)(image)
     return torch.cat([values, values[:2]])
 
 
 def test_any_number_of_channels_and_convolutions_that_take_others():
     found = explain(ModuleAdapter(Five().double(), preprocess=five), noise(90, 60, 1), target=0)
-    assert found.columns["gradcam"].maps.shape == (1, 16, 16)
+    assert found.methods["gradcam"].maps.shape == (1, 16, 16)
     assert found.geometry.scale == pytest.approx((64 / 90, 64 / 60), rel=0.01)
 
 
@@ -188,12 +188,12 @@ class Fixed(nn.Module):
         (Five(), models.to_pixels(32, 32), "gives 3 channels, the first convolution of Five takes 1; mode='L' gives"),
         (
             Fixed(),
-            lambda picture: torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1),
+            lambda image: torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1),
             r"Fixed fails on a blank picture of 256 x 256, \(1, 3, 256, 256\) after preprocess: RuntimeError: mat1 and",
         ),
         (Fixed(), lambda _: None, "preprocess gives a NoneType, expected pixel values"),
-        (Fixed(), lambda picture: {"image": picture}, r"gives a dict with the keys \['image'\], expected pixel values"),
-        (Fixed(), lambda picture: (torch.zeros(3, 32, 32), {}), "preprocess gives a tuple, expected pixel values"),
+        (Fixed(), lambda image: {"image": image}, r"gives a dict with the keys \['image'\], expected pixel values"),
+        (Fixed(), lambda image: (torch.zeros(3, 32, 32), {}), "preprocess gives a tuple, expected pixel values"),
     ],
 )
 def test_what_cannot_be_used_says_why(model, preprocess, words):
@@ -230,33 +230,33 @@ def test_a_traced_module_cannot_be_watched():
         ModuleAdapter(torch.jit.trace(Fixed(), torch.zeros(1, 3, 32, 32)), preprocess=models.to_pixels(32, 32))
 
 
-def is_spatial(picture):
+def is_spatial(image):
     """Changes the very picture that it is given."""
-    picture.thumbnail((32, 32))
-    return torch.from_numpy(np.array(picture.resize((32, 32)), np.float64) / 255).permute(2, 0, 1)
+    image.thumbnail((32, 32))
+    return torch.from_numpy(np.array(image.resize((32, 32)), np.float64) / 255).permute(2, 0, 1)
 
 
-def test_the_picture_is_not_the_preprocessings_to_change(tmp_path):
-    picture = open_image(noise(90, 60, 1))
-    found = explain(ModuleAdapter(Fixed().double(), preprocess=is_spatial), picture, target=0)
-    assert (picture.image.size, found.picture.image.size) == ((90, 60), (90, 60))
+def test_the_image_is_not_the_preprocessings_to_change(tmp_path):
+    image = open_image(noise(90, 60, 1))
+    found = explain(ModuleAdapter(Fixed().double(), preprocess=is_spatial), image, target=0)
+    assert (image.pil.size, found.image.pil.size) == ((90, 60), (90, 60))
     found.save(tmp_path / "out")
 
 
-def standardised(picture):
-    values = models.to_pixels(32, 32)(picture)
+def standardised(image):
+    values = models.to_pixels(32, 32)(image)
     return (values - values.mean()) / values.std()
 
 
-@pytest.mark.parametrize("moves", [models.to_pixels(32, 32), lambda picture: picture.resize((32, 32))])
-def test_what_is_normalised_by_picture_needs_its_places_told(moves):
-    model, picture = Fixed().double(), noise(90, 60, 1)
+@pytest.mark.parametrize("moves", [models.to_pixels(32, 32), lambda image: image.resize((32, 32))])
+def test_what_is_normalised_by_image_needs_its_places_told(moves):
+    model, image = Fixed().double(), noise(90, 60, 1)
     with pytest.raises(
         ProbeError, match="normalised per picture; geometry= takes a callable that does the same to plac"
     ):
-        explain(ModuleAdapter(model, preprocess=standardised), picture, target=0)
-    found = explain(ModuleAdapter(model, preprocess=standardised, geometry=moves), picture, target=0)
-    plain = explain(ModuleAdapter(model, preprocess=models.to_pixels(32, 32)), picture, target=0)
+        explain(ModuleAdapter(model, preprocess=standardised), image, target=0)
+    found = explain(ModuleAdapter(model, preprocess=standardised, geometry=moves), image, target=0)
+    plain = explain(ModuleAdapter(model, preprocess=models.to_pixels(32, 32)), image, target=0)
     assert found.geometry == plain.geometry
     assert not np.array_equal(found[0].raw, plain[0].raw)
 
@@ -267,7 +267,7 @@ def test_what_is_normalised_by_picture_needs_its_places_told(moves):
 def test_a_tap_may_be_the_module_itself():
     model = nets.Vgg()
     adapter = ModuleAdapter(model, model.features[16], preprocess=models.to_pixels(64, 64))
-    assert adapter.structure.tap == "features.16"
+    assert adapter.structure.layer == "features.16"
     with pytest.raises(LayerError, match="the Conv2d given as tap is no layer inside Vgg"):
         ModuleAdapter(model, nn.Conv2d(3, 3, 1), preprocess=models.to_pixels(64, 64))
     with pytest.raises(ModelError, match="0 or more, got True"):
@@ -286,7 +286,7 @@ def test_a_class_with_the_name_of_the_kind_of_target():
 
 def test_warnings_of_several_layers_name_theirs():
     found = explain(made(nets.Vgg()), PICTURES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
-    blank = {key: replace(one, status=(Status("degenerate", "flat"),)) for key, one in found.columns.items()}
+    blank = {key: replace(one, status=(Status("degenerate", "flat"),)) for key, one in found.methods.items()}
     assert list(doubts(blank, found.entries)) == [
         f"Grad-CAM at {layer} of 'class 1' is no evidence: flat" for layer in ("features.9", "features.28")
     ]

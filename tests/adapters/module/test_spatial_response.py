@@ -17,9 +17,9 @@ SIDE = 64
 SPOT = (9, 50)  # of a picture of 64 x 64, (x, y): in cell (6, 1) of 8 x 8
 
 
-def made(net, tap=None, **options):
+def made(net, layer=None, **options):
     torch.manual_seed(0)
-    return ModuleAdapter(net().eval(), tap, preprocess=models.to_pixels(SIDE, SIDE), **options)
+    return ModuleAdapter(net().eval(), layer, preprocess=models.to_pixels(SIDE, SIDE), **options)
 
 
 # ---------------------------------------------------------------- cases known on paper
@@ -33,7 +33,7 @@ def moved(places, rows=8, columns=8):
     return change
 
 
-def test_cells_that_lie_as_the_picture_does():
+def test_cells_that_lie_as_the_image_does():
     assert is_spatial(moved([(1, 1), (1, 6), (6, 1), (6, 6)]))
     assert is_spatial(moved([(0, 3), (2, 4), (5, 2), (7, 7)]))
     assert is_spatial(moved([(0, 1), (0, 16), (0, 1), (0, 16)], 1, 20))  # one row: nothing to tell up from down by
@@ -172,7 +172,7 @@ class Pairs(nn.Module):
 )
 def test_what_only_looks_like_a_map_is_no_tap(net, live, other, words):
     adapter = made(net)
-    assert (adapter.structure.tap, adapter.structure.prefix) == (live, 0)
+    assert (adapter.structure.layer, adapter.structure.prefix) == (live, 0)
     assert other not in adapter.structure.stacks["vision"].blocks
     named = rf"layer '{other}' has no spatial size {words}.*: the last layer that has one is '{live}' \(8 x 8\)"
     with pytest.raises(LayerError, match=named):
@@ -188,18 +188,18 @@ def test_a_bright_spot_is_where_it_is(net):
     with torch.no_grad():
         for parameter in adapter.model.parameters():
             parameter.abs_()
-    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
-    picture[SPOT[1] - 2 : SPOT[1] + 2, SPOT[0] - 1 : SPOT[0] + 3] = 255
-    found = explain(adapter, Image.fromarray(picture), target=0, methods="hirescam")
-    assert found.columns["hirescam"].maps.shape == (1, 8, 8)
-    row, column = np.unravel_index(found.columns["hirescam"].maps[0].argmax(), (8, 8))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[SPOT[1] - 2 : SPOT[1] + 2, SPOT[0] - 1 : SPOT[0] + 3] = 255
+    found = explain(adapter, Image.fromarray(image), target=0, methods="hirescam")
+    assert found.methods["hirescam"].maps.shape == (1, 8, 8)
+    row, column = np.unravel_index(found.methods["hirescam"].maps[0].argmax(), (8, 8))
     assert (row, column) == (6, 1)
 
 
 def test_the_tap_is_the_last_layer_that_classes_are_made_of():
     adapter = made(Segments)
     assert adapter.structure.stacks["vision"].blocks == ("down", "up")
-    assert adapter.structure.tap == "down"
+    assert adapter.structure.layer == "down"
     with pytest.raises(LayerError, match=r"layer 'up' is dead.*use 'down', or see --list-layers"):
         explain(adapter, noise(SIDE, SIDE, 1), target=0, layers=["up"], methods="gradcam")
 
@@ -221,12 +221,12 @@ class Hybrid(nn.Module):
 
 
 @pytest.mark.parametrize("tap", [None, "stem", "merge"])
-def test_layers_of_a_hybrid_keep_their_grids(tap):
-    adapter = made(Hybrid, tap)
+def test_layers_of_a_hybrid_keep_their_grids(layer):
+    adapter = made(Hybrid, layer)
     assert adapter.structure.prefix == 1
-    assert adapter.structure.tap == tap or adapter.structure.tap in ("block", "block.norm1", "merge")
+    assert adapter.structure.layer == layer or adapter.structure.layer in ("block", "block.norm1", "merge")
     found = explain(adapter, noise(90, 60, 1), target=0, layers=["stem", "merge"], methods="gradcam")
-    assert [column.maps.shape for column in found.columns.values()] == [(1, 16, 16), (1, 8, 8)]
+    assert [column.maps.shape for column in found.methods.values()] == [(1, 16, 16), (1, 8, 8)]
 
 
 def test_tokens_before_they_are_merged():
@@ -240,12 +240,12 @@ def test_tokens_before_they_are_merged():
             tokens = self.norm(self.patch(x).flatten(2).transpose(1, 2))
             return self.head(self.merge(tokens.transpose(1, 2).unflatten(2, (16, 16))).mean((2, 3)))
 
-    for tap, shape in (("norm", (1, 16, 16)), (None, (1, 8, 8))):
-        found = explain(made(Merging, tap), noise(90, 60, 1), target=0, methods="gradcam")
-        assert found.columns["gradcam"].maps.shape == shape
+    for layer, shape in (("norm", (1, 16, 16)), (None, (1, 8, 8))):
+        found = explain(made(Merging, layer), noise(90, 60, 1), target=0, methods="gradcam")
+        assert found.methods["gradcam"].maps.shape == shape
 
 
 def test_of_an_attention_the_layer_is_taken_that_it_reads():
     vit = models.classifier_model("vit", dtype=torch.float32)
     adapter = ModuleAdapter(vit, preprocess=models.to_pixels(32, 32), prefix=1)
-    assert adapter.structure.tap.endswith("layernorm_before")
+    assert adapter.structure.layer.endswith("layernorm_before")

@@ -36,9 +36,9 @@ def variant(request):
     return models.trocr_adapter(**VARIANTS[request.param])
 
 
-def tutorial(adapter, text, layer="encoder.layers.2", picture=None):
+def tutorial(adapter, text, layer="encoder.layers.2", image=None):
     """The loop over all tokens of a forced text, the end token included."""
-    pixels = adapter.image_processor(picture or noise(90, 30), return_tensors="pt")["pixel_values"].to(adapter.dtype)
+    pixels = adapter.image_processor(image or noise(90, 30), return_tensors="pt")["pixel_values"].to(adapter.dtype)
     ids = [*adapter.tokenizer(text, add_special_tokens=False)["input_ids"], 1]
     loop = decoder.Tutorial(adapter.model, pixels, [0, *ids])
     return [loop.run(row, token, layer) for row, token in enumerate(ids)]
@@ -56,7 +56,7 @@ def test_gradcam_equals_the_corrected_tutorial_loop(layer, dtype, tolerance):
     found = explain(adapter, noise(90, 30), TEXT, methods=["gradcam"], layers=[layer], select=TOKENS)
     loop = tutorial(adapter, TEXT, layer)
     expected = [vision.gradcam(f[1:], g[1:]) for _, f, g, _ in loop]
-    assert close(found.columns["gradcam"].maps.reshape(len(loop), -1), expected, tolerance)
+    assert close(found.methods["gradcam"].maps.reshape(len(loop), -1), expected, tolerance)
     assert close([e.score for e in found.entries], [score for score, *_ in loop], tolerance)
 
 
@@ -66,7 +66,7 @@ def test_gradcam_of_every_kind_of_model(variant):
         vision.gradcam(f[variant.structure.prefix :], g[variant.structure.prefix :])
         for _, f, g, _ in tutorial(variant, TEXT)
     ]
-    assert close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
+    assert close(found.methods["gradcam"].maps.reshape(len(expected), -1), expected)
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.layers.0", "encoder.layernorm"])
@@ -75,7 +75,7 @@ def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(variant, layer, mon
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", vision.constant_deviation_norm)
     prefix = variant.structure.prefix
     expected = [vision.gradcam(f[prefix:], g[prefix:]) for _, f, g, _ in tutorial(variant, TEXT, layer)]
-    assert close(found.columns["gradcam_ln"].maps.reshape(len(expected), -1), expected)
+    assert close(found.methods["gradcam_ln"].maps.reshape(len(expected), -1), expected)
 
 
 def test_attention_methods_equal_their_oracles(variant):
@@ -93,7 +93,7 @@ def test_attention_methods_equal_their_oracles(variant):
         expected["attention"].append(looks @ seeing[-1].mean(0))
         expected["relevance"].append(decoder.bimodal_relevance(pairs, vision.rollout(seeing))[row])
     for name in methods:
-        assert close(found.columns[name].maps, patches(variant, expected[name]))
+        assert close(found.methods[name].maps, patches(variant, expected[name]))
 
 
 def test_full_relevance_through_the_encoder(variant):
@@ -103,14 +103,14 @@ def test_full_relevance_through_the_encoder(variant):
     for row, (_, _, _, pairs) in enumerate(tutorial(variant, TEXT)):
         encoder = decoder.normalised(vision.relevance(pairs["vision"]))
         expected.append(decoder.bimodal_relevance(pairs, encoder)[row])
-    assert close(found.columns["relevance"].maps, patches(variant, expected))
+    assert close(found.methods["relevance"].maps, patches(variant, expected))
 
 
 def test_rows_without_relevance_stay_zero_and_finite(trocr):
     """Rows behind the target have no gradient: N(R) must not divide by their zero."""
     found = explain(trocr, noise(90, 30), TEXT, methods=["relevance"], select=Selection(caption=False, tokens=["0"]))
-    assert np.isfinite(found.columns["relevance"].maps).all()
-    assert found.columns["relevance"].maps.max() > 0
+    assert np.isfinite(found.methods["relevance"].maps).all()
+    assert found.methods["relevance"].maps.max() > 0
 
 
 def test_inner_blocks_and_heads(trocr):
@@ -118,9 +118,9 @@ def test_inner_blocks_and_heads(trocr):
     methods = ["cross_attention", "gradient_x_cross_attention"]
     found = explain(trocr, noise(90, 30), TEXT, methods=methods, options=options, select=TOKENS)
     runs = [run[3]["cross"][0] for run in tutorial(trocr, TEXT)]
-    assert close(found.columns["cross_attention"].maps, patches(trocr, [a[2][row] for row, (a, _) in enumerate(runs)]))
+    assert close(found.methods["cross_attention"].maps, patches(trocr, [a[2][row] for row, (a, _) in enumerate(runs)]))
     expected = [vision.attention_gradcam(a, g)[row] for row, (a, g) in enumerate(runs)]
-    assert close(found.columns["gradient_x_cross_attention"].maps, patches(trocr, expected))
+    assert close(found.methods["gradient_x_cross_attention"].maps, patches(trocr, expected))
 
 
 def test_the_explained_token_is_the_one_that_was_written(trocr):
@@ -153,17 +153,17 @@ def test_beams_follow_the_beam_that_won(trocr):
 
 
 def test_a_batch_of_lines_equals_one_by_one(trocr):
-    pictures = [noise(90, 30), noise(70, 20, 1), noise(120, 30, 2)]
+    images = [noise(90, 30), noise(70, 20, 1), noise(120, 30, 2)]
     texts = [None, "a red car", Generate(max_length=5)]
     methods = ["gradcam_ln", "rollout", "gradient_x_cross_attention"]
-    together = explain(trocr, pictures, texts, methods=methods)
+    together = explain(trocr, images, texts, methods=methods)
     assert [found.origin for found in together] == ["generated", "forced", "generated"]
     assert len({len(found.entries) for found in together}) == 3  # rows of different lengths: padding gets no map
-    for picture, text, found in zip(pictures, texts, together, strict=True):
-        alone = explain(trocr, picture, text, methods=methods)
+    for image, text, found in zip(images, texts, together, strict=True):
+        alone = explain(trocr, image, text, methods=methods)
         assert found.caption == alone.caption
-        for key, column in found.columns.items():
-            assert close(column.maps, alone.columns[key].maps)
+        for key, column in found.methods.items():
+            assert close(column.maps, alone.methods[key].maps)
 
 
 def test_one_encoder_pass_and_one_backward_for_all_tokens(trocr, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_changed_decoder_is_run_and_not_recomputed(trocr):
     assert not trocr.fast_taps
     found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], select=TOKENS)
     expected = [vision.gradcam(f[1:], g[1:]) for _, f, g, _ in tutorial(trocr, TEXT)]
-    assert close(found.columns["gradcam"].maps.reshape(len(expected), -1), expected)
+    assert close(found.methods["gradcam"].maps.reshape(len(expected), -1), expected)
     handle.remove()
 
 
@@ -199,9 +199,9 @@ def test_long_texts_run_over_several_segments(trocr, monkeypatch):
     short = explain(trocr, noise(90, 30), text, methods=["gradcam", "gradcam_ln"], select=select)
     monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
     slow = explain(trocr, noise(90, 30), text, methods=["gradcam", "gradcam_ln"], select=select)
-    for key, column in slow.columns.items():
-        assert close(whole.columns[key].maps, column.maps)
-        assert close(short.columns[key].maps, column.maps)
+    for key, column in slow.methods.items():
+        assert close(whole.methods[key].maps, column.maps)
+        assert close(short.methods[key].maps, column.maps)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -218,7 +218,7 @@ def test_log_probability(trocr, fast, monkeypatch):
     handle.remove()
     [gradient] = torch.autograd.grad(out.logits[0, 2].log_softmax(-1)[ids[2]], kept["f"])
     assert close(
-        found.columns["gradcam"].maps[2].ravel(), vision.gradcam(kept["f"][0, 1:].detach().numpy(), gradient[0, 1:])
+        found.methods["gradcam"].maps[2].ravel(), vision.gradcam(kept["f"][0, 1:].detach().numpy(), gradient[0, 1:])
     )
 
 
@@ -232,7 +232,7 @@ def test_words_and_captions_are_means_over_their_tokens(trocr):
     for entry, own in ((0, slice(None)), (1, slice(0, first)), (2, slice(first, count))):
         assert found.entries[entry].score == pytest.approx(np.mean([e.score for e in parts.entries[own]]))
         assert found.entries[entry].probability is None
-        assert close(found.columns["gradcam"].maps[entry], parts.columns["gradcam"].maps[own].mean(0))
+        assert close(found.methods["gradcam"].maps[entry], parts.methods["gradcam"].maps[own].mean(0))
 
 
 def test_where_asks_for_another_token_at_a_place(trocr):
@@ -264,8 +264,8 @@ def test_contrast_explains_a_difference_of_logits(trocr):
     second = explain(trocr, noise(90, 30), TEXT, select=replace(chosen, where="bus"), **ask)
     assert entry.score == pytest.approx(first.entries[0].score - second.entries[0].score)
     assert close(
-        found.columns["gradcam_ln"].maps[0],
-        first.columns["gradcam_ln"].maps[0] - second.columns["gradcam_ln"].maps[0],
+        found.methods["gradcam_ln"].maps[0],
+        first.methods["gradcam_ln"].maps[0] - second.methods["gradcam_ln"].maps[0],
         STORED,
     )
     placed = explain(trocr, noise(90, 30), TEXT, select=Selection(contrast=("dog", "man"), tokens=["4"]), **ask)
@@ -380,7 +380,7 @@ def test_input_of_another_size_than_the_model_was_made_for():
     adapter = models.trocr_adapter(size=(16, 16), patch=8)
     adapter.image_processor.size = {"height": 24, "width": 80}
     found = explain(adapter, noise(90, 30), TEXT)
-    assert found.columns["gradcam"].maps.shape[1:] == (3, 10)
+    assert found.methods["gradcam"].maps.shape[1:] == (3, 10)
 
 
 def test_targets_of_one_text_that_overlap_get_their_own_backward(trocr):
@@ -389,7 +389,7 @@ def test_targets_of_one_text_that_overlap_get_their_own_backward(trocr):
     both = explain(trocr, noise(90, 30), TEXT, methods=[method])
     for entry, select in ((0, Selection(tokens=False)), (2, Selection(caption=False, tokens=["car"]))):
         alone = explain(trocr, noise(90, 30), TEXT, methods=[method], select=select)
-        assert close(both.columns[method].maps[entry], alone.columns[method].maps[0])
+        assert close(both.methods[method].maps[entry], alone.methods[method].maps[0])
 
 
 def test_groups_of_targets(trocr):
@@ -414,14 +414,14 @@ def test_wrong_models_and_targets_are_refused(trocr):
         explain(silent, noise(90, 30), TEXT)
 
 
-def test_models_that_write_nothing_want_a_text(clip, picture):
+def test_models_that_write_nothing_want_a_text(clip, image):
     with pytest.raises(TextError, match="writes no text itself"):
-        explain(clip, picture)
+        explain(clip, image)
     with pytest.raises(TextError, match="a caption must be text, got Generate"):
-        explain(clip, picture, Generate())
+        explain(clip, image, Generate())
 
 
-def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, picture):
+def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, image):
     """A hook on a module that the shortcut's parts lie in would be skipped by it, but not by the score."""
     cases = (
         (models.trocr_adapter(), "encoder", "last_hidden_state"),
@@ -441,10 +441,10 @@ def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, picture):
         assert adapter.fast_taps
 
 
-def test_what_was_not_written_is_no_question_for_models_that_compare(clip, picture):
+def test_what_was_not_written_is_no_question_for_models_that_compare(clip, image):
     for select in (Selection(where="blue", tokens=["red"]), Selection(contrast=("red", "blue"))):
         with pytest.raises(OptionError, match="clip writes no text"):
-            explain(clip, picture, TEXT, select=select)
+            explain(clip, image, TEXT, select=select)
     with pytest.raises(OptionError, match="not with words or phrases"):
         Selection(where="blue", words=True)
 

@@ -44,9 +44,9 @@ def test_a_cell_that_is_not_finite_stays_alone():
 @pytest.mark.parametrize("style", [{}, {"signed": True}])
 @pytest.mark.parametrize("opacity", [1.0, 0.6])
 def test_a_cell_has_one_colour(style, opacity):
-    picture = Image.new("RGB", (64, 64), (128, 128, 128))
+    image = Image.new("RGB", (64, 64), (128, 128, 128))
     made = explanation(
-        picture, labels=("x",), geometry=whole(64, 64), columns=[column("gradcam", RAMP, whole(64, 64), signed=True)]
+        image, labels=("x",), geometry=whole(64, 64), columns=[column("gradcam", RAMP, whole(64, 64), signed=True)]
     )
     flat = painted(made, cells=True, opacity=opacity, **style)
     smooth = painted(made, opacity=opacity, **style)

@@ -48,7 +48,7 @@ def test_a_shared_map_is_drawn_once_and_says_so():
     assert len(images(made, "picture")) == 1
 
 
-def test_panels_show_picture_heat_and_overlay():
+def test_panels_show_image_heat_and_overlay():
     made = figure(explanation(), layout="panels")
     assert len(images(made, "heat")) == len(images(made, "overlay")) == 7
     heat = images(made)["heat:gradcam:0"]

@@ -39,7 +39,7 @@ def read(tmp_path):
     def make(labels=("a", "b", " ", "d"), **options):
         path = tmp_path / "in.png"
         line(256, 32, "ab d").save(path)
-        return written(list(labels), along(len(labels), 4, 32), picture=str(path), **options)
+        return written(list(labels), along(len(labels), 4, 32), image=str(path), **options)
 
     return make
 
@@ -146,7 +146,7 @@ def test_overlays_of_several_methods_are_named_by_method_too(read, tmp_path):
     first = [f"00_a-{s}.png" for s in ("gradcam_-1_in", "gradcam_-1_in-2", "relevance")]
     assert written_overlays(tmp_path / "out") == sorted([*first, *(f"01_b{name[4:]}" for name in first)])
     content = json.loads((tmp_path / "out" / "explanation.json").read_text())
-    assert content["files"]["overlays"]["0"] == dict(zip(list(made.columns)[:3], first, strict=True))
+    assert content["files"]["overlays"]["0"] == dict(zip(list(made.methods)[:3], first, strict=True))
     assert listed(saved)["overlays"]["1"]["relevance"] == str(tmp_path / "out" / "01_b-relevance.png")
 
 
@@ -195,26 +195,26 @@ def test_more_than_a_hundred_tokens_stay_in_order(read):
     ((5000, 500), (1600, 160)),
     ((1000, 800), (1000, 800)), ((300, 1200), (300, 1200)), ((2000, 60), (1600, 48)), ((1, 1), (768, 768)),
 ])  # fmt: skip
-def test_small_pictures_are_enlarged_and_large_ones_reduced(size, wanted):
-    made = written(["a"], [(0, 0)], size=size, grid=(2, 2), picture=Image.new("RGB", size))
+def test_small_images_are_enlarged_and_large_ones_reduced(size, wanted):
+    made = written(["a"], [(0, 0)], size=size, grid=(2, 2), image=Image.new("RGB", size))
     [(entry, key, image)] = overlays(made)
     assert (entry, key) == (0, "gradcam")
     assert image.size == wanted
 
 
 def test_overlays_are_those_of_render_in_the_style_of_the_figure(tmp_path):
-    made = written(list("ab"), along(2, 4, 32), picture=noise(900, 120))
+    made = written(list("ab"), along(2, 4, 32), image=noise(900, 120))
     for style in ({}, {"cmap": "jet", "opacity": 0.3, "peak": False}, {"signed": True, "background": "edges"}):
         save(made, tmp_path / "out", per_token=True, layout="panels", **style)
         with Image.open(tmp_path / "out" / "01_b.png") as image:
-            assert (np.asarray(image) == np.asarray(overlay(made.map(1), made.picture, **style))).all()
+            assert (np.asarray(image) == np.asarray(overlay(made.map(1), made.image, **style))).all()
             assert image.info["Software"] == MARK
 
 
 def test_overlays_share_the_scale_of_the_figure(tmp_path):
     made = written(list("ab"), along(2, 4, 32), size=(900, 120))
-    maps = made.columns["gradcam"].maps * np.array([1, 4], np.float32)[:, None, None]
-    made = dataclasses.replace(made, columns={"gradcam": column("gradcam", maps, made.geometry)})
+    maps = made.methods["gradcam"].maps * np.array([1, 4], np.float32)[:, None, None]
+    made = dataclasses.replace(made, methods={"gradcam": column("gradcam", maps, made.geometry)})
     plain = {"cmap": "gray", "opacity": 1.0, "peak": False, "box": False}
     own, joint, fixed = (
         [np.asarray(image).max() for _, _, image in overlays(made, scale=s, fixed=f, **plain)]

@@ -37,14 +37,14 @@ def test_more_heat_is_always_more_colour():
     assert grey[-1] > grey[0] + 40
 
 
-def test_the_picture_stays_recognisable_under_the_heat():
+def test_the_image_stays_recognisable_under_the_heat():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[::8] = stripes[1::8] = stripes[2::8] = stripes[3::8] = 255
     drawn = painted(ramp(Image.fromarray(stripes))).mean(-1)
     assert (drawn[2:58:8] - drawn[6:62:8] > 60).all()
 
 
-def test_opacity_zero_shows_the_muted_picture_and_no_heat():
+def test_opacity_zero_shows_the_muted_image_and_no_heat():
     assert not colourful(painted(ramp(), opacity=0.0)).any()
 
 
@@ -67,9 +67,9 @@ def test_signed_limits_lie_at_the_same_distance_from_zero():
 
 @pytest.mark.parametrize("ground", ["black", "white", "red"])
 def test_the_unseen_area_is_hatched_and_never_coloured(ground):
-    picture = Image.new("RGB", (192, 64), ground)
+    image = Image.new("RGB", (192, 64), ground)
     geometry = Geometry.from_steps(192, 64, resized=(192, 64), crop=(64, 0, 64, 64), grid=(4, 4))
-    drawn = painted(ramp(picture, geometry=geometry), cmap="jet")
+    drawn = painted(ramp(image, geometry=geometry), cmap="jet")
     unseen = np.ones((64, 192), bool)
     unseen[:, 64:128] = False
     assert (drawn[unseen].max(-1) == drawn[unseen].min(-1)).all()
@@ -86,8 +86,8 @@ def test_the_unseen_area_is_hatched_and_never_coloured(ground):
 @pytest.mark.parametrize("style", [{}, {"signed": True}, {"background": "edges"}])
 def test_a_map_without_evidence_has_no_heat_and_says_why(maps, reason, style):
     geometry = whole(64, 64)
-    picture = Image.new("RGB", (64, 64), "red")
-    made = explanation(picture, labels=("x",), geometry=geometry, columns=[column("gradcam", maps, geometry)])
+    image = Image.new("RGB", (64, 64), "red")
+    made = explanation(image, labels=("x",), geometry=geometry, columns=[column("gradcam", maps, geometry)])
     drawn = figure(made, **style)
     assert not colourful(images(drawn)["overlay:gradcam:0"]).any()
     assert f"no evidence: {reason}" in words(drawn)
@@ -97,9 +97,7 @@ def test_a_map_without_evidence_has_no_heat_and_says_why(maps, reason, style):
 def test_a_map_without_evidence_has_no_say_in_a_shared_scale():
     geometry = whole(64, 64)
     maps = np.stack([RAMP[0], -1000 - RAMP[0], RAMP[0] * 2])
-    made = explanation(
-        geometry=geometry, picture=Image.new("RGB", (64, 64)), columns=[column("gradcam", maps, geometry)]
-    )
+    made = explanation(geometry=geometry, image=Image.new("RGB", (64, 64)), columns=[column("gradcam", maps, geometry)])
     assert limits_of(list(made), Style(signed=True), "caption") == (-2, 2)
 
 
@@ -146,7 +144,7 @@ def test_the_grid_runs_along_the_patches_edges():
     assert not changed[20:140, 20:140].any()
 
 
-def test_edges_replace_the_picture():
+def test_edges_replace_the_image():
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 32:] = (200, 0, 0)
     drawn = painted(ramp(Image.fromarray(half)), background="edges", opacity=0.0)
@@ -155,16 +153,16 @@ def test_edges_replace_the_picture():
     assert (drawn[:, :24] == 255).all()
 
 
-def test_a_map_of_another_picture_is_refused():
+def test_a_map_of_another_image_is_refused():
     with pytest.raises(OptionError, match="the picture has 10 x 10 pixels, the map belongs to one of 96 x 96"):
         overlay(explanation().map(0), Image.new("RGB", (10, 10)))
 
 
-def test_overlays_have_the_pictures_size_or_the_one_asked_for():
+def test_overlays_have_the_images_size_or_the_one_asked_for():
     made = explanation(Image.new("RGB", (300, 90)))
-    assert overlay(made.map(0), made.picture).size == (300, 90)
-    assert overlay(made.map(0), made.picture, longest=100).size == (100, 30)
-    assert overlay(made.map(0), made.picture, longest=1000).size == (300, 90)
+    assert overlay(made.map(0), made.image).size == (300, 90)
+    assert overlay(made.map(0), made.image, longest=100).size == (100, 30)
+    assert overlay(made.map(0), made.image, longest=1000).size == (300, 90)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (640, 200), (1, 1), (3000, 2000)])
@@ -198,7 +196,7 @@ def test_small_boxes_and_their_hottest_patch_stay_visible():
     assert frame[y0 - 6 : y1 + 6, x0 - 6 : x1 + 6].sum() > 4 * 5 * (x1 - x0), "drawn around it"
 
 
-def test_grid_lines_are_those_of_the_patches_that_saw_the_picture():
+def test_grid_lines_are_those_of_the_patches_that_saw_the_image():
     geometry = Geometry.from_steps(200, 100, resized=(200, 100), crop=(50, 0, 100, 100), grid=(2, 4))
     lines = grid_lines(geometry)
     assert [line[0][0] for line in lines[:5]] == pytest.approx([0.25, 0.375, 0.5, 0.625, 0.75])

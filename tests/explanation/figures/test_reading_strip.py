@@ -69,10 +69,10 @@ def test_reading_order_on_paper(text, columns, back):
 def test_reading_order_counts_entries_and_leaves_out_what_is_no_token():
     made = written(list("abc"), at(0, 9, 3), grid=(2, 16), shared=("rollout",))
     caption = explanation().entries[0]
-    maps = np.concatenate([peaks(at(15), 2, 16), made.columns["gradcam"].maps])
+    maps = np.concatenate([peaks(at(15), 2, 16), made.methods["gradcam"].maps])
     shifted = type(made)(**{
         **vars(made), "entries": (caption, *made.entries), "columns": {
-            "gradcam": column("gradcam", maps, made.geometry), "rollout": made.columns["rollout"],
+            "gradcam": column("gradcam", maps, made.geometry), "rollout": made.methods["rollout"],
         },
     })  # fmt: skip
     assert reading_order(shifted, "gradcam") == (3,)
@@ -95,10 +95,10 @@ def test_the_direction_of_a_text_is_that_of_most_of_its_letters():
 @pytest.mark.parametrize("size", [(512, 64), (2000, 60), (300, 1200), (200, 200), (7, 3)])
 def test_the_box_is_that_of_the_peaks_cell(size):
     cells = [(0, 0), (2, 5), (3, 15)]
-    made = written(list("abc"), cells, size=size, grid=(4, 16), picture=line(*size, "abc", 8))
+    made = written(list("abc"), cells, size=size, grid=(4, 16), image=line(*size, "abc", 8))
     drawn = strip(made)
-    [picture] = [i for i in drawn.axes[0].images if i.get_gid() == "strip:gradcam"]
-    left, right, bottom, top = picture.get_extent()
+    [image] = [i for i in drawn.axes[0].images if i.get_gid() == "strip:gradcam"]
+    left, right, bottom, top = image.get_extent()
     boxes = artists(drawn, "cell:")
     for i, cell in enumerate(cells):
         x0, y0, x1, y1 = made.geometry.cell_box(*cell)
@@ -212,7 +212,7 @@ def test_nothing_leaves_the_sheet_and_no_label_lies_on_another(labels, cells, si
         assert not any(one.overlaps(other) for other in boxes[:i]), labels_drawn[i].get_text()
 
 
-def test_a_picture_that_is_stretched_says_so():
+def test_a_image_that_is_stretched_says_so():
     assert "picture drawn higher than it is" in said(strip(written(["a"], [(0, 0)], size=(4000, 1))))
     assert "picture drawn wider than it is" in said(strip(written(["a"], [(0, 0)], size=(1, 4000))))
     assert "drawn" not in said(strip(written(["a"], [(0, 0)], size=(2000, 50))))
@@ -232,9 +232,9 @@ def test_leader_lines_cross_no_label():
 
 
 def test_the_unseen_part_is_hatched():
-    picture = Image.new("RGB", (512, 64), "red")
+    image = Image.new("RGB", (512, 64), "red")
     geometry = Geometry.from_steps(512, 64, resized=(512, 64), crop=(128, 0, 256, 64), grid=(4, 16))
-    made = written(["a"], [(1, 2)], picture=picture, grid=(4, 16))
+    made = written(["a"], [(1, 2)], image=image, grid=(4, 16))
     made = type(made)(**{**vars(made), "geometry": geometry})
     drawn = images(strip(made), "strip:")["strip:gradcam"].astype(int)
     edge = drawn.shape[1] // 4

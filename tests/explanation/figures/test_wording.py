@@ -18,7 +18,7 @@ def said(made):
     return " ".join(words(made).split())
 
 
-def test_the_figure_names_the_pictures_file(tmp_path):
+def test_the_figure_names_the_images_file(tmp_path):
     made = explanation()
     assert "picture from memory, 96 x 96 pixels" in said(figure(made))
     for path, name in (
@@ -27,7 +27,7 @@ def test_the_figure_names_the_pictures_file(tmp_path):
         ("\udc80\n.png", "\\udc80\\n.png,"),
         (f"{'n' * 200}.png", f"{'n' * 30}…{'n' * 26}.png,"),
     ):
-        shown = words(figure(replace(made, picture=replace(made.picture, path=path))))
+        shown = words(figure(replace(made, image=replace(made.image, path=path))))
         assert name in shown.replace(" ", "") or name in shown
         assert "/a/b" not in shown
 

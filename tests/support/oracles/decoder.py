@@ -57,8 +57,8 @@ def bimodal_relevance(pairs, encoder):
         return np.maximum(pair[0] * pair[1], 0).mean(0)
 
     text = np.eye(pairs["decoder"][0][0].shape[-1])
-    picture = np.zeros((len(text), len(encoder)))
+    image = np.zeros((len(text), len(encoder)))
     for own, cross in zip(pairs["decoder"], pairs["cross"], strict=True):
-        text, picture = text + led(own) @ text, picture + led(own) @ picture
-        picture = picture + normalised(text).T @ led(cross) @ encoder
-    return picture
+        text, image = text + led(own) @ text, image + led(own) @ image
+        image = image + normalised(text).T @ led(cross) @ encoder
+    return image
