@@ -62,10 +62,10 @@ def score(args: argparse.Namespace) -> int:
     rules = kind.rules_of({name: getattr(args, name) for name in kinds.OPTIONS})
     dataset = kind.open(args.data or kind.demo(), args.split)
     path = report.check_file(args.output) if args.output else None
-    how = options.explain_keywords(args) | ({} if args.methods else {"methods": None})
+    request = options.request_of(args)
     default = str(demo_model("trocr")) if kind.name == "lines" else None
     adapter = adapter or load(args.model or default, **loading)
-    document = kind.score(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
+    document = kind.score(adapter, dataset, rules, request, progress=sys.stderr.isatty() and not args.quiet)
     return evaluate.tell(args, document, [document], kind.markdown, path)
 
 

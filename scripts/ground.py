@@ -34,7 +34,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.core.errors import OptionError, TextError
     from grounding.core.images import open_image
     from grounding.core.text import check_text
-    from grounding.engine.explain import explain
+    from grounding.engine.explain import explain_request
     from grounding.engine.layers import list_layers
     from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
@@ -47,11 +47,11 @@ def ground(args: argparse.Namespace) -> int:
         raise OptionError("--revision belongs to --model, which was not given")
     images = args.image or [str(demo_image())]
     folders = options.output_folders(args, images)
-    keywords = options.explain_keywords(args)
+    request = options.request_of(args)
     check_options(**options.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], caption, keywords["target"])))
+        print(layer_table(list_layers(adapter, images[0], caption, request.target)))
         return 0
     if caption is None and adapter.needs_text:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
@@ -59,8 +59,8 @@ def ground(args: argparse.Namespace) -> int:
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
             opened = open_image(image, **options.image_keywords(args))
-            found = explain(adapter, opened, caption, **keywords)
-            report.add(found, folder, options.inspected(args, adapter, opened, caption, **keywords))
+            found = explain_request(adapter, opened, caption, request)
+            report.add(found, folder, options.inspected(args, adapter, opened, caption, request))
     return report.end()
 
 

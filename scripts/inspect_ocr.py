@@ -35,7 +35,7 @@ def inspect(args: argparse.Namespace) -> int:
     from grounding.core.demo import demo_line, demo_model
     from grounding.core.errors import OptionError
     from grounding.core.images import open_image
-    from grounding.engine.explain import explain
+    from grounding.engine.explain import explain_request
     from grounding.engine.layers import list_layers
     from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
@@ -44,7 +44,7 @@ def inspect(args: argparse.Namespace) -> int:
         raise OptionError("--revision belongs to --model, which was not given")
     images = args.image or [str(demo_line())]
     folders = options.output_folders(args, images, demo="demo-trocr")
-    keywords = ocr.reading_keywords(args, options.explain_keywords(args))
+    text, request = ocr.reading_request(args, options.request_of(args))
     check_options(**options.figure_keywords(args))
     adapter = load(args.model or str(demo_model("trocr")), device=args.device, dtype=args.dtype, revision=args.revision)
     if not adapter.generates:
@@ -56,9 +56,8 @@ def inspect(args: argparse.Namespace) -> int:
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=args.text is None):
             opened = open_image(image, **options.image_keywords(args))
-            report.add(
-                explain(adapter, opened, **keywords), folder, options.inspected(args, adapter, opened, **keywords)
-            )
+            found = explain_request(adapter, opened, text, request)
+            report.add(found, folder, options.inspected(args, adapter, opened, text, request))
     return report.end()
 
 

@@ -20,22 +20,20 @@ from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset
-from grounding.engine.explain import SEED, aim
-from grounding.engine.plan import plan_methods
+from grounding.engine.plan import for_target, plan_methods
 from grounding.engine.provenance import provenance_of
-from grounding.engine.selection import Selection
+from grounding.engine.request import BATCH_SIZE, Request
 
 # Makes the adapter, in whichever process.
 Load = Callable[[], Adapter]
-SHARD_SIZE, BATCH_SIZE = 64, 8
+SHARD_SIZE = 64
 METHODS = ("gradcam", "rollout")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run. `data` is a folder or a name that `open_dataset` takes; `select`, `methods`, `options`, `layers`,
-    `average_layers`, `target`, `token_target` and `seed` are as in `explain`. `captions` and `methods` are None until
-    the model is known (`settled`); `protocols` name the texts about phrases that are explained, too. `shard_size` and
+    """A run. `data` is a folder or a name that `open_dataset` takes; `request` is what to compute of each
+    image. `captions` and the methods of the request are None until the model is known (`settled`); `protocols` name the texts about phrases that are explained, too. `shard_size` and
     `batch_size` count pictures. `workers` processes decode pictures; `threads` of torch compute (None: as many as it
     takes by itself). `max_failed` is the part of the rows that may fail before the run is stopped as hopeless (1: all).
     """
@@ -44,14 +42,7 @@ class RunConfig:
     split: str | None = None
     captions: Captions | None = None
     protocols: tuple[str, ...] = PROTOCOLS
-    select: Selection = field(default_factory=Selection)
-    methods: tuple[str, ...] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    layers: tuple[str, ...] = ()
-    average_layers: bool = False
-    target: str | None = None
-    token_target: str | None = None
-    seed: int = SEED
+    request: Request = field(default_factory=Request)
     shard_size: int = SHARD_SIZE
     batch_size: int = BATCH_SIZE
     workers: int = 1
@@ -69,12 +60,6 @@ class RunConfig:
         if unknown := [name for name in self.protocols if name not in PROTOCOLS]:
             raise OptionError(f"no protocol {unknown[0]!r} (there are: {', '.join(PROTOCOLS)})")
 
-    @property
-    def how(self) -> dict[str, Any]:
-        """Keyword arguments of `explain`."""
-        names = ("methods", "options", "layers", "average_layers", "target", "token_target", "seed", "select")
-        return {name: getattr(self, name) for name in names}
-
     def budget(self) -> FailureLimit:
         """When the run is hopeless."""
         return FailureLimit(share=self.max_failed, in_a_row=IN_A_ROW if self.max_failed < 1 else None)
@@ -90,18 +75,20 @@ class RunConfig:
         """
         if self.captions == "none" and not adapter.generates:
             raise OptionError(f"without captions the model must write its own, and {adapter.info.type} writes no text")
+        usual = adapter.default_methods if adapter.generates else METHODS
         return replace(
             self,
             captions=self.captions or ("none" if adapter.generates else "all"),
-            methods=self.methods or (adapter.default_methods if adapter.generates else METHODS),
+            request=replace(self.request, methods=self.request.methods or usual),
         )
 
     def about(self, adapter: Adapter) -> RunMetadata:
         """What all rows will have in common. Raises what is wrong with the methods, options, layers or target."""
-        aimed, options = aim(adapter, self.target, self.options)
-        plan = plan_methods(aimed, self.methods, self.layers, options, self.average_layers)
-        target, token_target = aimed.check_kind(self.target, self.token_target)
-        return RunMetadata.of(aimed, plan, target, token_target, self.seed)
+        request = self.request
+        aimed, own = for_target(adapter, request)
+        plan = plan_methods(aimed, own)
+        target, token_target = aimed.check_kind(request.target, request.token_target)
+        return RunMetadata.of(aimed, plan, target, token_target, request.seed)
 
 
 @dataclass(frozen=True)
@@ -113,36 +100,38 @@ class RunDescription:
     threads: int
 
 
-def describe(work: RunConfig, adapter: Adapter, dataset: Dataset, ids: Sequence[str]) -> RunDescription:
-    """Of settled work. Raises what is wrong with the methods, options, layers or target, and DataError."""
-    about = work.about(adapter)
-    threads = work.threads or torch.get_num_threads()
-    return RunDescription(fingerprint(work, adapter, about, dataset, ids), about, threads)
+def describe(config: RunConfig, adapter: Adapter, dataset: Dataset, ids: Sequence[str]) -> RunDescription:
+    """Of settled config. Raises what is wrong with the methods, options, layers or target, and DataError."""
+    about = config.about(adapter)
+    threads = config.threads or torch.get_num_threads()
+    return RunDescription(fingerprint(config, adapter, about, dataset, ids), about, threads)
 
 
 def fingerprint(
-    work: RunConfig, adapter: Adapter, about: RunMetadata, dataset: Dataset, ids: Sequence[str]
+    config: RunConfig, adapter: Adapter, about: RunMetadata, dataset: Dataset, ids: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that the rows depend on. Where two runs lie in one folder they must agree in all of it."""
-    provenance = {name: value for name, value in provenance_of(adapter, work.seed).items() if name != "schema_version"}
+    provenance = {
+        name: value for name, value in provenance_of(adapter, config.request.seed).items() if name != "schema_version"
+    }
     made = {
         "pictures": len(ids),
         "ids": hashlib.sha256("\n".join(map(repr, ids)).encode("ascii", "backslashreplace")).hexdigest(),
         "data": dataset.digest(),
         "layout": dataset.layout,
         "split": dataset.split,
-        "captions": work.captions,
-        "protocols": list(work.protocols) if dataset.boxes else [],
-        "select": asdict(work.select),
+        "captions": config.captions,
+        "protocols": list(config.protocols) if dataset.boxes else [],
+        "select": asdict(config.request.select),
         "methods": about.methods,
         "target": about.target,
         "token_target": about.token_target,
-        "target_options": dict(work.options),
+        "target_options": dict(config.request.options),
         **provenance,
         "weights": weights_digest(adapter.model),
-        "shard_size": work.shard_size,
-        "batch_size": work.batch_size,
-        "max_pixels": work.max_pixels,
+        "shard_size": config.shard_size,
+        "batch_size": config.batch_size,
+        "max_pixels": config.max_pixels,
     }
     return dict(json.loads(json.dumps(made, default=str)))
 
@@ -157,7 +146,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def begin(
-    folder: Path, work: RunConfig, description: RunDescription, dataset: Dataset, ids: Sequence[str]
+    folder: Path, config: RunConfig, description: RunDescription, dataset: Dataset, ids: Sequence[str]
 ) -> RunFolder:
     """The run in a folder: begun by writing its manifest, or the one that is there if it has the same fingerprint.
 
@@ -167,7 +156,7 @@ def begin(
         manifest = {
             "fingerprint": description.fingerprint,
             "about": asdict(description.about),
-            "data": {"folder": work.data, "split": work.split, "layout": dataset.layout},
+            "data": {"folder": config.data, "split": config.split, "layout": dataset.layout},
             "threads": description.threads,
             "problems": list(dataset.problems),
             "ids": list(ids),

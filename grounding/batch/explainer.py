@@ -5,9 +5,8 @@ Out of memory, a number that is not finite, a text that the model cannot read: e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -17,7 +16,8 @@ from grounding.batch.rows import MODEL, OUT_OF_MEMORY, Row, failed_row, to_row
 from grounding.core.errors import GroundingError, LayerError, OptionError, TargetError, UnknownNameError
 from grounding.core.images import Picture
 from grounding.core.text import Generate
-from grounding.engine.explain import explain
+from grounding.engine.explain import explain_request
+from grounding.engine.request import Request
 from grounding.engine.selection import Selection
 from grounding.explanation.explanation import Explanation
 
@@ -37,12 +37,10 @@ class ImageJob:
 
 
 class BatchExplainer:
-    """An adapter with the arguments of `explain` that all pictures share (`select` is for their captions)."""
+    """Explain images and their texts for a request, whose selection is that of the captions."""
 
-    def __init__(self, adapter: Adapter, how: Mapping[str, Any]) -> None:
-        self.adapter = adapter
-        self.how = {**how}
-        self.select: Selection = self.how.pop("select")
+    def __init__(self, adapter: Adapter, request: Request) -> None:
+        self.adapter, self.request = adapter, request
         self._worked = False
 
     def rows(self, jobs: Sequence[ImageJob]) -> list[Row]:
@@ -81,13 +79,15 @@ class BatchExplainer:
 
     def _explained(self, jobs: Sequence[ImageJob]) -> list[Row]:
         texts = [_texts(job.asks) for job in jobs]
-        found = explain(
+        found = explain_request(
             self.adapter,
             [job.image for job in jobs],
             [list(own) for own in texts],
-            select=[[self._selection(job, i) for i in range(len(own))] for job, own in zip(jobs, texts, strict=True)],
+            self.request,
+            selections=[
+                [self._selection(job, i) for i in range(len(own))] for job, own in zip(jobs, texts, strict=True)
+            ],
             batch_size=len(jobs),
-            **self.how,
         )
         return [row for job, own, made in zip(jobs, texts, found, strict=True) for row in _rows(job, own, made)]
 
@@ -95,7 +95,7 @@ class BatchExplainer:
         """What is explained of a picture's text: of a caption what was asked for, of a text about a phrase itself."""
         if place >= len(job.asks):
             return Selection(tokens=False)
-        return replace(self.select, phrases=job.asks[place].phrases)
+        return replace(self.request.select, phrases=job.asks[place].phrases)
 
 
 def _texts(asks: Sequence[TextRequest]) -> list[str | Generate]:

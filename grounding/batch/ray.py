@@ -74,7 +74,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError:
-            raise OptionError("--engine ray needs Ray: pip install 'grounding[ray]'") from None
+            raise OptionError("--engine ray needs Ray: pip install 'grounding-maps[ray]'") from None
         self.ray, self.load, self.work = ray, load, work
         self.budget = work.budget()
         self.idle, self.starting = list[Any](), dict[Any, Any]()

@@ -40,7 +40,7 @@ class ShardRunner:
     ) -> None:
         self.run, self.work, self.dataset = run, work.settled(adapter), dataset
         self.budget, self.tell = budget or FailureLimit(), tell
-        self.grounder = BatchExplainer(adapter, self.work.how)
+        self.explainer = BatchExplainer(adapter, self.work.request)
         # As many as the run began with: sums in another order differ in the last digit.
         torch.set_num_threads(run.manifest["threads"])
 
@@ -98,7 +98,7 @@ class ShardRunner:
         return {name: sorted(rows, key=lambda row: row["line"]) for name, rows in made.items()}
 
     def _explain(self, batch: Sequence[ImageJob], made: dict[str, list[Row]]) -> None:
-        rows = self.grounder.rows(batch)
+        rows = self.explainer.rows(batch)
         for row in rows:
             made[row["image"]].append(row)
         self._count(rows, len(batch))

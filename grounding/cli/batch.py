@@ -90,18 +90,18 @@ def work_of(args: argparse.Namespace) -> RunConfig:
     from grounding.batch.requests import PROTOCOLS
     from grounding.core.demo import demo_scenes
 
-    how = common.explain_keywords(args)
+    request = common.request_of(args)
+    if args.no_tokens:
+        request = replace(request, select=replace(request.select, tokens=False))
     names = ("captions", "shard_size", "batch_size", "workers", "threads", "max_pixels", "max_failed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    select = replace(how["select"], tokens=False) if args.no_tokens else how["select"]
-    methods, layers = tuple(args.methods) if args.methods else None, tuple(args.layer)
     data = Path(args.data or demo_scenes())
     return RunConfig(
-        # Other processes, and later ones, may stand in another folder.
+        # Other processes, and later ones, may run in another folder.
         data=str(data.resolve() if data.exists() else args.data),
         split=args.split,
         protocols=PROTOCOLS if args.protocols is None else tuple(args.protocols),
-        **{**how, "select": select, "methods": methods, "layers": layers},
+        request=request,
         **given,
     )
 

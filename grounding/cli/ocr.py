@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grounding.core.text import Generate
+    from grounding.engine.request import Request
 
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +30,11 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reading_keywords(args: argparse.Namespace, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `explain` with those of `cli.explain_keywords` and the options above: tokens alone, unless
-    phrases are asked for. Raises OptionError for options that exclude each other."""
+def reading_request(args: argparse.Namespace, request: Request) -> tuple[str | Generate, Request]:
+    """The text that is forced on the model (or `Generate`), and the request with the options above.
+
+    Tokens are explained without the caption. Raises OptionError for options that exclude each other.
+    """
     from dataclasses import replace
 
     from grounding.core.errors import OptionError
@@ -43,11 +49,11 @@ def reading_keywords(args: argparse.Namespace, keywords: dict[str, Any]) -> dict
     if (args.where or args.contrast) and (args.words or args.phrase):
         raise OptionError("--where and --contrast ask about single tokens: not with --words or --phrase")
     select = replace(
-        keywords["select"],
+        request.select,
         caption=False,
         special=args.special,
         where=args.where or "",
         contrast=tuple(args.contrast) if args.contrast else None,
     )
     text = Generate(args.max_length, args.beams) if args.text is None else check_text(args.text)
-    return keywords | {"select": select, "texts": text}
+    return text, replace(request, select=select)

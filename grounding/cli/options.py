@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grounding.core.text import WORD_RULE
+
+if TYPE_CHECKING:
+    from grounding.engine.request import Request
 
 INSPECTED = 8  # channels
 
@@ -156,13 +159,14 @@ def figure_keywords(args: argparse.Namespace) -> dict[str, Any]:
     return given | {name: True for name in ("grid", "signed", "cells") if getattr(args, name)}
 
 
-def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `explain`; `--attention-layer` and `--head` ask for raw attention besides.
+def request_of(args: argparse.Namespace) -> Request:
+    """The request that the options make. `--attention-layer` and `--head` are options of the method `attention`, which
+    they add to the methods.
 
-    Raises OptionError for a malformed `--option`.
+    Raises OptionError for a malformed `--option`, UnknownNameError for an unknown method.
     """
     from grounding.core.errors import OptionError
-    from grounding.engine.plan import DEFAULT
+    from grounding.engine.request import DEFAULT, Request
     from grounding.engine.selection import Selection
 
     options: dict[str, Any] = {}
@@ -173,20 +177,20 @@ def explain_keywords(args: argparse.Namespace) -> dict[str, Any]:
         options[key] = value
     attention = {"attention.layer": args.attention_layer, "attention.head": args.head}
     attention = {key: value for key, value in attention.items() if value is not None}
-    if twice := attention.keys() & options.keys():
-        raise OptionError(f"{', '.join(sorted(twice))} was given twice: by --option and by an option of its own")
-    methods = [*(args.methods or [DEFAULT]), *(["attention"] if attention else [])]
+    methods = args.methods
+    if attention:
+        methods = list(dict.fromkeys([*(args.methods or [DEFAULT]), "attention"]))
     tokens = True if args.tokens is None else args.tokens
-    return {
-        "methods": methods,
-        "options": options | attention,
-        "layers": args.layer,
-        "average_layers": args.average_layers,
-        "select": Selection(tokens=tokens, words=args.words, phrases=args.phrase),
-        "target": _target(args),
-        "token_target": args.token_target,
-        "seed": args.seed,
-    }
+    return Request(
+        methods,
+        Selection(tokens=tokens, words=args.words, phrases=args.phrase),
+        _target(args),
+        args.token_target,
+        args.layer,
+        args.average_layers,
+        options | attention,
+        args.seed,
+    )
 
 
 def _target(args: argparse.Namespace) -> Any:
@@ -238,10 +242,10 @@ def _check_inspect(args: argparse.Namespace) -> None:
         raise OptionError("--inspect writes a picture, but --write leaves png out")
 
 
-def inspected(args: argparse.Namespace, adapter: Any, image: Any, texts: Any = None, **keywords: Any) -> list[Any]:
-    """What `--inspect` asks for, with the keywords of `explain`; nothing where it was not given."""
+def inspected(args: argparse.Namespace, adapter: Any, image: Any, text: Any, request: Request) -> list[Any]:
+    """The inspections for `--inspect`; none where it was not given."""
     if args.inspect is None:
         return []
-    from grounding.engine.inspect import inspect_all
+    from grounding.engine.inspect import inspect_request
 
-    return inspect_all(adapter, image, texts, **keywords)
+    return inspect_request(adapter, image, text, request)

@@ -33,15 +33,15 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
     if isinstance(images, Inputs):
         images = list(images.images) if len(images.images) > 1 else images.images[0]
     many = isinstance(images, (list, tuple))
-    opened = list(images) if many else [images]
+    listed = list(images) if many else [images]
     if texts is None:
         asked(None)
     shared = texts is None or isinstance(texts, Asked)
-    per_image = list(texts) if many and not shared else [texts] * len(opened)
-    if not opened:
+    per_image = list(texts) if many and not shared else [texts] * len(listed)
+    if not listed:
         raise GroundingError("no picture was given")
-    if len(per_image) != len(opened):
-        raise GroundingError(f"{len(opened)} images but {len(per_image)} texts: give one item of texts per picture")
+    if len(per_image) != len(listed):
+        raise GroundingError(f"{len(listed)} images but {len(per_image)} texts: give one item of texts per picture")
     single = [not isinstance(item, (list, tuple)) for item in per_image]
 
     captions = [[asked(t) for t in ([item] if one else item)] for item, one in zip(per_image, single, strict=True)]
@@ -52,4 +52,4 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
         shaped = [found[0] if one else found for found, one in zip(results, single, strict=True)]
         return shaped if many else shaped[0]
 
-    return opened, captions, rebuild
+    return listed, captions, rebuild

@@ -1,12 +1,12 @@
-"""One pass, all methods: `explain` is the way through the house; `tracing` is its middle."""
+"""Explain images and texts: run one forward pass per batch and compute all requested maps from it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -16,26 +16,71 @@ from grounding.adapter.base import Adapter, TokenProbability
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
-from grounding.core.text import Span
+from grounding.core.images import Picture
+from grounding.core.text import Generate, Span
 from grounding.engine.arguments import flatten, selections_of
 from grounding.engine.passes import look, run_passes
-from grounding.engine.plan import MethodCall, plan_methods
+from grounding.engine.plan import MethodCall, for_target, plan_methods
 from grounding.engine.provenance import provenance_of
+from grounding.engine.request import BATCH_SIZE, SEED, Request
 from grounding.engine.selection import Selection
 from grounding.engine.warnings import ROUNDING, map_warnings, orthogonal_warnings, text_independent_warnings
 from grounding.explanation.explanation import Entry, Explanation, MethodMaps
 from grounding.explanation.maps import Status, diagnose
 
-BATCH_SIZE = 8
-SEED = 0
+R = TypeVar("R")
+# Checks a request against an adapter and lists its method calls.
+PlanMethods = Callable[[Adapter, Request], Sequence[MethodCall]]
 
 
+class ExplainKeywords(TypedDict, total=False):
+    """Keyword arguments of `explain`, for its overloads."""
+
+    methods: str | Sequence[str] | None
+    select: Selection | Sequence[Any] | None
+    target: Any
+    token_target: str | None
+    layers: str | int | Sequence[str | int]
+    average_layers: bool
+    options: Mapping[str, Any] | None
+    batch_size: int
+    seed: int
+
+
+@overload
+def explain(
+    adapter: Adapter,
+    images: list[Any] | tuple[Any, ...],
+    texts: Sequence[list[Any] | tuple[Any, ...]],
+    **keywords: Unpack[ExplainKeywords],
+) -> list[list[Explanation]]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: list[Any] | tuple[Any, ...],
+    texts: Sequence[str | Generate | None] | None = None,
+    **keywords: Unpack[ExplainKeywords],
+) -> list[Explanation]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: str | Picture | Any,
+    texts: list[Any] | tuple[Any, ...],
+    **keywords: Unpack[ExplainKeywords],
+) -> list[Explanation]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: str | Picture | Any,
+    texts: str | Generate | None = None,
+    **keywords: Unpack[ExplainKeywords],
+) -> Explanation: ...
 def explain(
     adapter: Adapter,
     images: Any,
     texts: Any = None,
     *,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     select: Selection | Sequence[Any] | None = None,
     target: Any = None,
     token_target: str | None = None,
@@ -45,117 +90,160 @@ def explain(
     batch_size: int = BATCH_SIZE,
     seed: int = SEED,
 ) -> Any:
-    """Explain why the model connects pictures and texts.
+    """Explain which parts of images a model connects with texts.
 
     Parameters
     ----------
-    adapter: a model and its processor, e.g. `adapters.load("openai/clip-vit-base-patch16")`.
-    images: one picture (path, PIL image, array, file object, opened `Picture`) or a list of them; or pictures seen once
-        (`adapter.prepare_images([...])`), whose pass is then reused for every later text.
-    texts: for one picture a text or a list of texts; for a list of pictures one item of that kind per picture. A model
-        that writes texts itself is made to write this one; None or `Generate(...)` in place of a text: its own. Of a
-        model that knows classes: names of classes, each of which then gets an Explanation; better say them by `target`.
-    methods: names in `grounding.METHODS`; default `adapter.default_methods`, as does the name "default".
-    select: which entries of a caption are explained; default the caption and each token. One `Selection` for all texts,
-        or lists of them, one list per picture with one per text.
-    target: what is explained, one of `adapter.kinds`; of a model that knows classes, also one of them by name or index,
-        or a list of them, which share an Explanation (default: the predicted one). `token_target`: how a part of a
-        caption is scored, one of `adapter.token_targets`. Default the first of each.
-    layers: the taps of methods that have one, as `Adapter.resolve` takes them; several give one column each, or with
-        `average_layers` one joint column.
-    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option", where there are.
-    batch_size: pictures per forward pass.
+    adapter: a model and its processor, e.g. `grounding.load("openai/clip-vit-base-patch16")`.
+    images: one image (path, PIL image, array, file object, opened `Picture`) or a list of images; or images that were
+        prepared once (`adapter.prepare_images([...])`), whose forward pass is reused for all later texts.
+    texts: for one image a text or a list of texts; for a list of images one item of that kind per image. A model that
+        generates text is forced to generate the given text; with None or `Generate(...)` it generates its own. A
+        classifier takes names of classes, each of which gets an Explanation of its own; prefer `target` for them.
+    methods: names in `grounding.METHODS`; default `adapter.default_methods`, which the name "default" stands for.
+    select: entries of a text that are explained; default the caption and each token. One `Selection` for all texts, or
+        one list per image with a Selection per text.
+    target: the scalar that is explained, one of `adapter.kinds`; for a classifier also a class by name or index, or a
+        list of classes, which share one Explanation (default: the predicted class).
+    token_target: how a part of a caption is scored, one of `adapter.token_targets`; default the first.
+    layers: layers of the methods that are computed at one, as `Adapter.resolve` takes them; several give one map each,
+        or with `average_layers` one joint map.
+    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option" where there are any.
+    batch_size: images per forward pass.
+    seed: seed of torch's random state during the call; the caller's state is restored.
 
     Returns
     -------
-    One Explanation for one picture and one text; lists give lists of the same nesting.
+    One Explanation for one image and one text; a list for one image with a list of texts, or for a list of images; a
+    list of lists for a list of images with a list of texts each.
 
     Raises
     ------
-    GroundingError (a ValueError, one line): unusable picture, text, layer, option or target; a dead layer; NaN or Inf.
+    GroundingError (a ValueError, one line): unusable image, text, layer, option or target; a dead layer; NaN or Inf.
+
+    Example
+    -------
+    >>> import grounding
+    >>> model = grounding.load()  # the embedded demo model
+    >>> explanation = grounding.explain(model, "photo.jpg", "man in red jacket")  # doctest: +SKIP
+    >>> explanation["jacket"].peak  # (x, y) in original pixels  # doctest: +SKIP
     """
+    one = select if isinstance(select, Selection) else Selection()
+    listed = [layers] if isinstance(layers, int) else layers
+    request = Request(methods, one, target, token_target, listed, average_layers, options or {}, seed)
+    many = None if select is None or isinstance(select, Selection) else select
+    return explain_request(adapter, images, texts, request, selections=many, batch_size=batch_size)
+
+
+def explain_request(
+    adapter: Adapter,
+    images: Any,
+    texts: Any,
+    request: Request,
+    *,
+    selections: Sequence[Sequence[Selection]] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Any:
+    """`explain` with its settings as a Request; `selections` override `request.select`, one list per image with one
+    Selection per text. Raises as `explain`."""
+    return run_request(adapter, images, texts, request, plan_methods, explanations, selections, batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedBatch:
+    """A batch of images and texts with the raw maps of all targets, before they are assembled into results."""
+
+    adapter: Adapter
+    request: Request
+    calls: Sequence[MethodCall]
+    inputs: Inputs
+    targets: Targets
+    raw: RawMaps
+    probabilities: Sequence[TokenProbability | None]
+
+
+def run_request(
+    adapter: Adapter,
+    images: Any,
+    texts: Any,
+    request: Request,
+    plan: PlanMethods,
+    assemble: Callable[[ComputedBatch], list[list[R]]],
+    selections: Sequence[Sequence[Selection]] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Any:
+    """Run a request batch by batch. `plan` lists its method calls, `assemble` makes the results of a batch: one list
+    per image, one item per text. Returns them nested as `images` and `texts` are. Raises as `explain`."""
     if not isinstance(adapter, Adapter):
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
-    target, texts = adapter.asked_by(target, texts)
-    adapter, options = aim(adapter, target, options)
-    opened, captions, rebuild = flatten(images, texts, adapter.asked)
+    kind, texts = adapter.asked_by(request.target, texts)
+    adapter, request = for_target(adapter, replace(request, target=kind))
+    listed, captions, rebuild = flatten(images, texts, adapter.asked)
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
-    plan = plan_methods(adapter, methods, layers, options, average_layers)
-    selections = selections_of(select, captions)
-    if any(s.where or s.contrast for own in selections for s in own) and not adapter.generates:
-        raise OptionError(f"where and contrast ask what a model could have written; {adapter.info.type} writes no text")
-    results: list[list[Explanation]] = []
-    # The model's own precision, whatever the caller stands in: gradients of autocast are of mixed types.
+    calls = plan(adapter, request)
+    chosen = selections_of(request.select if selections is None else selections, captions)
+    if any(s.where or s.contrast for own in chosen for s in own) and not adapter.generates:
+        raise OptionError(
+            f"where and contrast are about tokens that a model could generate; {adapter.info.type} generates no text"
+        )
+    results: list[list[R]] = []
+    # The model's own precision, whatever context the caller is in: gradients of autocast are of mixed types.
     with (
         torch.inference_mode(False),
         torch.autocast(adapter.device.type, enabled=False),
-        random_state(adapter.model, seed),
+        random_state(adapter.model, request.seed),
     ):
-        for seen, part in _batches(adapter, images, opened, batch_size):
+        for prepared, part in _batches(adapter, images, listed, batch_size):
             if adapter.looks_first(captions[part]):
-                look(adapter, seen, plan)
-            chosen = [selection for own in selections[part] for selection in own]
-            inputs = adapter.prepare_texts(seen, captions[part])
-            results += _explain_batch(adapter, inputs, plan, chosen, target, token_target, seed)
+                look(adapter, prepared, calls)
+            inputs = adapter.prepare_texts(prepared, captions[part])
+            own = [selection for per_image in chosen[part] for selection in per_image]
+            results += assemble(_compute_batch(adapter, request, calls, inputs, own))
     return rebuild(results)
 
 
-def aim(adapter: Adapter, target: str | None, options: Mapping[str, Any] | None) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter for this kind of target with the options of targets, and the options of methods that are left."""
-    settings = {key: value for key, value in (options or {}).items() if key.partition(".")[0] in adapter.kinds}
-    rest = {key: value for key, value in (options or {}).items() if key not in settings}
-    return adapter.aimed(target, settings), rest
-
-
-def _batches(adapter: Adapter, images: Any, opened: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
-    """Seen pictures and which they are, `batch_size` at a time; pictures that came seen stay together."""
+def _batches(adapter: Adapter, images: Any, listed: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+    """Prepared images and their places, `batch_size` at a time; images that came prepared stay together."""
     if isinstance(images, Inputs):
         yield images, slice(None)
         return
-    for first in range(0, len(opened), batch_size):
+    for first in range(0, len(listed), batch_size):
         part = slice(first, first + batch_size)
-        yield adapter.prepare_images(opened[part]), part
+        yield adapter.prepare_images(listed[part]), part
 
 
-def _explain_batch(
-    adapter: Adapter,
-    inputs: Inputs,
-    plan: Sequence[MethodCall],
-    select: Sequence[Selection],
-    target: str | None,
-    token_target: str | None,
-    seed: int,
-) -> list[list[Explanation]]:
-    """One list of explanations per picture of the batch."""
+def _compute_batch(
+    adapter: Adapter, request: Request, calls: Sequence[MethodCall], inputs: Inputs, select: Sequence[Selection]
+) -> ComputedBatch:
     spans = [one.spans(tokens) for one, tokens in zip(select, inputs.tokens, strict=True)]
     for tokens, chosen in zip(inputs.tokens, spans, strict=True):
         if not chosen:
             raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
-    targets = adapter.targets(inputs, spans, target, token_target)
-    found = compute_maps(adapter, inputs, targets, plan)
-    chances = adapter.alternatives(inputs, targets)
-    provenance = provenance_of(adapter, seed)
+    targets = adapter.targets(inputs, spans, request.target, request.token_target)
+    raw = compute_maps(adapter, inputs, targets, calls)
+    return ComputedBatch(adapter, request, calls, inputs, targets, raw, adapter.alternatives(inputs, targets))
+
+
+def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
+    """One list of explanations per image of a batch, one per text."""
+    inputs, targets, adapter = batch.inputs, batch.targets, batch.adapter
+    provenance = provenance_of(adapter, batch.request.seed)
     results: list[list[Explanation]] = [[] for _ in inputs.images]
     by_text: dict[int, list[int]] = defaultdict(list)
     for k, text in enumerate(targets.text.tolist()):
         by_text[text].append(k)
     for text, members in by_text.items():
         image = inputs.text_image[text]
-        entries = tuple(entry_of(targets.spans[k], float(found.scores[k]), chances[k]) for k in members)
-        made = {
-            column.key: method_maps(
-                adapter, column, targets, inputs, image, found.maps[column.key], members, found.orthogonal
-            )
-            for column in plan
-        }
-        own = (*inputs.warnings[image], *inputs.text_warnings[text])
+        entries = tuple(entry_of(targets.spans[k], float(batch.raw.scores[k]), batch.probabilities[k]) for k in members)
+        made = {call.key: method_maps(batch, call, image, members) for call in batch.calls}
         warnings = (
-            *own,
-            *orthogonal_warnings(plan, found.orthogonal),
-            *text_independent_warnings(plan, entries),
+            *inputs.warnings[image],
+            *inputs.text_warnings[text],
+            *orthogonal_warnings(batch.calls, batch.raw.orthogonal),
+            *text_independent_warnings(batch.calls, entries),
             *map_warnings(made, entries),
         )
         results[image].append(
@@ -175,6 +263,31 @@ def _explain_batch(
             )
         )
     return results
+
+
+def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: list[int]) -> MethodMaps:
+    """The maps of one text's entries (`members` of the K targets) by one method call.
+
+    Raises NumericError where a method gave NaN.
+    """
+    method, maps = call.method, batch.raw.maps[call.key]
+    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_gradient)
+    chosen = maps[members] if conditioned else maps[[image]]
+    if not np.isfinite(chosen).all():
+        raise NumericError(f"{method.title} gives NaN or Inf: the model's numbers cannot be explained")
+    seen = batch.inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
+    status = tuple(diagnose(raw, seen, signed=method.signed) for raw in chosen)
+    if method.inner and method.rule is None and call.paths and set(call.paths) <= set(batch.raw.orthogonal):
+        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
+    return MethodMaps(
+        call.key, call.name, method.title, call.layer, call.options, method.signed, conditioned, chosen, status
+    )
+
+
+def entry_of(span: Span, score: float, probability: TokenProbability | None) -> Entry:
+    """The entry of a scored span, with the probability of its token where it has one."""
+    own, others = probability or (None, ())
+    return Entry(span.label, span.kind, span.start, span.end, score, span.token_id, own, others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,53 +327,12 @@ def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Seque
 
 
 def _refuse_dead_layers(adapter: Adapter, sizes: Mapping[str, float]) -> None:
-    """A tap whose patches no score depends on gives blank maps: an error that names a live one."""
+    """A layer whose patches no score depends on gives blank maps: an error that names a live one."""
     for path, size in sizes.items():
         if size == 0:
-            known = getattr(adapter, "live_tap", adapter.structure.layer)
+            known = getattr(adapter, "live_layer", adapter.structure.layer)
             live = "" if path == known else f"use {known!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
                 f"maps would be blank; {live}see --list-layers for the live ones"
             )
-
-
-def method_maps(
-    adapter: Adapter,
-    column: MethodCall,
-    targets: Targets,
-    inputs: Inputs,
-    image: int,
-    maps: np.ndarray,
-    members: list[int],
-    orthogonal: Collection[str] = (),
-) -> MethodMaps:
-    """What one text's entries (`members` of K) got from one column; `orthogonal` as in `RawMaps`.
-
-    Raises NumericError where a method gave NaN.
-    """
-    conditioned = adapter.text_conditioned(targets.kind, column.method.reads_gradient)
-    chosen = maps[members] if conditioned else maps[[image]]
-    if not np.isfinite(chosen).all():
-        raise NumericError(f"{column.method.title} gives NaN or Inf: the model's numbers cannot be explained")
-    seen = inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
-    status = tuple(diagnose(raw, seen, signed=column.method.signed) for raw in chosen)
-    if column.method.inner and column.method.rule is None and column.paths and set(column.paths) <= set(orthogonal):
-        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
-    return MethodMaps(
-        column.key,
-        column.name,
-        column.method.title,
-        column.layer,
-        column.options,
-        column.method.signed,
-        conditioned,
-        chosen,
-        status,
-    )
-
-
-def entry_of(span: Span, score: float, chance: TokenProbability | None) -> Entry:
-    """The entry of a scored span, with the probability of its token where it has one."""
-    probability, others = chance or (None, ())
-    return Entry(span.label, span.kind, span.start, span.end, score, span.token_id, probability, others)

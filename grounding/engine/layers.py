@@ -24,7 +24,7 @@ def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = No
     and one kind of target."""
     target, text = adapter.asked_by(target, text)
     adapter = adapter.aimed(target)
-    inputs = adapter.prepare([image], [[adapter.placeholder if text is None else adapter.asked(text)]])
+    inputs = adapter.prepare([image], [[adapter.sample_text if text is None else adapter.asked(text)]])
     targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]], target)
     shapes = _foldable(adapter, inputs, targets)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())

@@ -1,10 +1,9 @@
-"""What is to be computed: entries of a caption, columns of the figure. Decided before the model runs, so that a wrong
-name or option costs nothing."""
+"""Plan the method calls of a request before the model runs, so that a wrong name or option costs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,10 @@ from jaxtyping import Float
 
 from grounding.adapter.base import Adapter
 from grounding.core.errors import LayerError, OptionError, UnknownNameError
+from grounding.engine.request import DEFAULT, Request
 from grounding.methods import METHODS
 from grounding.methods.base import Method
 from grounding.methods.trace import LAYER_SIGNALS, Trace
-
-# Among the names of methods: those that the architecture shows when nothing is asked for.
-DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -39,31 +36,35 @@ class MethodCall:
         layers = [self.method(trace.at(path, self.method.needs), **options).cpu().numpy() for path in self.paths]
         if len({maps.shape for maps in layers}) > 1:
             sizes = ", ".join(f"{path} {m.shape[1]} x {m.shape[2]}" for path, m in zip(self.paths, layers, strict=True))
-            raise LayerError(f"layers of different grids cannot be averaged ({sizes}): ask for one column each")
+            raise LayerError(f"layers of different grids cannot be averaged ({sizes}): request one map each")
         return layers[0] if len(layers) == 1 else join_layers(layers)
 
 
-def plan_methods(
-    adapter: Adapter,
-    methods: str | Sequence[str] | None = None,
-    layers: str | int | Sequence[str | int] = (),
-    options: Mapping[str, Any] | None = None,
-    average_layers: bool = False,
-) -> tuple[MethodCall, ...]:
-    """The columns of an explanation; the name "default" stands for the architecture's default methods.
+def for_target(adapter: Adapter, request: Request) -> tuple[Adapter, Request]:
+    """The adapter for the request's kind of target, and the request without the options of that target.
 
-    `options` maps "method.option" to a value; an option of a method that is not among `methods` is an error.
-    Raises UnknownNameError, OptionError, LayerError.
+    Raises TargetError, OptionError.
     """
-    asked = [methods] if isinstance(methods, str) else methods or [DEFAULT]
+    own = {key: value for key, value in request.options.items() if key.partition(".")[0] in adapter.kinds}
+    rest = {key: value for key, value in request.options.items() if key not in own}
+    return adapter.aimed(request.target, own), replace(request, options=rest)
+
+
+def plan_methods(adapter: Adapter, request: Request) -> tuple[MethodCall, ...]:
+    """The method calls of a request; the name "default" means the default methods of the architecture.
+
+    Raises UnknownNameError, LayerError, OptionError; the last also for an option of a method that is not requested.
+    """
     usual = [name for name in adapter.default_methods if not _missing(adapter, METHODS[name], METHODS[name].defaults)]
-    names = list(dict.fromkeys(n for name in asked for n in (usual if name == DEFAULT else [name])))
-    named = [str(layer) for layer in ([layers] if isinstance(layers, str | int) else layers)]
-    given = _options_by_method(options or {}, names)
-    if named and not any(METHODS[name].reads_layer for name in names):
+    names = list(
+        dict.fromkeys(n for name in request.methods or [DEFAULT] for n in (usual if name == DEFAULT else [name]))
+    )
+    given = request.options_by_method()
+    _check_options(request, names)
+    if request.layers and not any(METHODS[name].reads_layer for name in names):
         raise OptionError(f"a layer was given, but none of {', '.join(names)} is computed at a layer")
-    paths = _paths_of(adapter, named)
-    if average_layers and len(paths) < 2:
+    paths = _paths_of(adapter, request.layers)
+    if request.average_layers and len(paths) < 2:
         raise OptionError(f"averaging needs at least two different layers, got {len(paths)}")
     made: list[MethodCall] = []
     for name in names:
@@ -72,7 +73,7 @@ def plan_methods(
         if not method.reads_layer:
             made.append(MethodCall(name, name, method, chosen))
             continue
-        if average_layers:
+        if request.average_layers:
             key = f"{name}@{'+'.join(paths)}"
             made.append(
                 MethodCall(key, name, method, chosen, "mean of " + ", ".join(paths.values()), tuple(paths.values()))
@@ -85,10 +86,10 @@ def plan_methods(
     return tuple(made)
 
 
-def _paths_of(adapter: Adapter, layers: Sequence[str]) -> dict[str, str]:
+def _paths_of(adapter: Adapter, layers: Sequence[str | int]) -> dict[str, str]:
     """Name as given -> path; a layer named twice, in whatever form, counts once."""
     paths: dict[str, str] = {}
-    for layer in layers or [""]:
+    for layer in map(str, layers or [""]):
         path = adapter.resolve(layer or None)
         if path not in paths.values():
             paths[layer] = path
@@ -129,18 +130,14 @@ def _check_stacks(adapter: Adapter, made: Sequence[MethodCall]) -> None:
             )
 
 
-def _options_by_method(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    split: dict[str, dict[str, Any]] = {}
-    for key, value in options.items():
-        name, dot, option = key.partition(".")
-        if not dot or not option:
-            raise OptionError(f"option {key!r}: expected method.option=value, e.g. gradcam.threshold=0.1")
+def _check_options(request: Request, names: Sequence[str]) -> None:
+    """Raises UnknownNameError, OptionError for options of methods that do not exist or are not requested."""
+    for key in request.options:
+        name = key.partition(".")[0]
         if name not in METHODS:
             raise UnknownNameError(f"option {key!r}: no method {name!r} (there are: {', '.join(METHODS)})")
         if name not in names:
-            raise OptionError(f"option {key!r}: method {name!r} is not among those asked for ({', '.join(names)})")
-        split.setdefault(name, {})[option] = value
-    return split
+            raise OptionError(f"option {key!r}: method {name!r} is not requested (requested: {', '.join(names)})")
 
 
 def join_layers(layers: Sequence[Float[np.ndarray, "k rows columns"]]) -> Float[np.ndarray, "k rows columns"]:

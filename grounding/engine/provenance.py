@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from grounding.adapter.base import Adapter
+from grounding.core.version import distribution_version
 from grounding.explanation.explanation import SCHEMA_VERSION
 
 
@@ -14,7 +15,7 @@ def provenance_of(adapter: Adapter, seed: int) -> dict[str, Any]:
     """Everything needed to make the same maps again."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "versions": {name: version(name) for name in ("grounding", "torch", "transformers")}
+        "versions": {"grounding": distribution_version()} | {name: version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
         "model": adapter.info.id,
         "revision": adapter.info.revision,

@@ -75,7 +75,9 @@ class Selection:
         places = self._single(tokens)
         named = places if isinstance(self.tokens, bool) else tokens.choose(self._named, places)
         if self.where:
-            yield from (replace(p, kind="where", asked=self.where, label=f"{self.where}?") for p in named)
+            yield from (
+                replace(p, kind="where", token=self.where, token_id=None, label=f"{self.where}?") for p in named
+            )
         if self.contrast:
             first, second = self.contrast
             if isinstance(self.tokens, bool):
@@ -83,4 +85,6 @@ class Selection:
             if not named:
                 raise TextError(f"neither {first!r} nor {second!r} is in {tokens.text!r}: choose the place by --tokens")
             label = f"{first} \u2212 {second}"
-            yield from (replace(p, kind="contrast", asked=first, against=second, label=label) for p in named)
+            yield from (
+                replace(p, kind="contrast", token=first, other_token=second, token_id=None, label=label) for p in named
+            )

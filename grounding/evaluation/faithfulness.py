@@ -10,7 +10,8 @@ the architecture, not what was learned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from grounding.adapter.base import Adapter
 from grounding.adapter.recorder import find_module
 from grounding.core.errors import GroundingError
-from grounding.engine.explain import explain
+from grounding.engine.explain import explain_request
+from grounding.engine.request import Request
 from grounding.engine.selection import Selection
 from grounding.evaluation.deletion import BLUR, CONTROL, STEPS, Baseline, Case, CurveAreas, deletion_curves_area
 from grounding.evaluation.statistics import Estimate, mean, pearson, ratio
@@ -32,7 +34,7 @@ EVERYTHING = "every parameter"
 def faithfulness(
     adapter: Adapter,
     cases: Sequence[Case],
-    how: Mapping[str, Any],
+    request: Request,
     baseline: Baseline = "blur",
     seed: int = 0,
     *,
@@ -40,15 +42,15 @@ def faithfulness(
 ) -> dict[str, Any]:
     """The scores as a document: per method deletion, insertion, text sensitivity, randomisation.
 
-    `how`: the keyword arguments of `explain` that the maps of the `cases` were made with. Intervals are over pictures.
+    `request`: the one that the maps of the `cases` were computed for. Intervals are over pictures.
     A picture that fails is counted and left out of everything. Raises GroundingError where all fail.
     """
     given = len(cases)
     shown = tqdm(cases, desc="deletion, insertion", unit="picture", disable=not progress)
-    measured, cases = _measured(adapter, shown, how, baseline, seed)
+    measured, cases = _measured(adapter, shown, request, baseline, seed)
     keys = list(cases[0].maps)
-    names, by_depth = randomisation(adapter, cases, how, seed, progress=progress)
-    sensitivity = text_sensitivity(adapter, cases, how)
+    names, by_depth = randomisation(adapter, cases, request, seed, progress=progress)
+    sensitivity = text_sensitivity(adapter, cases, request)
     methods: dict[str, Any] = {key: _area_scores(measured, key, seed) for key in [*keys, CONTROL]}
     for key in keys:
         for name, groups in sensitivity[key].items():
@@ -73,12 +75,12 @@ def faithfulness(
 
 
 def _measured(
-    adapter: Adapter, cases: Iterable[Case], how: Mapping[str, Any], baseline: Baseline, seed: int
+    adapter: Adapter, cases: Iterable[Case], request: Request, baseline: Baseline, seed: int
 ) -> tuple[list[CurveAreas], list[Case]]:
     measured, kept, first = [], [], GroundingError("there is no case to measure faithfulness on")
     for case in cases:
         try:
-            measured.append(deletion_curves_area(adapter, case, baseline, how.get("target"), seed))
+            measured.append(deletion_curves_area(adapter, case, baseline, request.target, seed))
             kept.append(case)
         except GroundingError as error:
             first = first if measured else error
@@ -105,7 +107,7 @@ def _named(estimate: Estimate) -> dict[str, Any]:
 
 
 def text_sensitivity(
-    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any]
+    adapter: Adapter, cases: Sequence[Case], request: Request
 ) -> dict[str, dict[str, list[list[float | None]]]]:
     """Per method, correlations between raw maps over seen patches, a group for each picture.
 
@@ -118,7 +120,7 @@ def text_sensitivity(
         others = [case.captions[1:2], following.captions[:1]]
         texts = list(dict.fromkeys([*case.captions[:2], *following.captions[:1]]))
         try:
-            maps = explain(adapter, [str(case.image)], [texts], **{**how, "select": WHOLE})[0]
+            maps = explain_request(adapter, [str(case.image)], [texts], replace(request, select=WHOLE))[0]
         except GroundingError:
             continue
         for key, groups in found.items():
@@ -130,7 +132,7 @@ def text_sensitivity(
 
 
 def randomisation(
-    adapter: Adapter, cases: Sequence[Case], how: Mapping[str, Any], seed: int = 0, *, progress: bool = False
+    adapter: Adapter, cases: Sequence[Case], request: Request, seed: int = 0, *, progress: bool = False
 ) -> tuple[list[str], dict[str, list[list[list[float | None]]]]]:
     """What was drawn anew at each depth, and per method, depth and picture the correlations with the trained maps.
 
@@ -144,7 +146,9 @@ def randomisation(
             groups.append([])
         for case in tqdm(cases, desc="randomisation", unit="picture", disable=not progress):
             try:
-                maps = explain(redrawn, [str(case.image)], [list(case.texts)], **{**how, "select": WHOLE})[0]
+                maps = explain_request(redrawn, [str(case.image)], [list(case.texts)], replace(request, select=WHOLE))[
+                    0
+                ]
             except GroundingError:
                 continue
             for key, groups in found.items():

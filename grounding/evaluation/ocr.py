@@ -6,8 +6,8 @@ The numbers of `reading_score`; lines that were misread count in the error rate 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -17,9 +17,10 @@ from grounding.core.demo import data_name
 from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.core.images import ImageError, Picture, open_image
 from grounding.datasets.text_lines import Line, Lines, open_lines, splits_of
-from grounding.engine.explain import explain
-from grounding.engine.plan import available, plan_methods
+from grounding.engine.explain import explain_request
+from grounding.engine.plan import available, for_target, plan_methods
 from grounding.engine.provenance import provenance_of
+from grounding.engine.request import Request
 from grounding.engine.selection import Selection
 from grounding.engine.warnings import map_warnings
 from grounding.evaluation.ocr_scoring import (
@@ -88,23 +89,29 @@ class OcrScores:
 
 
 def evaluate_lines(
-    adapter: Adapter, lines: Lines, rules: OcrConfig | None = None, *, progress: bool = False, **how: Any
+    adapter: Adapter,
+    lines: Lines,
+    rules: OcrConfig | None = None,
+    request: Request | None = None,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Score reading and methods on one split and return the document that `scripts/evaluate.py --format json` prints.
 
-    `how` are keyword arguments of `explain`: methods, options, layers, target, ... Raises GroundingError where an
-    argument is wrong, and where not one line could be scored; a line that fails is counted and named.
+    `request` says how the maps are computed; its selection and seed are those of the rules. Raises GroundingError where
+    an argument is wrong, and where not one line could be scored; a line that fails is counted and named.
     """
     rules = rules or OcrConfig()
     if not adapter.generates:
         raise OptionError(f"{adapter.info.type} writes no text: lines are scored with a model that reads them")
-    methods = how.get("methods") or [name for name in METHODS if name in available(adapter)]
-    how = {**how, "methods": methods, "batch_size": BATCH, "seed": rules.seed}
-    # Before anything runs: a wrong name costs nothing.
-    plan = plan_methods(adapter, methods, how.get("layers", ()), how.get("options"), how.get("average_layers", False))
-    adapter.check_kind(how.get("target"), how.get("token_target"))
+    request = request or Request()
+    methods = request.methods or [name for name in METHODS if name in available(adapter)]
     select = Aimed(seed=rules.seed) if rules.aimed else Selection(caption=False)
-    tally = _tally(adapter, lines, rules.limit, {**how, "select": select}, progress)
+    request = replace(request, methods=methods, seed=rules.seed, select=select)
+    # Before anything runs: a wrong name costs nothing.
+    plan = plan_methods(*for_target(adapter, request))
+    adapter.check_kind(request.target, request.token_target)
+    tally = _tally(adapter, lines, rules.limit, request, progress)
     scored = tally.scored
     keys = [column.key for column in plan]
     return {
@@ -120,9 +127,9 @@ def evaluate_lines(
         "rules": {
             "limit": rules.limit,
             "aimed": rules.aimed,
-            "target": how.get("target") or adapter.kinds[0],
-            "options": {key: str(value) for key, value in (how.get("options") or {}).items()},
-            "layers": list(how.get("layers", ())),
+            "target": request.target or adapter.kinds[0],
+            "options": {key: str(value) for key, value in request.options.items()},
+            "layers": list(request.layers),
             "seed": rules.seed,
             "interval": {"method": "percentile bootstrap over lines", "resamples": RESAMPLES, "level": CONFIDENCE},
         },
@@ -131,7 +138,7 @@ def evaluate_lines(
             name: reading_summary([s for s in scored if name in s.line.groups], rules.seed)
             for name in groups_of(score.line for score in scored)
         },
-        "recommended": _recommended(adapter, lines, rules, how, keys, progress),
+        "recommended": _recommended(adapter, lines, rules, request, keys, progress),
         "problems": tally.problems,
         "warnings": dict(tally.warnings.most_common()),
         "provenance": provenance_of(adapter, rules.seed),
@@ -144,14 +151,14 @@ def _characters(scored: Sequence[LineScore]) -> int:
 
 
 def _recommended(
-    adapter: Adapter, lines: Lines, rules: OcrConfig, how: Mapping[str, Any], keys: Sequence[str], progress: bool
+    adapter: Adapter, lines: Lines, rules: OcrConfig, request: Request, keys: Sequence[str], progress: bool
 ) -> dict[str, Any] | None:
     """The method that points best on the validation split; None where that is the split being scored, where there is
     none, for a part of a split, and where no line of it is read."""
     if rules.limit is not None or lines.split in (None, TUNING_SPLIT) or TUNING_SPLIT not in splits_of(lines.folder):
         return None
     held = open_lines(lines.folder, TUNING_SPLIT)
-    scored = _tally(adapter, held, None, {**how, "select": Selection(caption=False)}, progress).scored
+    scored = _tally(adapter, held, None, replace(request, select=Selection(caption=False)), progress).scored
     found = {key: map_summary(scored, key, rules.seed) for key in (*keys, *BASELINES)}
     if not _characters(scored):
         return None
@@ -167,7 +174,7 @@ def _recommended(
 # ---------------------------------------------------------------- through the lines
 
 
-def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, Any], progress: bool) -> OcrScores:
+def _tally(adapter: Adapter, lines: Lines, limit: int | None, request: Request, progress: bool) -> OcrScores:
     """Read, explain and score lines, a batch at a time. Raises GroundingError where none could be scored."""
     tally = OcrScores()
     chosen = lines.lines[:limit]
@@ -175,7 +182,7 @@ def _tally(adapter: Adapter, lines: Lines, limit: int | None, how: Mapping[str, 
         for first in range(0, len(chosen), BATCH):
             part = chosen[first : first + BATCH]
             batch = [(line, image) for line in part if (image := _opened(lines, line, tally)) is not None]
-            for line, found in _explained(adapter, lines, batch, how, tally):
+            for line, found in _explained(adapter, lines, batch, request, tally):
                 # What the methods say of their maps is in the scores already.
                 tally.warnings.update(set(found.warnings) - set(map_warnings(found.methods, found.entries)))
                 tally.scored.append(score_line(line, found))
@@ -200,18 +207,18 @@ def _opened(lines: Lines, line: Line, tally: OcrScores) -> Picture | None:
 
 
 def _explained(
-    adapter: Adapter, lines: Lines, batch: Sequence[tuple[Line, Picture]], how: Mapping[str, Any], tally: OcrScores
+    adapter: Adapter, lines: Lines, batch: Sequence[tuple[Line, Picture]], request: Request, tally: OcrScores
 ) -> list[tuple[Line, Explanation]]:
     """The lines of a batch with what the model wrote; where the batch fails, each by itself, and failures counted."""
     if not batch:
         return []
     try:
-        found = explain(adapter, [image for _, image in batch], None, **how)
+        found = explain_request(adapter, [image for _, image in batch], None, request, batch_size=BATCH)
         return list(zip((line for line, _ in batch), found, strict=True))
     except GroundingError as error:
         if isinstance(error, REQUEST_ERRORS) and not tally.scored:
             raise
         if len(batch) > 1:
-            return [done for one in batch for done in _explained(adapter, lines, [one], how, tally)]
+            return [done for one in batch for done in _explained(adapter, lines, [one], request, tally)]
         tally.failed(lines.place(batch[0][0]), error)
         return []

@@ -63,7 +63,7 @@ class Aimed(Selection):
             others.pop(span.label, None)
             if span.label.strip() and others:
                 asked = draw.choice(sorted(others))
-                questions.append(replace(span, kind=ASKED, asked=asked, asked_id=others[asked], label=asked))
+                questions.append(replace(span, kind=ASKED, token=asked, token_id=others[asked], label=asked))
         return (*own, *questions)
 
 

@@ -8,7 +8,7 @@ chains in place of mentions, other texts) must not stand beside these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from grounding.core.errors import DataError, GroundingError, LayerError, OptionE
 from grounding.datasets.caption_lists import ALL
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset, Record
-from grounding.engine.explain import aim, explain
-from grounding.engine.plan import plan_methods
+from grounding.engine.explain import explain_request
+from grounding.engine.plan import for_target, plan_methods
 from grounding.engine.provenance import provenance_of
+from grounding.engine.request import Request
 from grounding.engine.warnings import map_warnings
 from grounding.evaluation.config import FEW, PointingConfig
 from grounding.evaluation.deletion import Baseline, Case
@@ -103,32 +104,36 @@ class PhraseScores:
 
 
 def evaluate(
-    adapter: Adapter, dataset: Dataset, rules: PhraseConfig | None = None, *, progress: bool = False, **how: Any
+    adapter: Adapter,
+    dataset: Dataset,
+    rules: PhraseConfig | None = None,
+    request: Request | None = None,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Score methods on one split and return the document that `scripts/evaluate.py --format json` prints.
 
-    `how` are keyword arguments of `explain`: methods, options, layers, target, seed, ... Raises GroundingError where an
-    argument is wrong, and where not one phrase could be scored; a picture that fails is counted and named.
+    `request` says how the maps are computed; every phrase is explained as a text of its own. Raises GroundingError where
+    an argument is wrong, and where not one phrase could be scored; an image that fails is counted and named.
     """
     rules = rules or PhraseConfig()
     rules = replace(rules, min_entities=rules.entities(dataset.folder))
-    how = {**how, "select": WHOLE}
+    request = replace(request or Request(), select=WHOLE)
     swaps = Swaps.read(dataset.folder)
     # Before anything runs: a wrong name costs nothing.
-    aimed, options = aim(adapter, how.get("target"), how.get("options"))
-    plan = plan_methods(aimed, how.get("methods"), how.get("layers", ()), options, how.get("average_layers", False))
-    adapter.check_kind(how.get("target"), how.get("token_target"))
-    keys = [column.key for column in plan]
+    aimed, own = for_target(adapter, request)
+    keys = [call.key for call in plan_methods(aimed, own)]
+    adapter.check_kind(request.target, request.token_target)
     thresholds = dict.fromkeys(keys, rules.cut)
     if rules.tune_threshold:
         if dataset.split in (TUNING_SPLIT, ALL):
             raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: score one that has none of it")
         whole = replace(rules, limit=None)
-        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, how, progress)
+        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, request, progress)
         thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
-    compared = swaps if aimed.text_conditioned(how.get("target") or adapter.kinds[0], gradient=True) else None
+    compared = swaps if aimed.text_conditioned(request.target or adapter.kinds[0], gradient=True) else None
     cuts = sorted(set(thresholds.values()))
-    tally = _tally(adapter, dataset, rules, cuts, how, progress, rules.faithfulness, compared)
+    tally = _tally(adapter, dataset, rules, cuts, request, progress, rules.faithfulness, compared)
     scored = tally.scored
     document: dict[str, Any] = {
         "format": FORMAT,
@@ -140,7 +145,7 @@ def evaluate(
         "phrases": sum(len(next(iter(image.values())).phrases) for image in scored),
         "skipped": dict(tally.skipped),
         "skipped_pictures": dict(tally.skipped_images),
-        "rules": _rules(adapter, dataset, rules, how),
+        "rules": _rules(adapter, dataset, rules, request),
         "methods": {
             key: summary([image[key] for image in scored], thresholds.get(key), rules.seed)
             for key in (*keys, *BASELINES)
@@ -154,12 +159,12 @@ def evaluate(
         document |= {"swap_accuracy": told.value, "swap_accuracy_ci": told.interval, "swap_captions": told.count}
     if rules.faithfulness:
         document["faithfulness"] = faithfulness(
-            aimed, tally.cases, how, rules.baseline or BASELINE, rules.seed, progress=progress
+            aimed, tally.cases, request, rules.baseline or BASELINE, rules.seed, progress=progress
         )
     return document
 
 
-def _rules(adapter: Adapter, dataset: Dataset, rules: PhraseConfig, how: Mapping[str, Any]) -> dict[str, Any]:
+def _rules(adapter: Adapter, dataset: Dataset, rules: PhraseConfig, request: Request) -> dict[str, Any]:
     """Everything that the numbers depend on, in words and values."""
     return {
         "layout": dataset.layout,
@@ -167,11 +172,11 @@ def _rules(adapter: Adapter, dataset: Dataset, rules: PhraseConfig, how: Mapping
         "hit": "strictly inside any box of the chain",
         **rules.described(),
         "limit": rules.limit,
-        "target": how.get("target") or adapter.kinds[0],
+        "target": request.target or adapter.kinds[0],
         "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.cut,
         "tuned": rules.tune_threshold,
-        "options": {key: str(value) for key, value in (how.get("options") or {}).items()},
-        "layers": list(how.get("layers", ())),
+        "options": {key: str(value) for key, value in request.options.items()},
+        "layers": list(request.layers),
     }
 
 
@@ -183,7 +188,7 @@ def _tally(
     dataset: Dataset,
     rules: PhraseConfig,
     thresholds: Sequence[float],
-    how: Mapping[str, Any],
+    request: Request,
     progress: bool,
     keep_cases: bool = False,
     swaps: Swaps | None = None,
@@ -210,7 +215,7 @@ def _tally(
         seen += 1
         try:
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
-            found = explain(adapter, [str(image)], [list(texts)], **how)[0]
+            found = explain_request(adapter, [str(image)], [list(texts)], request)[0]
         except GroundingError as error:
             if isinstance(error, REQUEST_ERRORS) and not tally.scored:
                 raise
@@ -220,7 +225,7 @@ def _tally(
         for one in found:  # what the methods say of their maps is in the scores already
             tally.warnings.update(set(one.warnings) - set(map_warnings(one.methods, one.entries)))
         tally.scored.append(score_image(record.boxes, mentions, explanations, rules.peak, thresholds))
-        tally.compare(adapter, record, swaps, dataset, how.get("target"))
+        tally.compare(adapter, record, swaps, dataset, request.target)
         if keep_cases:
             tally.cases.append(Case.of(image, explanations, (caption.text for caption in record.captions)))
     if not tally.scored:

@@ -25,6 +25,7 @@ from grounding.core.text import Asked, Classes
 from grounding.engine.explain import compute, explain
 from grounding.engine.passes import look
 from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "images"
 UNIT = "one bare forward pass over the same pictures"
@@ -58,7 +59,7 @@ def _cases(
         asked: list[list[Asked]] = [
             [Classes(tuple((7 * b + k) % len(adapter.labels) for k in range(classes)))] for b in range(count)
         ]
-        plan = plan_methods(adapter, [method], [layer] if layer else [])
+        plan = plan_methods(adapter, Request([method], layers=[layer] if layer else []))
 
         def maps(asked: Any = asked, plan: Any = plan) -> object:
             # A memory of its own for every run, or all but the first would find the pass made already.

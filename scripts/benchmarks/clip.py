@@ -24,6 +24,7 @@ from benchmarks.meter import Cost, cost, quietly, say
 from grounding.core.images import open_image
 from grounding.engine.explain import compute, explain
 from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "pictures"
 UNIT = "one bare image-tower forward pass on the same pictures"
@@ -60,7 +61,7 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
                 continue
             naive = None if variant else loops.get(method)
             tell(f"{count} pictures: {method} {variant or ''}")
-            plan = plan_methods(adapter, [method], options=options)
+            plan = plan_methods(adapter, Request([method], options=options))
             # A memory of its own for every run, or all but the first would find the pass made already.
             found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))

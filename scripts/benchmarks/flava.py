@@ -25,6 +25,7 @@ from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
 from grounding.engine.explain import compute
 from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "words"
 UNIT = "one bare forward pass of FlavaModel over the same picture and text"
@@ -57,7 +58,7 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str]
         aimed = adapter.aimed(target)
         targets = aimed.targets(inputs, [inputs.tokens[0].tokens()])
         assert len(targets) == count
-        plan = plan_methods(aimed, [method], [layer] if layer else [])
+        plan = plan_methods(aimed, Request([method], layers=[layer] if layer else []))
 
         def maps(own: Any = aimed, goal: Any = targets, plan: Any = plan) -> np.ndarray:
             # A memory of its own for every run, or all but the first would find the pass made already.

@@ -34,6 +34,7 @@ from grounding.core.images import open_image
 from grounding.core.text import Generate
 from grounding.engine.explain import compute, explain
 from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "tokens"
 UNIT = "one bare forward pass of encoder and decoder over the same tokens"
@@ -76,7 +77,7 @@ def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str]
     measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
 
     def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, np.ndarray]:
-        plan = plan_methods(adapter, methods, [layer] if layer else [])
+        plan = plan_methods(adapter, Request(methods, layers=[layer] if layer else []))
         # A memory of its own for every run, or all but the first would find the pass made already.
         return compute(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
 

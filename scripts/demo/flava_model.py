@@ -38,7 +38,12 @@ def build_model(fusion_blocks: int = FUSION_BLOCKS) -> FlavaForPreTraining:
         "pad_token_id": PAD,
     }
     config = FlavaConfig(
-        demo_world=True,  # read by the toolkit: warns where a picture is not from the demo world
+        # The toolkit shows the advice for images that are not below these paths of the demo folder.
+        demo_world={
+            "images": ["scenes", "default.jpg"],
+            "advice": "this model is trained on a cartoon world alone, maps of other images are meaningless: "
+            "use --model facebook/flava-full",
+        },
         image_config=image,
         text_config=text,
         multimodal_config={**shared, "num_hidden_layers": fusion_blocks},

@@ -19,7 +19,12 @@ def build_model(patch: int) -> CLIPModel:
     """A CLIPModel with random weights: width 128, 4 vision blocks, 2 text blocks, 112 pixels."""
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
     config = CLIPConfig(
-        demo_world=True,  # read by the toolkit: warns where a picture is not from the demo world
+        # The toolkit shows the advice for images that are not below these paths of the demo folder.
+        demo_world={
+            "images": ["scenes", "default.jpg"],
+            "advice": "this model is trained on a cartoon world alone, maps of other images are meaningless: "
+            "use --model openai/clip-vit-base-patch16",
+        },
         text_config={
             **shared,
             "vocab_size": len(SPECIAL) + len(VOCABULARY),

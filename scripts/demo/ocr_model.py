@@ -89,7 +89,12 @@ def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder,
         decoder,
-        demo_world=True,  # read by the toolkit: warns where a picture is not from the demo world
+        # The toolkit shows the advice for images that are not below these paths of the demo folder.
+        demo_world={
+            "images": ["lines", "line.png"],
+            "advice": "this model is trained on rendered lines of text alone, maps of other images are meaningless: "
+            "use --model microsoft/trocr-base-printed",
+        },
         decoder_start_token_id=BOS,
         pad_token_id=PAD,
         bos_token_id=BOS,

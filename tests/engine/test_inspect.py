@@ -11,7 +11,8 @@ from grounding.core.errors import GroundingError, LayerError, OptionError, TextE
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
 from grounding.core.text import find_label
-from grounding.engine.inspect import inspect_all
+from grounding.engine.inspect import inspect_request
+from grounding.engine.request import Request
 from grounding.explanation.explanation import Entry
 from grounding.explanation.figures.inspection import check_channels, figure
 from grounding.explanation.figures.pixels import DIVERGING, colour_table
@@ -26,6 +27,10 @@ from tests.support.explanations import whole
 from tests.support.figures import images, words
 from tests.support.oracles import vision
 from tests.support.tolerances import STORED, close
+
+
+def inspect_all(adapter, image, text=None, *, entry=None, **settings):
+    return inspect_request(adapter, image, text, Request(**({"methods": ["gradcam"]} | settings)), entry=entry)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

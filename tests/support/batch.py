@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import fields
 
 from grounding.batch.config import RunConfig, RunDescription
 from grounding.batch.executors import LocalExecutor
@@ -9,6 +10,7 @@ from grounding.batch.progress import Progress
 from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, explained, failed
 from grounding.batch.run import run_batch
 from grounding.datasets.subset import chosen_ids
+from grounding.engine.request import Request
 from tests.conftest import noise
 from tests.support import models
 from tests.support.explanations import explanation
@@ -51,8 +53,11 @@ class Counting:
 
 def work(folder, **changed):
     """What is computed: in this process, one thread, two pictures a shard."""
-    how = {"methods": ("gradcam", "rollout"), "workers": 0, "threads": 1, "shard_size": 2, "batch_size": 2}
-    return RunConfig(data=str(folder), **(how | changed))
+    settings = {"methods": ("gradcam", "rollout"), "workers": 0, "threads": 1, "shard_size": 2, "batch_size": 2}
+    settings |= changed
+    names = {field.name for field in fields(Request)} & settings.keys()
+    request = Request(**{name: settings.pop(name) for name in names})
+    return RunConfig(data=str(folder), request=request, **settings)
 
 
 def run(output, what, load=None, *, limit=None, drawn=None, **options):
