@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import ceil
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,9 +41,6 @@ class ClassifierAdapter(ClassAdapter):
     kin, the transformers also rollout and relevance.
     """
 
-    demo_parts: ClassVar[tuple[str, ...]] = ("classes",)
-    demo_advice: ClassVar[str] = "this model knows only single objects of its cartoon world"
-    example: ClassVar[str] = "microsoft/resnet-34"
     fast_kinds = ("class",)
     model: PreTrainedModel
 
@@ -85,13 +82,13 @@ class ClassifierAdapter(ClassAdapter):
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, C, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._grid_of)
-        given, taken = found.pixel_values.shape[1], getattr(self._config, "num_channels", None)
+        given, taken = found.tensors["pixel_values"].shape[1], getattr(self._config, "num_channels", None)
         if isinstance(taken, int) and given != taken:
             raise ModelError(
                 f"the image processor gives {given} channels, {self.info.id} takes {taken}: load the model yourself "
                 "and use adapters.module.ModuleAdapter with a preprocess of its own (mode='L' for grey pictures)"
             )
-        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
+        return found
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
         """What the model gives."""

@@ -15,7 +15,7 @@ from transformers import CLIPModel
 from adapters.clip.leave_one_out import embed_left_out, end_positions
 from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
-from adapters.shared.last_block import LastBlock
+from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.stacks import find_stack
 from adapters.shared.text_targets import read_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
@@ -40,8 +40,6 @@ class ClipAdapter(Adapter):
 
     kinds = ("similarity",)
     fast_kinds = ("similarity",)
-    demo_advice = "this model knows only its cartoon world"
-    example = "openai/clip-vit-base-patch16"
     model: CLIPModel
 
     def __init__(
@@ -74,9 +72,7 @@ class ClipAdapter(Adapter):
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
-        found = prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
-        tensors = {"pixel_values": found.pixel_values}
-        return Inputs(found.images, found.geometry, (), (), tensors, found.warnings)
+        return prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
@@ -143,33 +139,26 @@ class ClipAdapter(Adapter):
         before = stack.blocks[-2] if len(stack.blocks) > 1 else "vision_model.pre_layrnorm"
         return {stack.inputs[-1]: (before,), before: ()}
 
-    def score_from(
+    def shifts(
         self,
         layer: str,
-        inputs: Inputs,
+        inputs: Inputs,  # noqa: ARG002
         targets: Targets,
-        shift: Float[Tensor, "K D"],
-        outputs: Mapping[str, Tensor] | None = None,
+        outputs: Mapping[str, Tensor],
         rule: str | None = None,
-    ) -> Float[Tensor, "K"]:
-        """The scores with one shift per target added to all patches of the tap; fast at `fast_taps`."""
-        if outputs is None or layer not in self.fast_taps:
-            return super().score_from(layer, inputs, targets, shift, outputs, rule)
+    ) -> Float[Tensor, "K D"]:
+        """Pooled gradients from the CLS row of the last block, see `LastBlock.pooled_gradients`."""
         [before] = self.fast_taps[layer] or (layer,)
-        last = self._last_block(rule)
-        owner = targets.image.to(shift.device)
-        scores = shift.new_empty(len(targets))
-        for b in owner.unique().tolist():
-            mine = owner == b
-            hidden = outputs[before][b].detach()
-            patch = torch.ones(len(hidden), dtype=hidden.dtype, device=hidden.device)
-            patch[0] = 0
-            place = torch.zeros(int(mine.sum()), dtype=torch.long, device=hidden.device)  # the CLS
-            row = last.rows(hidden, place, shift[mine], patch, before_norm=layer == before)
+        last, hidden = self._last_block(rule), outputs[before].detach()
+
+        def scores(row: Tensor, mine: Tensor) -> Tensor:
             pooled = last.norm(self._vision.post_layernorm, row)
             image = F.normalize(self.model.visual_projection(pooled), dim=-1)
-            scores = scores.masked_scatter(mine, (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1))
-        return scores
+            return (image * targets.data["seeds"][mine].to(image.dtype)).sum(-1)
+
+        owner = targets.image.to(hidden.device)
+        patch = patch_mask(hidden, 1, hidden.shape[1] - 1)
+        return last.pooled_gradients(hidden, owner, torch.zeros_like(owner), patch, scores, before_norm=layer == before)
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
         """Normalised text embeddings, as the model itself computes them."""

@@ -17,7 +17,7 @@ from transformers import FlavaForPreTraining, FlavaModel
 from adapters.flava.fusion import BEFORE, Fusion, last_block
 from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
-from adapters.shared.last_block import LastBlock
+from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.stacks import find_stack
 from adapters.shared.text_targets import Flat, mask_without, read_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
@@ -43,8 +43,6 @@ class FlavaAdapter(Adapter):
 
     kinds = ("similarity", "matching", "logit", "norm")
     fast_kinds = ("similarity", "matching", "logit")
-    demo_advice = "this model knows only its cartoon world"
-    example = "facebook/flava-full"
     model: FlavaModel | FlavaForPreTraining
 
     def __init__(
@@ -117,9 +115,7 @@ class FlavaAdapter(Adapter):
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
         """Pixel values (B, 3, H, W)."""
-        found = prepare_images(self, self.image_processor, images, patch=self._config.image_config.patch_size)
-        tensors = {"pixel_values": found.pixel_values}
-        return Inputs(found.images, found.geometry, (), (), tensors, found.warnings)
+        return prepare_images(self, self.image_processor, images, patch=self._config.image_config.patch_size)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids and mask (T, L), padded to the longest text."""
@@ -206,26 +202,19 @@ class FlavaAdapter(Adapter):
         outputs: Mapping[str, Tensor],
         rule: str | None = None,
     ) -> Float[Tensor, "K D"]:
-        """From the rows that are read, see `LastBlock`."""
+        """Pooled gradients from the rows of the last block that the heads read, see `LastBlock.pooled_gradients`."""
         [before] = self.fast_taps[layer] or (layer,)
         last, hidden = self._last_block(rule), outputs[before].detach()
-        first = self.sequence(layer)[0]
-        patch = torch.zeros(hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-        patch[first : first + inputs.geometry[0].rows * inputs.geometry[0].columns] = 1
+        patch = patch_mask(hidden, self.sequence(layer)[0], inputs.geometry[0].rows * inputs.geometry[0].columns)
         if targets.kind in FUSED:
             return self._fusion.shifts(last, hidden, targets, patch, before_norm=layer == before)
-        made = hidden.new_zeros(len(targets), hidden.shape[-1])
+
+        def scores(row: Tensor, mine: Tensor) -> Tensor:
+            embedded = self._towers.image_projection(last.norm(self._towers.image_model.layernorm, row))
+            return (F.normalize(embedded, dim=-1) * targets.data["seeds"][mine].to(row.dtype)).sum(-1)
+
         owner = targets.image.to(hidden.device)
-        for b in owner.unique().tolist():
-            mine = owner == b
-            with torch.enable_grad():
-                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
-                place = torch.zeros(len(shift), dtype=torch.long, device=hidden.device)  # the CLS
-                row = last.rows(hidden[b], place, shift, patch, before_norm=layer == before)
-                embedded = self._towers.image_projection(last.norm(self._towers.image_model.layernorm, row))
-                score = (F.normalize(embedded, dim=-1) * targets.data["seeds"][mine].to(row.dtype)).sum()
-            [made[mine]] = torch.autograd.grad(score, shift)
-        return made
+        return last.pooled_gradients(hidden, owner, torch.zeros_like(owner), patch, scores, before_norm=layer == before)
 
     def chain_start(self, targets: Targets) -> Float[Tensor, "K Q"]:
         """The text's own places."""

@@ -97,33 +97,28 @@ class Fusion:
         hidden: Float[Tensor, "R Q D"],
         targets: Targets,
         patch: Float[Tensor, "Q"],
-        **where: bool,
+        *,
+        before_norm: bool,
     ) -> Float[Tensor, "K D"]:
         """d score / d shift of all patches at the last block, from the rows that the targets are read in; `hidden` is
         the block's input. What a caption is compared with has no part in it: it is another sequence."""
-        made = hidden.new_zeros(len(targets), hidden.shape[-1])
         start, ids = targets.data["start"], targets.data["ids"]
         ahead = start.shape[1] - ids.shape[1]
         rows = start if targets.kind == "logit" else torch.zeros_like(start).index_fill(1, ids.new_zeros(1), 1)
         k, at = rows.nonzero(as_tuple=True)
+        kept = torch.nn.functional.pad(targets.data["mask"].bool(), (ahead, 0), value=True)
+
+        def scores(row: Tensor, mine: Tensor) -> Tensor:
+            states = last.norm(self.model.flava.multimodal_model.layernorm, row)
+            if targets.kind == "logit":
+                token = ids[k[mine], at[mine] - ahead]
+                return self._head(last, states).gather(1, token[:, None])[:, 0] * rows[k[mine], at[mine]]
+            odds = self.model.itm_head(states[:, None])
+            return odds[:, 1] - odds[:, 0]
+
         unit = targets.units.to(k.device)[k]
-        for u in unit.unique().tolist():
-            mine = unit == u
-            kept = torch.ones(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-            kept[ahead:] = targets.data["mask"][k[mine][0]].bool()
-            with torch.enable_grad():
-                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
-                read = last.rows(hidden[u], at[mine], shift, patch, kept=kept, **where)
-                read = last.norm(self.model.flava.multimodal_model.layernorm, read)
-                if targets.kind == "logit":
-                    token = ids[k[mine], at[mine] - ahead]
-                    scores = self._head(last, read).gather(1, token[:, None])[:, 0] * rows[k[mine], at[mine]]
-                else:
-                    odds = self.model.itm_head(read[:, None])
-                    scores = odds[:, 1] - odds[:, 0]
-                [gradient] = torch.autograd.grad(scores.sum(), shift)
-            made = made.index_add(0, k[mine], gradient)
-        return made
+        found = last.pooled_gradients(hidden, unit, at, patch, scores, kept=kept[k], before_norm=before_norm)
+        return hidden.new_zeros(len(targets), hidden.shape[-1]).index_add(0, k, found)
 
     def _head(self, last: LastBlock, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """The masked-language head, its norm under the rule."""

@@ -56,7 +56,6 @@ class ModuleAdapter(ClassAdapter):
     Raises ModelError, LayerError.
     """
 
-    example = "a model of your own"
 
     def __init__(
         self,
@@ -117,11 +116,10 @@ class ModuleAdapter(ClassAdapter):
         if batch and len(images) > 1:
             raise ModelError(f"{batch} has no running statistics: pictures would change each other, use batch_size=1")
         try:
-            found = prepare_images(self, self.preprocess, images, self._grid_of, self.mode, self._moves)
+            return prepare_images(self, self.preprocess, images, self._grid_of, self.mode, self._moves)
         except ProbeError as error:
             hint = "" if self._moves else "; geometry= takes a callable that does the same to places alone"
             raise ProbeError(f"{error}{hint}") from None
-        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, found.warnings)
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
         """What the model gives."""

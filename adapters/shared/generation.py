@@ -65,12 +65,9 @@ class TextGenerator:
 
     def named(self, tokens: TokenizedText, span: Span) -> Span:
         """The span with the id of the token that is asked for in its place. Raises TextError."""
-        if not span.asked:
+        if not span.token or span.token_id is not None:
             return span
-        known = span.asked_id
-        return replace(
-            span, token_id=self.token_id(span.asked, tokens.ids[span.positions[0]]) if known is None else known
-        )
+        return replace(span, token_id=self.token_id(span.token, tokens.ids[span.positions[0]]))
 
     def token_id(self, name: str, place: int) -> int:
         """The id of the one token that is called `name`, in the form it has where token `place` stands: with a blank

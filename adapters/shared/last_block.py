@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from adapters.shared.unmodified import is_unmodified
+from grounding.adapter.layernorm import layernorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +79,37 @@ class LastBlock:
         row = hidden[places] + self.out(rearrange(read, "k h d -> k (h d)"))
         return row + self.mlp(self.norm(self.after, row))
 
+    def pooled_gradients(
+        self,
+        hidden: Float[Tensor, "R N D"],
+        sequence: Int[Tensor, "k"],
+        positions: Int[Tensor, "k"],
+        patch: Float[Tensor, "N"],
+        scores: Callable[[Tensor, Tensor], Tensor],
+        *,
+        before_norm: bool,
+        kept: Bool[Tensor, "k N"] | None = None,
+    ) -> Float[Tensor, "k D"]:
+        """d score / d (one vector added to all patches) for k scores, each computed from one output row of the block.
+
+        Score i reads row `positions[i]` of sequence `sequence[i]`, whose input to the block is `hidden[sequence[i]]`.
+        `scores(rows, mine)` computes the scores (m,) selected by the mask `mine` (k,) from their rows (m, D);
+        `patch`, `before_norm` and `kept` are as in `rows`. One graph and one backward pass per sequence.
+        """
+        found = hidden.new_zeros(len(sequence), hidden.shape[-1])
+        for r in sequence.unique().tolist():
+            mine = sequence == r
+            own = None if kept is None else kept[mine][0]
+            with torch.enable_grad():
+                shift = hidden.new_zeros(int(mine.sum()), hidden.shape[-1]).requires_grad_()
+                rows = self.rows(hidden[r], positions[mine], shift, patch, before_norm=before_norm, kept=own)
+                total = scores(rows, mine).sum()
+            [found[mine]] = torch.autograd.grad(total, shift)
+        return found
+
     def norm(self, norm: nn.LayerNorm, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
-        """A layer norm under the rule."""
-        if self.rule is None:
-            return norm(x)
-        centred = x - x.mean(-1, keepdim=True)
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        deviation = (wide.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
-        return centred / deviation * norm.weight + norm.bias
+        """The output of a LayerNorm, differentiable under the backward rule of this block."""
+        return layernorm(norm, x, self.rule)
 
     def _through_norm(
         self, hidden: Tensor, inside: Tensor, shift: Tensor, patch: Tensor
@@ -121,6 +145,13 @@ class LastBlock:
 
     def _heads(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "H n d"]:
         return rearrange(rows, "n (h d) -> h n d", h=self.heads)
+
+
+def patch_mask(hidden: Float[Tensor, "R N D"], first: int, count: int) -> Float[Tensor, "N"]:
+    """1 at the `count` patches of a sequence, of which `first` is the first, 0 at its other tokens."""
+    patch = hidden.new_zeros(hidden.shape[1])
+    patch[first : first + count] = 1
+    return patch
 
 
 @dataclass(frozen=True, eq=False)

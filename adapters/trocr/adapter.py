@@ -48,9 +48,7 @@ class TrOcrAdapter(Adapter):
     token_targets = ()
     default_methods = ("gradcam", "gradcam_ln", "rollout", "gradient_x_cross_attention")
     generates = True
-    demo_parts = ("lines", "line.png")
-    demo_advice = "this model knows only the rendered lines of its demo world"
-    example = "microsoft/trocr-base-printed"
+
     model: VisionEncoderDecoderModel
 
     def __init__(
@@ -104,7 +102,7 @@ class TrOcrAdapter(Adapter):
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
         warnings = tuple((*own, *_page(p.width, p.height)) for own, p in zip(found.warnings, found.images, strict=True))
-        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
+        return replace(found, warnings=warnings)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
@@ -157,13 +155,13 @@ class TrOcrAdapter(Adapter):
         for k, (t, span) in enumerate(flat):
             places = list(span.positions or inputs.tokens[t].visible or range(len(inputs.tokens[t])))
             rows[k, places] = 1 / len(places)
-            if span.asked:
+            if span.token:
                 assert span.token_id is not None
                 ids[k, places] = span.token_id
-            if span.against:
-                against[k] = self.writer.token_id(span.against, inputs.tokens[t].ids[places[0]])
+            if span.other_token:
+                against[k] = self.writer.token_id(span.other_token, inputs.tokens[t].ids[places[0]])
                 if against[k] == span.token_id:
-                    raise TextError(f"{span.asked!r} and {span.against!r} are the same token: there is no contrast")
+                    raise TextError(f"{span.token!r} and {span.other_token!r} are the same token: there is no contrast")
         return Targets(
             kind=kind,
             image=torch.tensor(inputs.text_image)[owner],

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import TrOCRForCausalLM
 
 from adapters.shared.unmodified import is_unmodified
+from grounding.adapter.layernorm import layernorm
 
 # Rows of the decoder per segment: more make longer detours, fewer make more passes.
 SEGMENT = 10
@@ -242,9 +243,11 @@ class FastDecoder:
         """The decoder's last states of some rows, those before `first` being known."""
         rows = torch.arange(first, first + len(hidden), device=hidden.device)
         for number, block in enumerate(self._blocks):
-            hidden = self._norm(block.self_attn_layer_norm, hidden + self._among(number, hidden, rows))
-            hidden = self._norm(block.encoder_attn_layer_norm, hidden + self._across(number, hidden, leaves))
-            hidden = self._norm(block.final_layer_norm, hidden + block.fc2(block.activation_fn(block.fc1(hidden))))
+            hidden = layernorm(block.self_attn_layer_norm, hidden + self._among(number, hidden, rows), self.rule)
+            hidden = layernorm(block.encoder_attn_layer_norm, hidden + self._across(number, hidden, leaves), self.rule)
+            hidden = layernorm(
+                block.final_layer_norm, hidden + block.fc2(block.activation_fn(block.fc1(hidden))), self.rule
+            )
         return hidden
 
     def _among(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -277,13 +280,6 @@ class FastDecoder:
             towards = towards - output(last).softmax(-1)[row] @ output.weight
         begin[torch.arange(len(pairs), device=row.device), row] = towards
         return begin
-
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        if self.rule is None:
-            return norm(x)
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        deviation = (wide.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
-        return (x - x.mean(-1, keepdim=True)) / deviation * norm.weight + norm.bias
 
     @staticmethod
     def _heads(attention: Any, rows: Float[Tensor, "n C"]) -> Float[Tensor, "H n d"]:

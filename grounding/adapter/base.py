@@ -49,12 +49,8 @@ class Adapter(ABC):
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
     # Whether it can write a text itself: `prepare_texts` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
-    # A text to try layers on, or what stands in its place.
-    placeholder: ClassVar[Asked] = "picture"
-    # What to say where a demo model gets a picture from outside, and the public checkpoint to use instead.
-    demo_parts: ClassVar[tuple[str, ...]] = ("scenes", "default.jpg")
-    demo_advice: ClassVar[str] = "this model knows only its demo world"
-    example: ClassVar[str] = ""
+    # The text (or class) that `list_layers` runs the model on if none is given.
+    sample_text: ClassVar[Asked] = "picture"
     # Target kinds that `shifts` knows at a fast tap.
     fast_kinds: ClassVar[tuple[str, ...]] = ()
 

@@ -106,7 +106,7 @@ class ClassAdapter(Adapter):
 
     kinds = ("class",)
     token_targets = ()
-    placeholder: ClassVar[Asked] = Classes()
+    sample_text: ClassVar[Asked] = Classes()
     labels: ClassNames
     by_itself: bool = False
     measures: bool = False

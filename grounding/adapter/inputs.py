@@ -32,10 +32,10 @@ class Inputs:
 
     images: tuple[Picture, ...]
     geometry: tuple[Geometry, ...]
-    tokens: tuple[TokenizedText, ...]
-    text_image: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     warnings: tuple[tuple[str, ...], ...] = ()
+    tokens: tuple[TokenizedText, ...] = ()
+    text_image: tuple[int, ...] = ()
     text_warnings: tuple[tuple[str, ...], ...] = ()
     per_image: tuple[str, ...] = ("pixel_values",)
     per_text: tuple[str, ...] = ()

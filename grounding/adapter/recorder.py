@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from grounding.adapter.attention import record_attention
+from grounding.adapter.layernorm import LAYERNORM_RULE, replace_gradient
 from grounding.core.errors import LayerError, ModelError
 
-LAYERNORM_RULE = "layernorm"
 # One recorder at a time on a model: threads wait for each other, or one would restore the other's state.
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _registering = Lock()
@@ -71,7 +71,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
                 stack.enter_context(_hook(module, lambda out, p=path, g=gradient: self._take_output(p, out, g)))
             if self.rule:
                 for norm in (module for module in self.model.modules() if isinstance(module, nn.LayerNorm)):
-                    handle = norm.register_forward_hook(_constant_deviation, prepend=True)
+                    handle = norm.register_forward_hook(replace_gradient, prepend=True)
                     stack.callback(handle.remove)
             self._modules = {find_module(self.model, path): path for path in self.attention}
             wanted = {module: self.attention[path] for module, path in self._modules.items()}
@@ -116,46 +116,6 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self.outputs[path] = tensor = _cut(tensor) if gradient else tensor
         # A copy goes on, so that an in-place operation behind the tap cannot overwrite what was recorded.
         return (tensor.clone(), *output[1:]) if isinstance(output, tuple) else tensor.clone()
-
-
-def _constant_deviation(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    """The output of a LayerNorm with the gradient it has when its standard deviation is a constant."""
-    assert isinstance(norm, nn.LayerNorm)
-    if not torch.is_grad_enabled():
-        return output
-    linear = _normed(norm, args[0], _normed_axes(norm, args[0], output))
-    return output.detach() + (linear - linear.detach())
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The output without its bias, the deviation off the graph."""
-    # Squares of half-precision features overflow.
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    deviation = (wide.var(axes, correction=0, keepdim=True) + norm.eps).sqrt().to(x.dtype)
-    linear = (x - x.mean(axes, keepdim=True)) / deviation
-    return linear if norm.weight is None else linear * _along(norm.weight, axes)
-
-
-def _normed_axes(norm: nn.LayerNorm, x: Tensor, output: Tensor) -> tuple[int, ...]:
-    """The axes that are normalised: the last ones, or in a variant for maps (B, D, rows, columns) that of the channels.
-
-    Raises ModelError for a variant that does something else.
-    """
-    last = tuple(range(-len(norm.normalized_shape), 0))
-    if type(norm).forward is nn.LayerNorm.forward:
-        return last
-    for axes in (last, (-3,)) if x.ndim == 4 else (last,):
-        if tuple(x.shape[i] for i in axes) == tuple(norm.normalized_shape):
-            found = _normed(norm, x.detach(), axes)
-            found = found if norm.bias is None else found + _along(norm.bias, axes)
-            if torch.allclose(found.float(), output.detach().float(), rtol=0.02, atol=0.02):
-                return axes
-    raise ModelError(f"the LN-rule cannot follow a {type(norm).__name__}: it is no LayerNorm over channels")
-
-
-def _along(parameter: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """A parameter of a norm over these axes, shaped for its input."""
-    return parameter[:, None, None] if axes == (-3,) else parameter
 
 
 def _cut(tensor: Tensor) -> Tensor:

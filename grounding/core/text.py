@@ -31,11 +31,15 @@ BLANK = "\u2423"
 
 @dataclass(frozen=True)
 class Span:
-    """One entry: a part of a text. `positions` are its tokens' places in the model's sequence, special tokens counted.
+    """A part of a text that is explained: characters [start, end).
 
-    `kind` is caption, token, word, phrase, class or image. `alone` marks a span that is scored as a text of its own.
-    Kind `where` asks for the token `asked` (or the one with the id `asked_id`) in place of the one that stands there,
-    `contrast` for it rather than `against`.
+    `kind` is caption, token, word, phrase, class, image, where or contrast. `positions` are the indices of its tokens
+    in the model's sequence, special tokens counted. `token_id` is the id of the explained token, if it is one token
+    (of a class, its index). `alone` marks a span that is scored as a text of its own.
+
+    Kind `where` explains the score of `token` at these positions in place of the token that is there; `contrast` the
+    score of `token` minus that of `other_token`. Their `token_id` is the id of `token`, None where the adapter has to
+    look it up.
     """
 
     kind: str
@@ -45,9 +49,8 @@ class Span:
     positions: tuple[int, ...] = ()
     token_id: int | None = None
     alone: bool = False
-    asked: str = ""
-    against: str = ""
-    asked_id: int | None = None
+    token: str = ""
+    other_token: str = ""
 
 
 @dataclass(frozen=True)

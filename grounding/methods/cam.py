@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from grounding.adapter.recorder import LAYERNORM_RULE
+from grounding.adapter.layernorm import LAYERNORM_RULE
 from grounding.methods.base import method
 from grounding.methods.options import NotNegative
 from grounding.methods.trace import Trace

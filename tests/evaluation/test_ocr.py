@@ -267,11 +267,11 @@ def test_questions_follow_from_text_and_seed():
     assert [span.kind for span in spans] == ["token"] * 5 + ["where"] * 4
     assert [span.positions for span in asked] == [own[i].positions for i in (0, 1, 3, 4)]
     for span in asked:
-        assert span.asked == span.label
-        assert span.asked in "abc"
-        assert span.asked != tokens.text[span.start]
+        assert span.token == span.label
+        assert span.token in "abc"
+        assert span.token != tokens.text[span.start]
     assert Aimed(seed=0).spans(tokens) == spans
-    assert len({tuple(span.asked for span in Aimed(seed=seed).spans(tokens)[5:]) for seed in range(9)}) > 1
+    assert len({tuple(span.token for span in Aimed(seed=seed).spans(tokens)[5:]) for seed in range(9)}) > 1
     same = TokenizedText("aa", (0, 0), ((0, 1), (1, 2)), (False, False))
     assert len(Aimed().spans(same)) == 2  # no other letter to ask for
 

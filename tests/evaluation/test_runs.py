@@ -15,6 +15,7 @@ from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.open import open_dataset
 from grounding.engine.explain import explain
 from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 from grounding.engine.selection import Selection
 from grounding.evaluation.phrases import evaluate
 from grounding.evaluation.protocols import around, average
@@ -440,7 +441,7 @@ def test_rules_that_mean_nothing():
 def test_a_run_scores_as_the_model_does(tmp_path, several):
     """The same phrases explained by the engine, stored as float16, and scored by `evaluate`; a tokenizer of words."""
     clip = load(None, device="cpu")
-    plan = plan_methods(clip, ["gradcam", "rollout"])
+    plan = plan_methods(clip, Request(["gradcam", "rollout"]))
     rows = {}
     for name in several.ids:
         record = several.read(name)

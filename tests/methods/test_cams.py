@@ -28,7 +28,7 @@ COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
 
 
 def one_by_one(adapter, image, number, layer):
-    """Features and gradient (P, D) of one picture and class: the model's own forward and a full backward."""
+    """Features and gradient (P, D) of one image and class: the model's own forward and a full backward."""
     kept = {}
     module = adapter.model.get_submodule(layer)
     handle = module.register_forward_hook(lambda m, a, out: kept.update(f=out) or out.clone())
@@ -38,9 +38,9 @@ def one_by_one(adapter, image, number, layer):
     return [t[0].detach().flatten(1).T.numpy() for t in (kept["f"], gradient)]
 
 
-@pytest.mark.parametrize("tap", ["active", "features", "stem.0"])
+@pytest.mark.parametrize("layer", ["active", "features", "stem.0"])
 def test_all_cams_of_a_convolutional_network(layer):
-    """Three pictures in one batch, each with a class of its own; also behind a ReLU that works in place."""
+    """Three images in one batch, each with its own class; also behind a ReLU that works in place."""
     adapter = ClassAdapter(layer=layer)
     found = explain(adapter, PICTURES, ["3", "0", "1"], methods=CAMS, select=WHOLE)
     for image, number, one in zip(PICTURES, (3, 0, 1), found, strict=True):
@@ -53,7 +53,7 @@ def test_all_cams_of_a_convolutional_network(layer):
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "swin", "vit", "deit with teacher", "dinov2"])
 @pytest.mark.parametrize("layer", [None, "0"])
 def test_all_cams_of_image_classifiers(kind, layer):
-    """Three pictures in one batch, each with a class of its own, at the default tap and at the first stage or block."""
+    """Three images in one batch, each with its own class, at the default layer and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
     path, prefix = adapter.resolve(layer), adapter.structure.prefix
     found = explain(adapter, PICTURES, test_classifier.ASKED, methods=CAMS, layers=[path])
@@ -65,7 +65,7 @@ def test_all_cams_of_image_classifiers(kind, layer):
 
 
 @pytest.mark.parametrize(
-    ("net", "tap"),
+    ("net", "layer"),
     [(nets.Vgg, "features.28"), (nets.ResNet34, "layer3"), (nets.MobileNet, None), (nets.ViT, "encoder.layers.2.ln_1")],
 )
 def test_all_cams_of_any_module(net, layer):
@@ -142,7 +142,7 @@ def test_eps_of_grad_cam_pp(clip, image):
 @pytest.mark.parametrize("number", range(CLASSES))
 @pytest.mark.parametrize("own", [True, False])
 def test_a_class_that_reads_one_quadrant_has_its_map_there(name, number, own):
-    """Each quadrant has a colour of its own, and so a channel: no other part of the picture may have any of the map."""
+    """Each quadrant has a colour of its own, and so a channel: no other part of the image may have any of the map."""
     cells = np.zeros((ROWS, COLUMNS, 3), np.uint8)
     for place, colour in enumerate(COLOURS):
         cells[quadrant(place)] = 255 * np.array(colour)
@@ -161,7 +161,7 @@ def test_a_class_that_reads_one_quadrant_has_its_map_there(name, number, own):
 
 @pytest.mark.parametrize("name", ["hirescam", "layercam"])
 def test_of_a_channel_that_is_bright_everywhere_the_elementwise_maps_show_what_is_read(name):
-    """Grad-CAM's weights know no place: there it is the whole picture, the same in every cell."""
+    """Grad-CAM has one weight per channel: its map is the same in every cell of the image."""
     adapter = ClassAdapter(Quadrants([[1.0, 1.0, 1.0]]), "features")
     white = Image.new("RGB", (48, 32), "white")
     plain, found = explain(adapter, white, "1", methods=["gradcam", name], select=WHOLE).methods.values()
@@ -183,15 +183,15 @@ def test_smoothing_is_the_same_for_all_and_changes_what_is_stored(name, clip, im
 
 
 def test_where_features_and_gradient_are_at_right_angles_an_elementwise_map_ranks_rounding(trocr):
-    """The tutorials' tap of an encoder-decoder, read through a LayerNorm alone."""
+    """The tutorials' layer of an encoder-decoder, which only a LayerNorm reads."""
     found = explain(trocr, noise(90, 30), TEXT, methods=CAMS, select=TOKENS)
-    said = {
+    by_title = {
         title: w for w in found.warnings for title in ("Grad-CAM ", "HiResCAM", "LayerCAM", "Grad-CAM++") if title in w
     }
-    assert "HiResCAM at encoder.layers.2 ranks rounding" in said["HiResCAM"]
-    assert "weak evidence" not in said["HiResCAM"]
-    assert all("is weak evidence" in said[title] for title in ("Grad-CAM ", "LayerCAM", "Grad-CAM++"))
-    assert all("use gradcam_ln, the LN-rule, there" in text for text in said.values())
+    assert "HiResCAM at encoder.layers.2 ranks rounding" in by_title["HiResCAM"]
+    assert "weak evidence" not in by_title["HiResCAM"]
+    assert all("is weak evidence" in by_title[title] for title in ("Grad-CAM ", "LayerCAM", "Grad-CAM++"))
+    assert all("use gradcam_ln, the LN-rule, there" in text for text in by_title.values())
     sizes = {name: np.abs(found.methods[name].maps).max() for name in CAMS}
     assert sizes["hirescam"] < 1e-6 * sizes["layercam"]
     assert {s.status for s in found.methods["hirescam"].status} == {"degenerate"}
@@ -202,7 +202,7 @@ def test_where_features_and_gradient_are_at_right_angles_an_elementwise_map_rank
 
 
 def test_no_cam_can_read_the_text_of_a_score_without_one():
-    """`norm`: one map for all entries, from the first target of each picture."""
+    """`norm`: one map for all entries, from the first target of each image."""
     adapter = models.mean_adapter()
     found = explain(adapter, noise(50, 40), "two dogs", target="norm", methods=CAMS)
-    assert all(column.shared and column.maps.any() for column in found.methods.values())
+    assert all(call.shared and call.maps.any() for call in found.methods.values())

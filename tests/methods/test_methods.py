@@ -8,7 +8,9 @@ import torch
 
 from grounding import METHODS, Selection, explain
 from grounding.core.errors import LayerError, OptionError
+from grounding.engine.passes import run_passes
 from grounding.engine.plan import available, plan_methods
+from grounding.engine.request import Request
 from tests.conftest import noise
 from tests.support import models
 from tests.support.oracles import vision
@@ -140,7 +142,7 @@ def test_raw_attention_of_one_head(clip, image):
         ({"gradcam.smooth": -1}, OptionError, "0 or more"),
         ({"gradcam.token_centred": "perhaps"}, OptionError, "true or false"),
         ({"gradcam": 1}, OptionError, "method.option=value"),
-        ({"attention.head": 1}, OptionError, "not among those asked for"),
+        ({"attention.head": 1}, OptionError, "is not requested"),
         ({"gradkam.smooth": 1}, ValueError, "no method 'gradkam'"),
     ],
 )
@@ -156,7 +158,7 @@ def test_unknown_method_names_the_nearest(clip, image):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_runs_on_every_architecture(any_adapter, name):
-    """Finite maps of the grid's shape for a batch of pictures with ragged texts, equal to one by one; where the
+    """Finite maps of the grid's shape for a batch of images with ragged texts, equal to one by one; where the
     architecture has not the attention for it, an error that says so."""
     if name not in available(any_adapter):
         with pytest.raises(OptionError, match=f"'{name}' reads .* attention, which .* does not have"):
@@ -165,16 +167,16 @@ def test_every_method_runs_on_every_architecture(any_adapter, name):
     images = [noise(70, 50, 1), noise(40, 90, 2)]
     texts = [["two dogs", "a red bus"], ["man in red jacket on a horse"]]
     together = explain(any_adapter, images, texts, methods=[name])
-    # Rounding is never the same twice: <features, gradient> is looked at where it is more than that.
+    # Rounding differs from run to run: compare at a layer where <features, gradient> is larger than that.
     layers = ["-1.in"] if any("ranks rounding" in w for w in together[0][0].warnings) else []
     together = explain(any_adapter, images, texts, methods=[name], layers=layers) if layers else together
     assert [len(found) for found in together] == [2, 1]
-    for b, found in enumerate(together):
-        for explanation, text in zip(found, texts[b], strict=True):
+    for b, explanations in enumerate(together):
+        for explanation, text in zip(explanations, texts[b], strict=True):
             alone = explain(any_adapter, images[b], text, methods=[name], layers=layers)
-            column = explanation.methods[name]
-            assert column.maps.shape[1:] == any_adapter.grid(any_adapter.prepare([images[b]], [[text]]))
-            assert close(column.maps, alone.methods[name].maps)
+            found = explanation.methods[name]
+            assert found.maps.shape[1:] == any_adapter.grid(any_adapter.prepare([images[b]], [[text]]))
+            assert close(found.maps, alone.methods[name].maps)
             assert [e.score for e in explanation.entries] == pytest.approx([e.score for e in alone.entries], abs=1e-9)
 
 
@@ -185,19 +187,19 @@ def test_a_method_reads_only_what_it_declares(clip, trocr, image, name):
     inputs = clip.prepare([image], [[CAPTION]])
     targets = clip.targets(inputs, [[inputs.tokens[0].caption()]])
     for signal in method.needs:
-        [chunk] = list(trace(clip, inputs, targets, plan_methods(clip, [name])))
+        [chunk] = list(run_passes(clip, inputs, targets, plan_methods(clip, Request([name]))))
         less = replace(method, needs=method.needs - {signal})
         path = clip.structure.layer if method.reads_layer else None
         with pytest.raises(RuntimeError, match=f"reads '{signal}'"):
             less(chunk.trace.at(path, less.needs))
 
 
-def test_several_layers_give_one_column_each_or_a_joint_one(clip, image):
+def test_several_layers_give_maps_each_or_joint_ones(clip, image):
     layers = ["-1.in", "-2"]
     apart = explain(clip, image, CAPTION, methods=["gradcam", "rollout"], layers=layers)
-    assert list(apart.columns) == ["gradcam@-1.in", "gradcam@-2", "rollout"]
+    assert list(apart.methods) == ["gradcam@-1.in", "gradcam@-2", "rollout"]
     assert apart.methods["gradcam@-2"].layer == "vision_model.encoder.layers.1"
     joint = explain(clip, image, CAPTION, methods=["gradcam"], layers=layers, average_layers=True)
-    assert list(joint.columns) == ["gradcam@-1.in+-2"]
+    assert list(joint.methods) == ["gradcam@-1.in+-2"]
     scaled = [apart.map(1, f"gradcam@{layer}").raw for layer in layers]
     assert close(joint.map(1).raw, np.mean([m / np.abs(m).max() for m in scaled], 0))

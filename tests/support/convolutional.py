@@ -88,7 +88,7 @@ class ClassAdapter(Adapter):
         grid = (ROWS, COLUMNS)
         geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size, grid=grid) for p in opened)
         pixels = torch.stack([self.pixels(p.pil) for p in opened])
-        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
+        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]

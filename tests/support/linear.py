@@ -48,7 +48,7 @@ class LinearAdapter(Adapter):
             for p in opened
         )
         tensors = {"pixel_values": torch.from_numpy(pixels)}
-        return Inputs(opened, geometry, (), (), tensors, ((),) * len(opened))
+        return Inputs(opened, geometry, tensors, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         flat = [text for own in texts for text in own]

@@ -66,7 +66,7 @@ class PaintedAdapter(Adapter):
             for p in opened
         )
         pixels = torch.stack([torch.from_numpy(np.array(p.pil.convert("L"))) for p in opened])
-        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
+        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         levels = inputs.tensors["pixel_values"][:, CELL // 2, CELL // 2 :: CELL].double() / STEP
@@ -87,7 +87,7 @@ class PaintedAdapter(Adapter):
         kind, token_target = self.check_kind(kind, token_target)
         owner = torch.tensor([t for t, own in enumerate(spans) for _ in own])
         flat = tuple(span for own in spans for span in own)
-        channel = torch.tensor([CHARACTERS.index(span.asked) if span.asked else span.token_id for span in flat])
+        channel = torch.tensor([CHARACTERS.index(span.token) if span.token else span.token_id for span in flat])
         return Targets(kind, owner, owner, flat, {"channel": channel}, token_target)
 
     def encode_images(self, inputs):

@@ -83,7 +83,7 @@ class MeanAdapter(Adapter):
         pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
         geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in opened)
-        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
+        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
 
     def prepare_texts(self, inputs, texts):
         tokens = []

@@ -1,12 +1,11 @@
-"""Pixels of one panel: picture, heat, hatching, patch grid, peak and box. RGB uint8 arrays (height, width, 3).
+"""Pixel operations for one panel: image, heat, hatching, patch grid, peak and box, on RGB uint8 (height, width, 3).
 
-"Panel pixels" are those of the array that is drawn on: the whole picture at another size, (x, y), origin top-left.
+The panel is the whole image at another size. "Panel pixels" are its coordinates: (x, y), origin top-left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,57 +19,24 @@ from grounding.core.errors import OptionError
 from grounding.core.geometry import Geometry
 from grounding.core.registry import did_you_mean
 
-BACKGROUNDS = ("picture", "edges")
-
 # Red is high, white is zero, blue is low.
 DIVERGING = "RdBu_r"
-DIVERGING_NAMES = frozenset(
-    (
-        *("PiYG", "PRGn", "BrBG", "PuOr", "RdGy", "RdBu", "RdYlBu", "RdYlGn", "Spectral"),
-        *("coolwarm", "bwr", "seismic", "berlin", "managua", "vanimo"),
-    )
-)
 
-# How much of its own colour the picture keeps under the heat: colour then means heat, and the picture is still known.
+# Share of its own colour that the image keeps under the heat: low, so that colour means heat; above zero, so that
+# objects remain recognisable.
 SATURATION = 0.25
-# Exponent of the opacity where there is no heat: 0.6 becomes 0.28.
+# Exponent of the opacity where the heat is zero: 0.6 becomes 0.28.
 FADING = 2.5
-# Grey that the unseen area and a map without evidence are mixed with, and how much of the picture stays.
+# Grey mixed into the unseen area and into maps without evidence, and the share of the image that remains.
 FADE_TO, FADED = 208, 0.45
 
-# A picture thinner than 1 : STRETCH is drawn wider than it is, one flatter than LINE_STRETCH : 1 (a line of text)
-# higher; the figure says so.
+# An image thinner than 1 : STRETCH is widened, one flatter than LINE_STRETCH : 1 (a line of text) is heightened; the
+# figure notes it.
 STRETCH, LINE_STRETCH = 8.0, 40.0
 
 Rgb = UInt8[np.ndarray, "height width 3"]
 Segment = tuple[tuple[float, float], tuple[float, float]]
 Segments = Sequence[Segment]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a map is drawn; see `grounding.render.figure`. Raises OptionError for values that cannot be drawn."""
-
-    cmap: str = "magma"
-    opacity: float = 0.6
-    grid: bool = False
-    peak: bool = True
-    box: bool = True
-    background: str = "picture"
-    signed: bool = False
-    cells: bool = False
-
-    def __post_init__(self) -> None:
-        colour_table(self.cmap)
-        if not 0 <= self.opacity <= 1:
-            raise OptionError(f"opacity must be from 0 to 1, got {self.opacity}")
-        if self.background not in BACKGROUNDS:
-            raise OptionError(f"unknown background {self.background!r} (there are: {', '.join(BACKGROUNDS)})")
-
-    @property
-    def diverging(self) -> str:
-        """The colour map of signed maps drawn with their sign: `cmap` if it is a diverging one."""
-        return self.cmap if self.cmap.removesuffix("_r") in DIVERGING_NAMES else DIVERGING
 
 
 @lru_cache(maxsize=16)
@@ -90,14 +56,14 @@ def fit(
 ) -> tuple[int, int]:
     """(height, width) of a panel whose longer side is `longest`.
 
-    A picture thinner than 1 : `thinnest` is widened, one flatter than `flattest` : 1 is heightened.
+    An image thinner than 1 : `thinnest` is widened, one flatter than `flattest` : 1 is heightened.
     """
     ratio = min(max(width / height, 1 / thinnest), flattest)
     return (max(1, round(longest / ratio)), longest) if ratio >= 1 else (longest, max(1, round(longest * ratio)))
 
 
 def distorted(width: int, height: int) -> str:
-    """How a picture of this size is drawn, where it is not as it is; else empty."""
+    """Note on the changed aspect ratio of an image of this size; empty where it is unchanged."""
     ratio = width / height
     if 1 / STRETCH <= ratio <= LINE_STRETCH:
         return ""
@@ -105,15 +71,15 @@ def distorted(width: int, height: int) -> str:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Rgb:
-    """The picture as RGB at `size` (height, width)."""
+    """The image as RGB at `size` (height, width)."""
     height, width = size
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     if rgb.size != (width, height):
-        # Large photographs are reduced by whole steps first: twice as good as needed, several times as fast. Small
-        # ones are enlarged with the sharper filter: thin strokes of letters stay letters.
+        # Large photographs are first reduced by an integer factor, to at least twice the wanted size: several times as
+        # fast. Small images are enlarged with the sharper filter: thin strokes of letters stay legible.
         larger = width >= rgb.width and height >= rgb.height
-        wanted = Image.Resampling.LANCZOS if larger else Image.Resampling.BICUBIC
-        rgb = rgb.resize((width, height), wanted, reducing_gap=2.0)
+        resampling = Image.Resampling.LANCZOS if larger else Image.Resampling.BICUBIC
+        rgb = rgb.resize((width, height), resampling, reducing_gap=2.0)
     return np.asarray(rgb, dtype=np.uint8)
 
 
@@ -123,7 +89,7 @@ def grey(rgb: Rgb) -> UInt8[np.ndarray, "height width"]:
 
 
 def ground(rgb: Rgb, background: str) -> Rgb:
-    """What the heat is laid over: the picture with muted colours, or its edges (Canny), dark on white."""
+    """The background of the heat: the image with muted colours, or its Canny edges, dark on white."""
     luminance = grey(rgb)
     if background == "edges":
         smooth = cv2.GaussianBlur(luminance, (0, 0), max(0.8, max(rgb.shape[:2]) / 500))
@@ -133,20 +99,20 @@ def ground(rgb: Rgb, background: str) -> Rgb:
 
 
 def faded(rgb: Rgb) -> Rgb:
-    """The picture in pale grey: no colour, so nothing in it can be taken for heat."""
+    """The image in pale grey: without colour, nothing in it can be mistaken for heat."""
     pale = np.round(grey(rgb) * FADED + FADE_TO * (1 - FADED)).astype(np.uint8)
     return np.repeat(pale[..., None], 3, axis=2)
 
 
 def colours(unit: Float[np.ndarray, "height width"], name: str) -> Rgb:
-    """Values in [0, 1] in a colour map's colours; NaN is drawn as 0 (and hatched by who knows better)."""
+    """Values in [0, 1] in the colours of a colour map; NaN has the colour of 0 (`hatch` marks it)."""
     return colour_table(name)[np.round(np.nan_to_num(unit) * 255).astype(np.uint8)]
 
 
 def blend(below: Rgb, above: Rgb, opacity: float, weight: Float[np.ndarray, "height width"] | None = None) -> Rgb:
     """`above` over `below`, at `opacity` where `weight` is 1, fading to opacity ** FADING where it is 0.
 
-    Where there is little heat the picture stays visible; more heat is always more colour, and 1 is opaque everywhere.
+    The image stays visible where there is little heat. Colour increases with heat; opacity 1 is opaque everywhere.
     """
     if weight is None:
         return cv2.addWeighted(above, opacity, below, 1 - opacity, 0)
@@ -157,7 +123,7 @@ def blend(below: Rgb, above: Rgb, opacity: float, weight: Float[np.ndarray, "hei
 
 
 def hatch(rgb: Rgb, pale: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
-    """`pale` (see `faded`: never dark) with darker diagonal lines where nothing was seen."""
+    """Replace the unseen area by `pale` (see `faded`: never dark) with darker diagonal lines."""
     if not unseen.any():
         return rgb
     height, width = unseen.shape
@@ -168,7 +134,7 @@ def hatch(rgb: Rgb, pale: Rgb, unseen: Bool[np.ndarray, "height width"]) -> Rgb:
 
 
 def grid_lines(geometry: Geometry) -> list[Segment]:
-    """Outlines of the patches that saw the picture: lines from (x, y) to (x, y), as fractions of the picture."""
+    """Outlines of the seen patches: lines from (x, y) to (x, y), as fractions of the image, origin top-left."""
     seen = geometry.seen_cells
     cells = [geometry.cell_box(int(row), int(column)) for row, column in zip(*np.nonzero(seen), strict=True)]
     boxes = np.array([cell for cell in cells if cell is not None]) / ((geometry.width, geometry.height) * 2)
@@ -177,13 +143,13 @@ def grid_lines(geometry: Geometry) -> list[Segment]:
 
 
 def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
-    """Outlines of the patches that saw the picture, in half-transparent lines, light on dark and dark on light."""
+    """Draw the outlines of the seen patches in half-transparent lines, light on dark and dark on light."""
     height, width = rgb.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     for line in grid_lines(geometry):
         start, end = ((min(round(x * width), width - 1), min(round(y * height), height - 1)) for x, y in line)
         cv2.line(mask, start, end, 255, _stroke(rgb, 500))
-    # The ground is judged over some distance: a line that changes sides at every speck looks torn.
+    # Brightness is averaged over a neighbourhood: a line that changed colour at every speck would look torn.
     around = cv2.blur(grey(rgb), (max(3, width // 20), max(3, height // 20)))
     contrast = np.where(around < 128, np.uint8(255), np.uint8(0))[..., None]
     mixed = blend(rgb, np.repeat(contrast, 3, axis=2), 0.4)
@@ -191,10 +157,10 @@ def draw_grid(rgb: Rgb, geometry: Geometry) -> Rgb:
 
 
 def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
-    """A half-open box, panel pixels, as a white line in a black one; around a small box, within a large one."""
+    """Draw a half-open box (x0, y0, x1, y1), panel pixels, white in black: outside a small box, inside a large one."""
     height, width = rgb.shape[:2]
     drawn, line = rgb.copy(), _stroke(rgb, 220)
-    # Inwards, so that a box at the picture's edge keeps its whole line, but never over what a small one holds.
+    # Inside, so that a box at the image's edge keeps its whole line; outside, where the line would cover a small box.
     x0, x1 = _framed(box[0], box[2], width, line)
     y0, y1 = _framed(box[1], box[3], height, line)
     for colour, outer, inner in ((0, 0, 3 * line), (255, line, 2 * line)):
@@ -206,16 +172,16 @@ def draw_box(rgb: Rgb, box: tuple[int, int, int, int]) -> Rgb:
 
 
 def _framed(start: int, end: int, size: int, line: int) -> tuple[int, int]:
-    """Outer ends of a frame of 3 `line` around [start, end) of `size` pixels."""
+    """Outer ends of a frame 3 `line` thick around [start, end), within `size` pixels."""
     out = 0 if end - start >= 16 * line else 3 * line
     return max(0, start - out), min(size, max(end, start + 1) + out)
 
 
 def draw_peak(rgb: Rgb, point: tuple[float, float]) -> Rgb:
-    """An open ring around a point, panel pixels; white in black, to show on every ground."""
+    """Draw a ring around a point (x, y), panel pixels; white in black, to be visible on every background."""
     drawn = np.ascontiguousarray(rgb)
     line, radius = _stroke(rgb, 350), max(2.5, _measure(rgb) / 50)
-    # cv2 counts from pixel centres; four more bits keep the mark where it belongs between pixels.
+    # cv2 counts from pixel centres; four fractional bits place the ring between pixels.
     centre = (round((point[0] - 0.5) * 16), round((point[1] - 0.5) * 16))
     for colour, thickness in (((0, 0, 0), 3 * line), ((255, 255, 255), line)):
         cv2.circle(drawn, centre, round(radius * 16), colour, thickness, cv2.LINE_AA, shift=4)
@@ -227,12 +193,12 @@ def _stroke(rgb: Rgb, parts: int) -> int:
 
 
 def _measure(rgb: Rgb) -> float:
-    """Side of a square of the panel's area: what lines and marks are in proportion to."""
+    """Side of a square of the panel's area, the reference length of lines and marks."""
     return float(np.sqrt(rgb.shape[0] * rgb.shape[1]))
 
 
 def draw_note(rgb: Rgb, text: str) -> Rgb:
-    """A line of text on a white plate in the middle, as large as fits; a panel too small for it stays as it is."""
+    """Draw a line of text on a white plate at the centre, as large as fits; a panel too small for it stays unchanged."""
     height, width = rgb.shape[:2]
     for size in range(max(8, round(_measure(rgb) / 15)), 7, -1):
         font = _font(size)
