@@ -1,6 +1,5 @@
 """The demo classifier: what it was trained on, what is shipped, and that it tells the shipped pictures."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,7 @@ from grounding.demo import demo_model
 from tests.conftest import noise
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "scripts/demo"
 PICTURES = sorted((ROOT / "data/demo/classes").glob("*.jpg"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The demo's scripts import one another by bare names."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def test_other_pictures_are_warned_about(adapter):
 
 
 def test_batches_follow_from_their_number_and_hold_one_object_each():
-    from class_pictures import held_out, training_batch
+    from scripts.demo.classifier.pictures import held_out, training_batch
 
     first, again, other = training_batch(3, 6), training_batch(3, 6), training_batch(4, 6)
     assert torch.equal(first.pixels, again.pixels)
@@ -61,12 +51,12 @@ def test_batches_follow_from_their_number_and_hold_one_object_each():
 
 
 def test_training_resumes_and_exports_as_a_whole(tmp_path, monkeypatch):
-    import train_classifier as training
+    from scripts.demo.classifier import train as training
 
     monkeypatch.setattr(training, "STEPS", 2)
     monkeypatch.setattr(training, "SAVE_EVERY", 1)
     monkeypatch.setattr(training, "BATCH", 4)
-    monkeypatch.setattr("class_pictures.PER_CLASS", 1)
+    monkeypatch.setattr("scripts.demo.classifier.pictures.PER_CLASS", 1)
     folder, checkpoint = tmp_path / "models/classifier", tmp_path / "run.pt"
     argv = ["--checkpoint", str(checkpoint), "--folder", str(folder)]
     assert training.main(argv) == 0

@@ -1,7 +1,6 @@
 """The demo FLAVA: its tokens, its training pairs, its warm start, and the shipped checkpoint."""
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, FlavaForPreTraining, FlavaModel
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "scripts/demo"
 FOLDER = ROOT / "data/demo/models/flava"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The demo's scripts import one another by bare names."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +18,15 @@ def model():
 
 
 def scenes(count=40):
-    from world import sample_scene
+    from scripts.demo.scenes.world import sample_scene
 
     rng = random.Random(4)
     return [sample_scene(rng, 1 + number % 4) for number in range(count)]
 
 
 def test_words_have_the_ids_of_the_tokenizer():
-    from flava_batches import text_without_picture
-    from flava_text import WORD_IDS, build_tokenizer
+    from scripts.demo.flava.batches import text_without_picture
+    from scripts.demo.flava.text import WORD_IDS, build_tokenizer
 
     tokenizer, names = build_tokenizer(), {index: word for word, index in WORD_IDS.items()}
     for seed in range(50):
@@ -51,7 +41,7 @@ def test_words_have_the_ids_of_the_tokenizer():
 
 
 def test_rows_say_what_is_true():
-    from flava_rows import make_rows
+    from scripts.demo.flava.rows import make_rows
 
     drawn = scenes()
     rows = make_rows(drawn, hard=0.5, rng=random.Random(0))
@@ -69,9 +59,9 @@ def test_rows_say_what_is_true():
 
 
 def test_masking_hides_a_content_word_and_keeps_it_as_label():
-    from flava_batches import masked, phrase_words
-    from flava_text import CONTENT_IDS, MASK
-    from vocabulary import Entity
+    from scripts.demo.flava.batches import masked, phrase_words
+    from scripts.demo.flava.text import CONTENT_IDS, MASK
+    from scripts.demo.scenes.vocabulary import Entity
 
     for seed in range(20):
         rng = random.Random(seed)
@@ -84,8 +74,8 @@ def test_masking_hides_a_content_word_and_keeps_it_as_label():
 
 
 def test_the_warm_start_resembles_the_clip():
-    from flava_batches import make_pictures
-    from flava_model import build_model, start_from_clip
+    from scripts.demo.flava.batches import make_pictures
+    from scripts.demo.flava.model import build_model, start_from_clip
 
     clip = CLIPModel.from_pretrained(ROOT / "data/demo/models/clip", dtype=torch.float32).eval()
     pixels = make_pictures(-2, 8).normalised()
@@ -98,10 +88,10 @@ def test_the_warm_start_resembles_the_clip():
 
 
 def test_leaving_patches_out_keeps_boxes_and_patches_together():
-    from flava_batches import make_pictures
-    from flava_losses import Pointer, fused_step
-    from flava_model import build_model
-    from flava_rows import make_rows
+    from scripts.demo.flava.batches import make_pictures
+    from scripts.demo.flava.losses import Pointer, fused_step
+    from scripts.demo.flava.model import build_model
+    from scripts.demo.flava.rows import make_rows
 
     torch.manual_seed(0)
     pictures = make_pictures(-3, 3)

@@ -1,23 +1,13 @@
 """The demo's text lines: drawn the same way every time, with boxes that hold their characters."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts/demo"
-LINES = SCRIPTS.parents[1] / "data/demo/lines"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The demo's scripts import one another by bare names."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
+LINES = Path(__file__).resolve().parents[1] / "data/demo/lines"
 
 
 def labels(split):
@@ -25,19 +15,19 @@ def labels(split):
 
 
 def plain_style(**changes):
-    from lines import Style
+    from scripts.demo.lines.lines import Style
 
     return Style(**{"face": "DejaVuSans", "height": 64, "size": 20.0} | changes)
 
 
 def draw(text, **changes):
-    from lines import render
+    from scripts.demo.lines.lines import render
 
     return render(text, plain_style(**changes), np.random.default_rng(0))
 
 
 def test_a_seed_gives_the_same_line():
-    from lines import sample_line
+    from scripts.demo.lines.lines import sample_line
 
     one, two = sample_line("test/1"), sample_line("test/1")
     assert one.text == two.text
@@ -48,7 +38,7 @@ def test_a_seed_gives_the_same_line():
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 def test_boxes_lie_in_the_picture_in_reading_order(difficulty):
-    from lines import sample_line
+    from scripts.demo.lines.lines import sample_line
 
     for number in range(60):
         line = sample_line(f"test/{difficulty}/{number}", difficulty)
@@ -64,7 +54,7 @@ def test_boxes_lie_in_the_picture_in_reading_order(difficulty):
 
 
 def test_boxes_cover_the_ink():
-    from lines import FIRST_FACES, LATER_FACES, UNSEEN_FACES
+    from scripts.demo.lines.lines import FIRST_FACES, LATER_FACES, UNSEEN_FACES
 
     for face in (*FIRST_FACES, *LATER_FACES, *UNSEEN_FACES):
         line = draw("Quay (7.50)", face=face)
@@ -98,7 +88,7 @@ def test_small_text_stands_high_and_low():
 def test_texts_have_no_loose_blanks():
     import random
 
-    from line_text import ALPHABET, sample_text
+    from scripts.demo.lines.text import ALPHABET, sample_text
 
     for number in range(500):
         text = sample_text(random.Random(number))
@@ -123,23 +113,23 @@ def test_labels_match_the_pictures(split, count):
 
 
 def test_shipped_lines_follow_from_their_seeds():
-    from make_lines import split_lines
+    from scripts.demo.lines.make_lines import split_lines
 
     for line, label in zip(split_lines("val"), labels("val"), strict=True):
         assert json.loads(json.dumps(line.label())) == {key: value for key, value in label.items() if key != "file"}
 
 
 def trained(number, row):
-    from line_batches import training_seed
-    from lines import sample_line
+    from scripts.demo.lines.batches import training_seed
+    from scripts.demo.lines.lines import sample_line
 
     label = sample_line(training_seed(number, row)).label()
     return label["text"], label["size"], label["left"]
 
 
 def test_no_seed_of_the_training_is_shipped():
-    from line_batches import TRAIN_SEED, training_seed
-    from make_lines import SEEDS
+    from scripts.demo.lines.batches import TRAIN_SEED, training_seed
+    from scripts.demo.lines.make_lines import SEEDS
 
     assert TRAIN_SEED not in SEEDS.values()  # every seed begins with one of these numbers and a stroke
     assert len({*SEEDS.values(), TRAIN_SEED}) == 3
@@ -159,7 +149,7 @@ def test_shipped_lines_stand_clear_of_the_border_of_the_rows(split):
 
 
 def test_the_unseen_faces_are_not_trained_on():
-    from lines import FIRST_FACES, LATER_FACES, UNSEEN_FACES
+    from scripts.demo.lines.lines import FIRST_FACES, LATER_FACES, UNSEEN_FACES
 
     assert not set(UNSEEN_FACES) & {*FIRST_FACES, *LATER_FACES}
     assert {label["face"] for label in labels("test") if label["unseen_face"]} == set(UNSEEN_FACES)
@@ -173,8 +163,8 @@ def test_the_line_for_show_has_its_label():
 
 
 def test_the_tokenizer_keeps_every_character():
-    from line_text import ALPHABET
-    from ocr_model import BOS, EOS, UNK, build_tokenizer
+    from scripts.demo.lines.text import ALPHABET
+    from scripts.demo.trocr.model import BOS, EOS, UNK, build_tokenizer
 
     tokenizer = build_tokenizer()
     for text in (ALPHABET, "Total $12.50", "book, 'n' a/b !", "aa  bb"):
@@ -190,9 +180,10 @@ def test_the_tokenizer_keeps_every_character():
 
 def test_the_shipped_checkpoint_reads_the_line_for_show():
     import torch
-    from ocr_model import build_image_processor
-    from score_trocr import read
     from transformers import VisionEncoderDecoderModel
+
+    from scripts.demo.trocr.model import build_image_processor
+    from scripts.demo.trocr.score import read
 
     folder = LINES.parent / "models/trocr"
     model, info = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

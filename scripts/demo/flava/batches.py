@@ -1,0 +1,121 @@
+"""Training material of the demo FLAVA: texts that need no picture, and rendered pictures with their scenes.
+
+Number and seed determine the content. Held-out combinations are in nothing that is made here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from queue import Full
+
+import numpy as np
+import torch
+from torch import multiprocessing
+
+from scripts.demo.clip.batches import COUNT_WEIGHTS, MAX_ENTITIES, MEAN, STD, training_picture
+from scripts.demo.flava.text import CONTENT_IDS, MASK, Words, words_of
+from scripts.demo.scenes.phrases import Query, plan_caption, random_phrase
+from scripts.demo.scenes.vocabulary import PLACES, SEEN_SWAPS, Entity
+from scripts.demo.scenes.world import Scene, sample_entities, sample_scene
+
+TRAIN_SEED = 40_000
+
+
+@dataclass
+class Pictures:
+    """Rendered training scenes; B pictures."""
+
+    pixels: torch.Tensor  # (B, 3, 112, 112) uint8
+    boxes: torch.Tensor  # (B, 4, 4) input pixels, (x0, y0, x1, y1), half-open; zeros where there is no entity
+    scenes: list[Scene]
+
+    def normalised(self) -> torch.Tensor:
+        """(B, 3, 112, 112) float32 with CLIP's mean and standard deviation, which are FLAVA's."""
+        return (self.pixels.float() / 255 - MEAN) / STD
+
+
+def make_pictures(number: int, size: int) -> Pictures:
+    """Batch `number` of the training stream."""
+    rng = random.Random(TRAIN_SEED * 1_000_003 + number)
+    scenes, pictures = [], []
+    boxes = np.zeros((size, MAX_ENTITIES, 4), dtype=np.float32)
+    for row in range(size):
+        scene = sample_scene(rng, rng.choices(range(1, MAX_ENTITIES + 1), COUNT_WEIGHTS)[0])
+        picture, drawn = training_picture(scene, rng)
+        boxes[row, : len(drawn)] = drawn
+        scenes.append(scene)
+        pictures.append(picture)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return Pictures(pixels, torch.from_numpy(boxes), scenes)
+
+
+def phrase_words(query: Query | Entity, owner: int, rng: random.Random) -> Words:
+    """One phrase in a random form; every word of it belongs to `owner`."""
+    return words_of([(random_phrase(query, rng), owner)])
+
+
+def loose_query(entity: Entity, rng: random.Random) -> Query:
+    """A query that names some of the entity's attributes."""
+    if entity.garment is None:
+        return rng.choice((Query(entity.kind), Query(colour=entity.colour)))
+    return rng.choice(
+        (Query(entity.kind), Query(None, entity.colour, entity.garment), Query(entity.kind, entity.colour))
+    )
+
+
+def text_without_picture(rng: random.Random) -> tuple[Words, list[Entity]]:
+    """A caption or a phrase of entities drawn by themselves, and the entities that `Words.owner` counts."""
+    entities = sample_entities(rng.choices(range(1, MAX_ENTITIES + 1), COUNT_WEIGHTS)[0], rng)
+    if rng.random() < 0.5:
+        entity = entities[0]
+        if rng.random() < 0.5:
+            entity = rng.choice(SEEN_SWAPS[entity] or (entity,))
+        return phrase_words(entity, 0, rng), [entity]
+    order = rng.sample(range(len(entities)), len(entities))
+    plan = plan_caption(order, rng.choice(tuple(PLACES)), rng)
+    return words_of(plan.segments(entities)), entities
+
+
+def masked(words: Words, share: float, rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids with about `share` of the content words (at least one) and a few others masked, and labels (-100: none)."""
+    content = [place for place, word in enumerate(words.ids) if word in CONTENT_IDS]
+    others = [place for place in range(1, len(words.ids) - 1) if place not in content]
+    hidden = {place for place in content if rng.random() < share} or {rng.choice(content)}
+    hidden |= {place for place in others if rng.random() < 0.05}
+    ids = tuple(MASK if place in hidden else word for place, word in enumerate(words.ids))
+    labels = tuple(word if place in hidden else -100 for place, word in enumerate(words.ids))
+    return ids, labels
+
+
+def _work(queue: Queue, first: int, size: int, parent: int) -> None:
+    """Make batches until the training process is gone: a killed one cannot end its worker."""
+    torch.set_num_threads(1)
+    for number in itertools.count(first):
+        batch = make_pictures(number, size)
+        while True:
+            if os.getppid() != parent:
+                return
+            try:
+                queue.put(batch, timeout=5)
+                break
+            except Full:
+                continue
+
+
+def stream(first: int, size: int) -> Iterator[Pictures]:
+    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue(maxsize=8)
+    worker = context.Process(target=_work, args=(queue, first, size, os.getpid()), daemon=True)
+    worker.start()
+    try:
+        while True:
+            # A worker that died would otherwise be waited for without end.
+            yield queue.get(timeout=300)
+    finally:
+        worker.terminate()
