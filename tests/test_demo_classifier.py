@@ -1,5 +1,6 @@
 """The demo classifier: what it was trained on, what is shipped, and that it tells the shipped pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,14 @@ def test_batches_follow_from_their_number_and_hold_one_object_each():
 def test_training_resumes_and_exports_as_a_whole(tmp_path, monkeypatch):
     from scripts.demo.classifier import train as training
 
-    monkeypatch.setattr(training, "STEPS", 2)
-    monkeypatch.setattr(training, "SAVE_EVERY", 1)
-    monkeypatch.setattr(training, "BATCH", 4)
+    monkeypatch.setattr(training, "STAGES", (replace(training.STAGES[0], steps=2, batch=4, validate_every=1),))
     monkeypatch.setattr("scripts.demo.classifier.pictures.PER_CLASS", 1)
     folder, checkpoint = tmp_path / "models/classifier", tmp_path / "run.pt"
     argv = ["--checkpoint", str(checkpoint), "--folder", str(folder)]
     assert training.main(argv) == 0
-    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["optimizers"][0]["state"][0]["step"] == 2
+    assert state["stage"] == 1  # the only one is done
     before = (folder / "model.safetensors").read_bytes()
     assert training.main(argv) == 0  # nothing is left to do
     assert (folder / "model.safetensors").read_bytes() == before

@@ -15,16 +15,16 @@ import torch
 from adapters import load
 from grounding import explain
 from scripts.demo.classifier.pictures import held_out
+from scripts.demo.paths import MODELS
 from scripts.demo.scenes.vocabulary import KINDS
 
-ROOT = Path(__file__).resolve().parents[3]
 METHODS = ("gradcam", "gradcam_ln", "hirescam", "layercam", "gradcam_pp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "data/demo/models/classifier")
+    parser.add_argument("--folder", type=Path, default=MODELS / "classifier")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     adapter, data = load(str(arguments.folder), device="cpu"), held_out()

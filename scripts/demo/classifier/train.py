@@ -2,53 +2,49 @@
 
     OMP_NUM_THREADS=1 python -m scripts.demo.classifier.train
 
-Resumes by itself from runs/demo/classifier/run.pt. One thread; about ten minutes. No box and no map is ever seen.
+A stopped run resumes from its checkpoint. Training takes about ten minutes on one thread and uses neither boxes nor
+maps.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from scripts.demo.classifier.pictures import SHIPPED_SEED, Labelled, held_out, single, training_batch
 from scripts.demo.clip.batches import MEAN, STD
 from scripts.demo.clip.tokenizer import build_processor
+from scripts.demo.paths import MODELS, RUNS
 from scripts.demo.scenes.make_scenes import JPEG
 from scripts.demo.scenes.vocabulary import KINDS
 from scripts.demo.scenes.world import render
-from scripts.demo.training import replaced
+from scripts.demo.training import Stage, Training, replaced, set_json_value
 
-ROOT = Path(__file__).resolve().parents[3]
-SEED, STEPS, BATCH, WARMUP = 0, 600, 48, 60
-LEARNING_RATE, DECAY = 3e-3, 0.02
-SAVE_EVERY, SHIPPED_SIDE = 100, 224
+DECAY = 0.02
+SHIPPED_SIDE = 224
 
 
-@dataclass
-class Run:
-    """The state of training: what a checkpoint holds."""
+class ClassifierStage(Stage):
+    """A stage whose learning rate falls to `lr_end` from the sum of `lr` and `lr_end`."""
 
-    model: ResNetForImageClassification
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine, above `lr_end`."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps)) + self.lr_end
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint; a reader never sees half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+
+STAGES = (
+    ClassifierStage(steps=600, batch=48, lr=3e-3, lr_end=1e-6, weights={"loss": 1.0}, warmup=60, validate_every=100),
+)
 
 
 def build_model() -> ResNetForImageClassification:
@@ -66,34 +62,9 @@ def build_model() -> ResNetForImageClassification:
     )
 
 
-def load_run(path: Path) -> Run:
-    """The run as `Run.save` wrote it, or one before its first step."""
-    torch.manual_seed(SEED)
-    model = build_model().train()
-    run = Run(model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=DECAY))
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.seconds = state["step"], state["seconds"]
-    return run
-
-
 def normalised(pictures: Labelled) -> torch.Tensor:
     """(B, 3, 112, 112) as the image processor makes them."""
     return (pictures.pixels.float() / 255 - MEAN) / STD
-
-
-def train_step(run: Run) -> float:
-    """One optimizer step; its loss. Half of the pictures are mirrored by the renderer, that is all the variety."""
-    warm = min(1.0, (run.step + 1) / WARMUP)
-    run.optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * run.step / STEPS)) + 1e-6
-    batch = training_batch(run.step, BATCH)
-    loss = functional.cross_entropy(run.model(normalised(batch)).logits, batch.classes, label_smoothing=0.05)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    run.optimizer.step()
-    return loss.item()
 
 
 @torch.no_grad()
@@ -114,10 +85,8 @@ def export(model: ResNetForImageClassification, folder: Path) -> None:
     with replaced(folder) as fresh:
         half.half().save_pretrained(fresh)
         build_processor().image_processor.save_pretrained(fresh)
-        file = fresh / "preprocessor_config.json"
         # The class name that releases of transformers with other back ends know, too.
-        settings = json.loads(file.read_text()) | {"image_processor_type": "CLIPImageProcessor"}
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        set_json_value(fresh / "preprocessor_config.json", "image_processor_type", "CLIPImageProcessor")
 
 
 def write_pictures(folder: Path) -> None:
@@ -128,23 +97,62 @@ def write_pictures(folder: Path) -> None:
             render(single(kind, rng), SHIPPED_SIDE)[0].save(fresh / f"{kind}.jpg", **JPEG)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps that are left, report on the held-out pictures, export."""
+class ClassifierTraining(Training):
+    """Training of the classifier; `folder` is the folder of the exported checkpoint."""
+
+    def __init__(self, stages: Sequence[ClassifierStage], folder: Path) -> None:
+        super().__init__(stages)
+        self.folder = folder
+        self.data = held_out()
+
+    def build(self) -> None:
+        """Create the model."""
+        self.model = build_model().train()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The model."""
+        return {"model": self.model}
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW with weight decay on all parameters."""
+        return [torch.optim.AdamW(self.model.parameters(), self.stage.lr, weight_decay=DECAY)]
+
+    def clipped_parameters(self) -> Iterable[nn.Parameter]:
+        """None: gradients are not clipped."""
+        return ()
+
+    def batches(self) -> Generator[Labelled, None, None]:
+        """Images of single objects, rendered in this process; the renderer mirrors half of them."""
+        for number in itertools.count(self.step):
+            yield training_batch(number, self.stage.batch)
+
+    def losses(self, batch: Labelled) -> dict[str, torch.Tensor]:
+        """Cross-entropy with label smoothing."""
+        logits = self.model(normalised(batch)).logits
+        return {"loss": functional.cross_entropy(logits, batch.classes, label_smoothing=0.05)}
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy on the held-out images."""
+        return accuracy(self.model, self.data)
+
+    def export(self) -> None:
+        """Write the checkpoint."""
+        export(self.model, self.folder)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    checkpoint = RUNS / "classifier/run.pt"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs/demo/classifier/run.pt")
-    parser.add_argument("--folder", type=Path, default=ROOT / "data/demo/models/classifier")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    run, data = load_run(arguments.checkpoint), held_out()
-    while run.step < STEPS:
-        begin = time.monotonic()
-        loss = train_step(run)
-        run.step, run.seconds = run.step + 1, run.seconds + time.monotonic() - begin
-        if run.step % SAVE_EVERY == 0:
-            figures = {name: round(value, 3) for name, value in accuracy(run.model, data).items()}
-            print(f"step {run.step} minutes {run.seconds / 60:.1f} loss {loss:.3f}", json.dumps(figures), flush=True)
-            run.save(arguments.checkpoint)
-    export(run.model, arguments.folder)
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="file to save to and resume from")
+    parser.add_argument("--folder", type=Path, default=MODELS / "classifier", help="folder for the exported model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the remaining steps, export the model, and write one image of each class."""
+    arguments = build_parser().parse_args(argv)
+    ClassifierTraining(STAGES, arguments.folder).run(arguments.checkpoint)
     write_pictures(arguments.folder.parents[1] / "classes")
     return 0
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
-from queue import Full
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import multiprocessing
 from transformers import PreTrainedTokenizerFast
 
-from scripts.demo.clip.tokenizer import IMAGE_SIZE, build_tokenizer
+from scripts.demo.clip.tokenizer import IMAGE_SIZE
 from scripts.demo.scenes.phrases import Query, full_query, join, plan_caption, random_phrase
 from scripts.demo.scenes.vocabulary import COLOURS, GARMENTS, KINDS, SEEN_ENTITIES, SEEN_SWAPS, Entity
 from scripts.demo.scenes.world import Scene, render, sample_scene
@@ -156,33 +151,3 @@ def _present(scenes: list[Scene], queries: list[Query]) -> torch.Tensor:
         found = _codes(scene.entities)[:, None]  # (N, 1, 3)
         rows.append(((wanted == -1) | (wanted == found)).all(-1).any(0))
     return torch.from_numpy(np.stack(rows))
-
-
-def _work(queue: Queue, first: int, size: int, parent: int) -> None:
-    """Make batches until the training process is gone: a killed one cannot end its worker."""
-    torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    for number in itertools.count(first):
-        batch = make_batch(number, size, tokenizer)
-        while True:
-            if os.getppid() != parent:
-                return
-            try:
-                queue.put(batch, timeout=5)
-                break
-            except Full:
-                continue
-
-
-def stream(first: int, size: int) -> Iterator[Batch]:
-    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue(maxsize=8)
-    worker = context.Process(target=_work, args=(queue, first, size, os.getpid()), daemon=True)
-    worker.start()
-    try:
-        while True:
-            # A worker that died would otherwise be waited for without end.
-            yield queue.get(timeout=300)
-    finally:
-        worker.terminate()

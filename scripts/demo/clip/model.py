@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from scripts.demo.clip.tokenizer import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, SPECIAL, build_processor
 from scripts.demo.scenes.phrases import VOCABULARY
-from scripts.demo.training import replaced
+from scripts.demo.training import replaced, set_json_value
 
 WIDTH = 128
 
@@ -66,6 +65,4 @@ def export(model: CLIPModel, folder: Path) -> None:
         processor.save_pretrained(fresh)
         processor.image_processor.save_pretrained(fresh)
         # The class name that releases of transformers before and after 5.0 both know.
-        settings = json.loads((fresh / "tokenizer_config.json").read_text())
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")

@@ -19,9 +19,8 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from scripts.demo.clip.pointing import Case, baselines, is_hit, peak_point, phrase_maps, point_at
 from scripts.demo.clip.tokenizer import build_tokenizer
 from scripts.demo.clip.validate import ValidationSet, embed_images, embed_texts, load_split, retrieval, swap_accuracy
+from scripts.demo.paths import DATA, MODELS
 from scripts.demo.scenes.splits import DEFAULT_ID, split_scenes
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def interval(hits: np.ndarray, pictures: np.ndarray, rounds: int = 1000) -> tuple[float, float]:
@@ -68,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load the checkpoint as a user would, and print its scores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--model", type=Path, default=ROOT / "data/demo/models/clip")
+    parser.add_argument("--model", type=Path, default=MODELS / "clip")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = CLIPModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = build_tokenizer()
-    data = load_split(arguments.split, ROOT / "data/demo/scenes/Images")
+    data = load_split(arguments.split, DATA / "scenes/Images")
     images = embed_images(model, data.pixels)
     if not images.isfinite().all():
         raise ValueError(f"the picture embeddings of {arguments.model} are not finite")

@@ -5,17 +5,11 @@ Number and seed determine the content. Held-out combinations are in nothing that
 
 from __future__ import annotations
 
-import itertools
-import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
-from queue import Full
 
 import numpy as np
 import torch
-from torch import multiprocessing
 
 from scripts.demo.clip.batches import COUNT_WEIGHTS, MAX_ENTITIES, MEAN, STD, training_picture
 from scripts.demo.flava.text import CONTENT_IDS, MASK, Words, words_of
@@ -90,32 +84,3 @@ def masked(words: Words, share: float, rng: random.Random) -> tuple[tuple[int, .
     ids = tuple(MASK if place in hidden else word for place, word in enumerate(words.ids))
     labels = tuple(word if place in hidden else -100 for place, word in enumerate(words.ids))
     return ids, labels
-
-
-def _work(queue: Queue, first: int, size: int, parent: int) -> None:
-    """Make batches until the training process is gone: a killed one cannot end its worker."""
-    torch.set_num_threads(1)
-    for number in itertools.count(first):
-        batch = make_pictures(number, size)
-        while True:
-            if os.getppid() != parent:
-                return
-            try:
-                queue.put(batch, timeout=5)
-                break
-            except Full:
-                continue
-
-
-def stream(first: int, size: int) -> Iterator[Pictures]:
-    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue(maxsize=8)
-    worker = context.Process(target=_work, args=(queue, first, size, os.getpid()), daemon=True)
-    worker.start()
-    try:
-        while True:
-            # A worker that died would otherwise be waited for without end.
-            yield queue.get(timeout=300)
-    finally:
-        worker.terminate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from scripts.demo.clip.tokenizer import IMAGE_SIZE
 from scripts.demo.clip.tokenizer import SPECIAL as CLIP_SPECIAL
 from scripts.demo.flava.text import MAX_TOKENS, PAD, SPECIAL, WORD_IDS, build_tokenizer
 from scripts.demo.scenes.phrases import VOCABULARY
-from scripts.demo.training import replaced
+from scripts.demo.training import replaced, set_json_value
 
 WIDTH = 128
 PATCH = 8
@@ -131,6 +130,4 @@ def export(model: FlavaForPreTraining, folder: Path) -> None:
         build_tokenizer().save_pretrained(fresh)
         build_image_processor().save_pretrained(fresh)
         # The class name that releases of transformers before and after 5.0 both know.
-        settings = json.loads((fresh / "tokenizer_config.json").read_text())
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")

@@ -19,8 +19,7 @@ from transformers import FlavaForPreTraining
 from scripts.demo.clip.score import interval
 from scripts.demo.clip.validate import ValidationSet, load_split
 from scripts.demo.flava.validate import fusion_hits, matching_scene_figures, similarity_beats_swap, similarity_hits
-
-ROOT = Path(__file__).resolve().parents[3]
+from scripts.demo.paths import DATA, MODELS
 
 
 def print_pointing(hits: dict[str, np.ndarray], data: ValidationSet) -> None:
@@ -42,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load the checkpoint as a user would, and print its scores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--model", type=Path, default=ROOT / "data/demo/models/flava")
+    parser.add_argument("--model", type=Path, default=MODELS / "flava")
     parser.add_argument("--limit", type=int, help="the first so many scenes alone")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = FlavaForPreTraining.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    data = load_split(arguments.split, ROOT / "data/demo/scenes/Images")
+    data = load_split(arguments.split, DATA / "scenes/Images")
     if arguments.limit:
         data.scenes = data.scenes[: arguments.limit]
         data.cases = [case for case in data.cases if case.picture < arguments.limit]

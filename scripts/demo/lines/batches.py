@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
-from queue import Full
 
 import numpy as np
 import torch
-from torch import multiprocessing
 from transformers import PreTrainedTokenizerFast
 
 from scripts.demo.lines.lines import sample_line, squash
 from scripts.demo.lines.text import LONGEST
-from scripts.demo.trocr.model import build_tokenizer
 
 TRAIN_SEED = 20_303
 EASIER = 0.15  # share of lines that are easier than the difficulty asks for: nothing is forgotten
@@ -47,33 +40,3 @@ def make_batch(number: int, size: int, difficulty: float, tokenizer: PreTrainedT
     pixels = torch.from_numpy(np.stack([squash(line.picture) for line in lines]))
     ids = tokenizer([line.text for line in lines], padding=True, return_tensors="pt")["input_ids"]
     return LineBatch(pixels.permute(0, 3, 1, 2).contiguous(), ids)
-
-
-def _work(queue: Queue, first: int, size: int, difficulty: Callable[[int], float], parent: int) -> None:
-    """Make batches until the training process is gone: a killed one cannot end its worker."""
-    torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    for number in itertools.count(first):
-        batch = make_batch(number, size, difficulty(number), tokenizer)
-        while True:
-            if os.getppid() != parent:
-                return
-            try:
-                queue.put(batch, timeout=5)
-                break
-            except Full:
-                continue
-
-
-def stream(first: int, size: int, difficulty: Callable[[int], float]) -> Iterator[LineBatch]:
-    """Batches `first`, `first + 1`, ... of the training stream, made ahead in one worker process."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue(maxsize=8)
-    worker = context.Process(target=_work, args=(queue, first, size, difficulty, os.getpid()), daemon=True)
-    worker.start()
-    try:
-        while True:
-            # A worker that died would otherwise be waited for without end.
-            yield queue.get(timeout=300)
-    finally:
-        worker.terminate()

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from scripts.demo.lines.lines import INPUT_HEIGHT, UNSEEN_FACES, Line, Style, render, sample_line
+from scripts.demo.paths import DATA
 
-ROOT = Path(__file__).resolve().parents[3]
 SEEDS = {"val": 303, "test": 404}
 COUNTS = {"val": (100, 20), "test": (340, 60)}  # lines in faces of the training, and in others
 ROW = 16  # height of a patch in the model's input
@@ -94,7 +94,7 @@ def write_show(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the lines and the line for show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data/demo/lines")
+    parser.add_argument("--out", type=Path, default=DATA / "lines")
     arguments = parser.parse_args(argv)
     count = write_lines(arguments.out)
     write_show(arguments.out.parent)

@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from scripts.demo.paths import DATA
 from scripts.demo.scenes.phrases import STYLES, CaptionPlan, Segment, join, phrase, plan_caption
 from scripts.demo.scenes.splits import DEFAULT_ID, SHORT_SIDE, default_scene, split_scenes
 from scripts.demo.scenes.vocabulary import (
@@ -33,7 +34,6 @@ from scripts.demo.scenes.vocabulary import (
 )
 from scripts.demo.scenes.world import Scene, render
 
-ROOT = Path(__file__).resolve().parents[3]
 CAPTIONS_PER_SCENE = 5
 JPEG = {"quality": 80, "optimize": True, "progressive": True}
 
@@ -140,7 +140,7 @@ def write_default(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the scenes and the default picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data/demo/scenes")
+    parser.add_argument("--out", type=Path, default=DATA / "scenes")
     arguments = parser.parse_args(argv)
     count = write_scenes(arguments.out)
     write_default(arguments.out.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import (
 
 from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH
 from scripts.demo.lines.text import ALPHABET
-from scripts.demo.training import replaced
+from scripts.demo.training import replaced, set_json_value
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK}
@@ -144,12 +143,5 @@ def export(model: VisionEncoderDecoderModel, folder: Path) -> None:
         build_tokenizer().save_pretrained(fresh)
         build_image_processor().save_pretrained(fresh)
         # The class names that releases of transformers with other back ends and before 5.0 also know.
-        _set(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
-        _set(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
-
-
-def _set(file: Path, key: str, value: str) -> None:
-    """Change one entry of a JSON file."""
-    settings = json.loads(file.read_text())
-    settings[key] = value
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
+        set_json_value(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")

@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import VisionEncoderDecoderModel
 
 from scripts.demo.lines.lines import Line, sample_line
-from scripts.demo.trocr.score import ROOT, character_errors, line_set, read, score
+from scripts.demo.paths import MODELS
+from scripts.demo.trocr.score import character_errors, line_set, read, score
 
 SEED = 505
 COUNT = 200
@@ -62,7 +63,7 @@ KINDS: dict[str, Callable[[], Iterator[Line]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the character error rate of each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "data/demo/models/trocr")
+    parser.add_argument("--model", type=Path, default=MODELS / "trocr")
     arguments = parser.parse_args(argv)
     model = VisionEncoderDecoderModel.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
     for name, make in KINDS.items():

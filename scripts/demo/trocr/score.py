@@ -20,10 +20,10 @@ from PIL import Image
 from transformers import VisionEncoderDecoderModel, ViTImageProcessor
 
 from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH, Line, squash
+from scripts.demo.paths import DATA, MODELS
 from scripts.demo.trocr.model import EOS, MAX_TOKENS, build_tokenizer, grid, patch_of
 
-ROOT = Path(__file__).resolve().parents[3]
-LINES = ROOT / "data/demo/lines"
+LINES = DATA / "lines"
 CHUNK = 50
 
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures of a split, group by group."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--model", type=Path, default=ROOT / "data/demo/models/trocr")
+    parser.add_argument("--model", type=Path, default=MODELS / "trocr")
     arguments = parser.parse_args(argv)
     model = VisionEncoderDecoderModel.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
     data = load_split(arguments.split, ViTImageProcessor.from_pretrained(arguments.model))
