@@ -1,4 +1,4 @@
-"""The demo classifier: what it was trained on, what is shipped, and that it tells the shipped pictures."""
+"""The demo classifier: what it was trained on, what is shipped, and its predictions on the shipped images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ def adapter():
     return adapters.load(str(demo_model("classifier")), device="cpu")
 
 
-def test_every_shipped_picture_is_told_and_pointed_at(adapter):
+def test_every_shipped_image_gets_its_class_and_a_peak(adapter):
     found = explain(adapter, PICTURES)
     assert [e.entries[0].label for e in found] == [path.stem for path in PICTURES]
     assert len(found) == len(adapter.labels) == 12

@@ -25,12 +25,12 @@ def scenes(count=40):
 
 
 def test_words_have_the_ids_of_the_tokenizer():
-    from scripts.demo.flava.batches import text_without_picture
+    from scripts.demo.flava.batches import text_without_image
     from scripts.demo.flava.text import WORD_IDS, build_tokenizer
 
     tokenizer, names = build_tokenizer(), {index: word for word, index in WORD_IDS.items()}
     for seed in range(50):
-        words, entities = text_without_picture(random.Random(seed))
+        words, entities = text_without_image(random.Random(seed))
         text = " ".join(names[word] for word in words.ids[1:-1])
         assert tokenizer(text)["input_ids"] == list(words.ids)
         spoken = {owner for owner in words.owner if owner >= 0}
@@ -47,15 +47,15 @@ def test_rows_say_what_is_true():
     rows = make_rows(drawn, hard=0.5, rng=random.Random(0))
     assert set(rows.match.tolist()) == {0, 1, -100}
     for row in range(len(rows.ids)):
-        asked = rows.where[row][rows.asks[row]]  # (tokens, 4)
+        asked = rows.entities[row][rows.in_phrase[row]]  # (tokens, 4)
         if rows.match[row] == 1:
             assert asked.any(-1).all()
         if rows.match[row] == 0:
             assert not asked.any(-1).all()
         assert (rows.labels[row] != -100).any() == (rows.match[row] == -100)
-    counts = torch.tensor([len(scene.entities) for scene in drawn])[rows.picture]
+    counts = torch.tensor([len(scene.entities) for scene in drawn])[rows.image]
     beyond = torch.arange(4) >= counts[:, None]
-    assert not (rows.where & beyond[:, None]).any()
+    assert not (rows.entities & beyond[:, None]).any()
 
 
 def test_masking_hides_a_content_word_and_keeps_it_as_label():
@@ -74,11 +74,11 @@ def test_masking_hides_a_content_word_and_keeps_it_as_label():
 
 
 def test_the_warm_start_resembles_the_clip():
-    from scripts.demo.flava.batches import make_pictures
+    from scripts.demo.flava.batches import make_images
     from scripts.demo.flava.model import build_model, start_from_clip
 
     clip = CLIPModel.from_pretrained(ROOT / "data/demo/models/clip", dtype=torch.float32).eval()
-    pixels = make_pictures(-2, 8).normalised()
+    pixels = make_images(-2, 8).normalised()
     fresh = build_model().eval()
     start_from_clip(fresh, clip, pixels)
     with torch.no_grad():
@@ -88,15 +88,15 @@ def test_the_warm_start_resembles_the_clip():
 
 
 def test_leaving_patches_out_keeps_boxes_and_patches_together():
-    from scripts.demo.flava.batches import make_pictures
-    from scripts.demo.flava.losses import Pointer, fused_step
+    from scripts.demo.flava.batches import make_images
+    from scripts.demo.flava.losses import WordPatchHead, fused_step
     from scripts.demo.flava.model import build_model
     from scripts.demo.flava.rows import make_rows
 
     torch.manual_seed(0)
-    pictures = make_pictures(-3, 3)
+    pictures = make_images(-3, 3)
     rows = make_rows(pictures.scenes, hard=0.0, rng=random.Random(0))
-    step = fused_step(build_model().eval(), Pointer(), pictures, rows, kept=0.5)
+    step = fused_step(build_model().eval(), WordPatchHead(), pictures, rows, kept=0.5)
     assert step.inside.shape == (12, rows.ids.shape[1], 98)
     assert step.states.shape[1] == 2 + 98 + rows.ids.shape[1]
     assert step.patches.stop == step.words.start == 100

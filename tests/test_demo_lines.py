@@ -32,7 +32,7 @@ def test_a_seed_gives_the_same_line():
     one, two = sample_line("test/1"), sample_line("test/1")
     assert one.text == two.text
     assert one.style == two.style
-    assert np.array_equal(np.asarray(one.picture), np.asarray(two.picture))
+    assert np.array_equal(np.asarray(one.image), np.asarray(two.image))
     assert sample_line("test/2").text != one.text
 
 
@@ -46,8 +46,8 @@ def test_boxes_lie_in_the_picture_in_reading_order(difficulty):
         assert 3 <= len(line.text) == len(line.boxes) <= 16
         assert (x0 >= 0).all()
         assert (y0 >= 0).all()
-        assert (x1 <= line.picture.width).all()
-        assert (y1 <= line.picture.height).all()
+        assert (x1 <= line.image.width).all()
+        assert (y1 <= line.image.height).all()
         assert (x1 > x0).all()
         assert (y1 > y0).all()
         assert np.allclose(x1[:-1], x0[1:])  # one begins where the one before it ends
@@ -58,7 +58,7 @@ def test_boxes_cover_the_ink():
 
     for face in (*FIRST_FACES, *LATER_FACES, *UNSEEN_FACES):
         line = draw("Quay (7.50)", face=face)
-        ink = np.asarray(line.picture.convert("L")) < 128
+        ink = np.asarray(line.image.convert("L")) < 128
         rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
         # Slanted letters lean over the pen, by less than a sixth of the font size.
         lean = 64 / 32 * 20 / 6
@@ -71,7 +71,7 @@ def test_boxes_cover_the_ink():
 def test_each_box_holds_its_own_character():
     """The ink of a line less the ink of the same line with one character changed lies in that character's box."""
     whole, changed = draw("HHHHHH", face="DejaVuSansMono"), draw("HHHxHH", face="DejaVuSansMono")
-    differs = np.asarray(whole.picture.convert("L")) != np.asarray(changed.picture.convert("L"))
+    differs = np.asarray(whole.image.convert("L")) != np.asarray(changed.image.convert("L"))
     columns = np.flatnonzero(differs.any(0))
     x0, _, x1, _ = whole.boxes[3]
     assert x0 <= columns.min()
@@ -80,7 +80,7 @@ def test_each_box_holds_its_own_character():
 
 def test_small_text_stands_high_and_low():
     high, low = draw("Tea", size=14.0, top=0.0), draw("Tea", size=14.0, top=1.0)
-    middle = high.picture.height / 2
+    middle = high.image.height / 2
     assert high.boxes[0, 3] <= middle + 2  # nearly all in the upper half
     assert low.boxes[0, 1] >= middle - 2
 
@@ -183,7 +183,7 @@ def test_the_shipped_checkpoint_reads_the_line_for_show():
     from transformers import VisionEncoderDecoderModel
 
     from scripts.demo.trocr.model import build_image_processor
-    from scripts.demo.trocr.score import read
+    from scripts.demo.trocr.score import recognise
 
     folder = LINES.parent / "models/trocr"
     model, info = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -193,4 +193,4 @@ def test_the_shipped_checkpoint_reads_the_line_for_show():
     label = json.loads((LINES.parent / "line.json").read_text(encoding="utf-8"))
     with Image.open(LINES.parent / label["file"]) as picture:
         pixels = build_image_processor()(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
-    assert read(model, pixels) == [label["text"]]
+    assert recognise(model, pixels) == [label["text"]]

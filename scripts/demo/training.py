@@ -153,7 +153,7 @@ class Training(ABC):
         torch.set_rng_state(state["rng"])
 
     def run_stage(self, checkpoint: Path) -> None:
-        """Train from the current step to the end of the stage, with checkpoints on the way."""
+        """Train from the current step to the end of the stage, saving checkpoints at intervals."""
         saved, means = time.monotonic(), dict[str, float]()
         with contextlib.closing(self.batches()) as batches:
             for _, batch in zip(range(self.step, self.stage.steps), batches, strict=False):

@@ -1,4 +1,4 @@
-"""Score the demo classifier on 600 held-out pictures: accuracy, and how often a map's peak lies in the object's box.
+"""Score the demo classifier on 600 held-out images: accuracy, and share of map peaks in the object's box.
 
 python -m scripts.demo.classifier.score
 """
@@ -21,15 +21,20 @@ from scripts.demo.scenes.vocabulary import KINDS
 METHODS = ("gradcam", "gradcam_ln", "hirescam", "layercam", "gradcam_pp")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures as JSON."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=MODELS / "classifier")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--folder", type=Path, default=MODELS / "classifier", help="folder of the model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the scores as JSON."""
+    arguments = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     adapter, data = load(str(arguments.folder), device="cpu"), held_out()
-    pictures = [picture.permute(1, 2, 0).contiguous().numpy() for picture in data.pixels]
-    found = explain(adapter, pictures, data.classes.tolist(), methods=METHODS, batch_size=50)
+    images = [image.permute(1, 2, 0).contiguous().numpy() for image in data.pixels]
+    found = explain(adapter, images, data.classes.tolist(), methods=METHODS, batch_size=50)
     right, hits = 0, dict.fromkeys(METHODS, 0)
     for one, box in zip(found, data.boxes.tolist(), strict=True):
         entry = one.entries[0]
@@ -38,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             peak = one.map(0, method).peak
             hits[method] += peak is not None and box[0] <= peak[0] < box[2] and box[1] <= peak[1] < box[3]
     count = len(found)
-    figures = {"pictures": count, "classes": len(KINDS), "accuracy": round(right / count, 4)}
-    print(json.dumps(figures | {f"pointing {name}": round(n / count, 4) for name, n in hits.items()}, indent=1))
+    scores = {"images": count, "classes": len(KINDS), "accuracy": round(right / count, 4)}
+    print(json.dumps(scores | {f"pointing {name}": round(n / count, 4) for name, n in hits.items()}, indent=1))
     return 0
 
 

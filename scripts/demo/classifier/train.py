@@ -57,25 +57,25 @@ def build_model() -> ResNetForImageClassification:
             layer_type="basic",
             id2label=dict(enumerate(KINDS)),
             label2id={kind: index for index, kind in enumerate(KINDS)},
-            demo_world=True,  # read by the toolkit: warns where a picture is not from the demo world
+            demo_world=True,  # the toolkit warns about images that are not from the demo world
         )
     )
 
 
-def normalised(pictures: Labelled) -> torch.Tensor:
-    """(B, 3, 112, 112) as the image processor makes them."""
-    return (pictures.pixels.float() / 255 - MEAN) / STD
+def normalised(images: Labelled) -> torch.Tensor:
+    """(B, 3, 112, 112) float32, normalised as by the image processor."""
+    return (images.pixels.float() / 255 - MEAN) / STD
 
 
 @torch.no_grad()
-def accuracy(model: ResNetForImageClassification, pictures: Labelled) -> dict[str, float]:
-    """The share of pictures whose class is the most probable one, overall and by class."""
+def accuracy(model: ResNetForImageClassification, images: Labelled) -> dict[str, float]:
+    """Accuracy, overall and by class."""
     model.eval()
-    parts = [model(part).logits.argmax(-1) for part in normalised(pictures).split(100)]
-    right = (torch.cat(parts) == pictures.classes).float()
+    parts = [model(part).logits.argmax(-1) for part in normalised(images).split(100)]
+    correct = (torch.cat(parts) == images.classes).float()
     model.train()
-    by_class = {kind: right[pictures.classes == i].mean().item() for i, kind in enumerate(KINDS)}
-    return {"all": right.mean().item(), **by_class}
+    by_class = {kind: correct[images.classes == i].mean().item() for i, kind in enumerate(KINDS)}
+    return {"all": correct.mean().item(), **by_class}
 
 
 def export(model: ResNetForImageClassification, folder: Path) -> None:
@@ -85,12 +85,12 @@ def export(model: ResNetForImageClassification, folder: Path) -> None:
     with replaced(folder) as fresh:
         half.half().save_pretrained(fresh)
         build_processor().image_processor.save_pretrained(fresh)
-        # The class name that releases of transformers with other back ends know, too.
+        # A class name that exists in transformers with all image back ends.
         set_json_value(fresh / "preprocessor_config.json", "image_processor_type", "CLIPImageProcessor")
 
 
-def write_pictures(folder: Path) -> None:
-    """One held-out picture of every class, to try the classifier on."""
+def write_images(folder: Path) -> None:
+    """Write one held-out image of each class, as examples for users."""
     rng = random.Random(SHIPPED_SEED)
     with replaced(folder) as fresh:
         for kind in KINDS:
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the remaining steps, export the model, and write one image of each class."""
     arguments = build_parser().parse_args(argv)
     ClassifierTraining(STAGES, arguments.folder).run(arguments.checkpoint)
-    write_pictures(arguments.folder.parents[1] / "classes")
+    write_images(arguments.folder.parents[1] / "classes")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Training batches, rendered on the fly in a worker process; batch number and seed determine the content."""
+"""Training batches of the demo CLIP: rendered scenes, captions and queries, determined by batch number and seed."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 @dataclass
 class Batch:
-    """One training batch; B pictures, P distinct queries."""
+    """One training batch; B images, P distinct queries."""
 
     pixels: torch.Tensor  # (B, 3, 112, 112) uint8
     boxes: torch.Tensor  # (B, 4, 4) input pixels, (x0, y0, x1, y1), half-open; zeros where there is no entity
     entity_query: torch.Tensor  # (B, 4) index of the entity's full query in `queries`, -1 where there is none
     captions: torch.Tensor  # (2 B, T) token ids: the true captions, then one swapped caption for each
     queries: torch.Tensor  # (P, T) token ids
-    full: torch.Tensor  # (P,) bool: the query names one entity fully
-    present: torch.Tensor  # (B, P) bool: the query matches something in the picture
-    hard: torch.Tensor  # (B, P) bool: the query is a swap made for this picture
+    full: torch.Tensor  # (P,) bool: the query names all attributes of an entity
+    present: torch.Tensor  # (B, P) bool: the query matches something in the image
+    hard: torch.Tensor  # (B, P) bool: the query is a one-attribute swap for this image
 
     def normalised(self) -> torch.Tensor:
         """(B, 3, 112, 112) float32 with CLIP's mean and standard deviation."""
         return (self.pixels.float() / 255 - MEAN) / STD
 
 
-def training_picture(scene: Scene, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (112, 112, 3) and boxes in its pixels.
+def training_image(scene: Scene, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Image (112, 112, 3) and boxes in its pixels.
 
-    Some pictures are drawn larger and resized by the filter of the image processor, as the shipped scenes are.
+    Some images are rendered larger and resized with the filter of the image processor, like the shipped scenes.
     """
     size = rng.choice(RENDER_SIZES)
-    picture, boxes = render(scene, size)
+    image, boxes = render(scene, size)
     if size != IMAGE_SIZE:
-        picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(picture), boxes * (IMAGE_SIZE / size)
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image), boxes * (IMAGE_SIZE / size)
 
 
 def false_swap(entity: Entity, scene: Scene, rng: random.Random) -> Entity:
-    """A one-attribute swap of `entity` that is nowhere in the scene; any absent entity where all swaps are there."""
+    """A one-attribute swap of `entity` that is absent from the scene; any absent entity if all swaps are present."""
     absent = [swap for swap in SEEN_SWAPS[entity] if swap not in scene.entities]
     return rng.choice(absent or [other for other in SEEN_ENTITIES if other not in scene.entities])
 
 
 class _QueryTable:
-    """The distinct queries of a batch with one text for each."""
+    """The distinct queries of a batch with one text each."""
 
     def __init__(self) -> None:
         self.index: dict[Query, int] = {}
@@ -75,7 +75,7 @@ class _QueryTable:
 
 
 def _loose_queries(entity: Entity, rng: random.Random) -> Iterator[Query]:
-    """Queries that name only a part of the attributes: "man", "red jacket"."""
+    """Queries with some of the attributes: "man", "red jacket"."""
     if rng.random() < 0.15:
         yield Query(kind=entity.kind)
     if entity.garment and rng.random() < 0.15:
@@ -86,15 +86,15 @@ def make_batch(number: int, size: int, tokenizer: PreTrainedTokenizerFast) -> Ba
     """Batch `number` of the training stream."""
     rng = random.Random(TRAIN_SEED * 1_000_003 + number)
     table = _QueryTable()
-    scenes, pictures, captions, swapped = [], [], [], []
+    scenes, images, captions, swapped = [], [], [], []
     boxes = np.zeros((size, MAX_ENTITIES, 4), dtype=np.float32)
     entity_query = np.full((size, MAX_ENTITIES), -1, dtype=np.int64)
     hard_pairs: list[tuple[int, int]] = []
     for row in range(size):
         scene = sample_scene(rng, rng.choices(range(1, MAX_ENTITIES + 1), COUNT_WEIGHTS)[0])
-        picture, drawn = training_picture(scene, rng)
+        image, drawn = training_image(scene, rng)
         scenes.append(scene)
-        pictures.append(picture)
+        images.append(image)
         boxes[row, : len(drawn)] = drawn
         for column, entity in enumerate(scene.entities):
             entity_query[row, column] = table.add(full_query(entity), rng)
@@ -108,7 +108,7 @@ def make_batch(number: int, size: int, tokenizer: PreTrainedTokenizerFast) -> Ba
     hard = torch.zeros(size, len(queries), dtype=torch.bool)
     hard[tuple(torch.tensor(hard_pairs).T)] = True
     return Batch(
-        pixels=torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(),
+        pixels=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         boxes=torch.from_numpy(boxes),
         entity_query=torch.from_numpy(entity_query),
         captions=_ids(captions + swapped, tokenizer),

@@ -1,6 +1,8 @@
-"""The losses of training. Each takes a `Step` and gives a scalar; a stage of training weighs them by name.
+"""Training losses of the demo CLIP that need no maps: contrast, phrases, boxes.
 
-Axis letters: B pictures, P queries, N patches, D embedding.
+Each loss takes a `Step` and returns a scalar; a training stage weighs the losses by name.
+
+Axis letters: B images, P queries, N patches, D embedding.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from scripts.demo.clip.batches import Batch
 from scripts.demo.clip.tokenizer import IMAGE_SIZE, PAD
 
 
-class Heads(nn.Module):
-    """Scales and thresholds of a cosine that only the losses need; they are not part of the exported model.
+class LossScales(nn.Module):
+    """Trainable scales and thresholds of cosines for the losses; not part of the exported model.
 
-    A scale is stored as its logarithm, so that the common learning rate can move it far enough.
+    Scales are stored as logarithms, so that the common learning rate can change them far enough.
     """
 
     def __init__(self) -> None:
@@ -33,18 +35,18 @@ class Heads(nn.Module):
 
 @dataclass
 class Step:
-    """One training step as the losses see it; all embeddings have length 1."""
+    """Inputs of the losses at one training step; all embeddings have length 1."""
 
     model: CLIPModel
-    heads: Heads
+    scales: LossScales
     batch: Batch
     image: torch.Tensor  # (B, D)
     captions: torch.Tensor  # (2 B, D)
     queries: torch.Tensor  # (P, D)
     patches: torch.Tensor  # (B, N, D) hidden_states[-2] through the projection
     temperature: torch.Tensor  # scalar, exp(logit_scale)
-    hidden: tuple[torch.Tensor, ...]  # (B, 1 + N, width) what enters each vision block, and the output of the last
-    maps: Any = None  # made once, by the losses on maps
+    hidden: tuple[torch.Tensor, ...]  # (B, 1 + N, width) inputs of the vision blocks, and the output of the last
+    maps: Any = None  # computed once, by the losses on maps
 
 
 def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
@@ -54,15 +56,15 @@ def embed_text(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
     return functional.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
-def forward(model: CLIPModel, heads: Heads, batch: Batch) -> Step:
-    """Embed the pictures, their patches, the captions and the queries of a batch."""
+def forward(model: CLIPModel, scales: LossScales, batch: Batch) -> Step:
+    """Compute the embeddings of images, patches, captions and queries of a batch."""
     vision = model.vision_model(pixel_values=batch.normalised(), output_hidden_states=True)
     image = functional.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
     inner = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:])
     patches = functional.normalize(model.visual_projection(inner).float(), dim=-1)
     return Step(
         model=model,
-        heads=heads,
+        scales=scales,
         batch=batch,
         image=image,
         captions=embed_text(model, batch.captions),
@@ -74,7 +76,7 @@ def forward(model: CLIPModel, heads: Heads, batch: Batch) -> Step:
 
 
 def contrast_loss(step: Step) -> torch.Tensor:
-    """CLIP's contrast in both directions; the swapped captions are extra negatives for the pictures."""
+    """CLIP's contrastive loss in both directions, with the swapped captions as extra negatives for the images."""
     count = len(step.image)
     labels = torch.arange(count)
     logits = step.temperature * step.image @ step.captions.T  # (B, 2 B)
@@ -83,8 +85,8 @@ def contrast_loss(step: Step) -> torch.Tensor:
 
 
 def phrase_loss(step: Step) -> torch.Tensor:
-    """Is the phrase true of the picture? Sigmoid loss; half of the weight of false pairs is on swaps."""
-    logits = step.heads.phrase_scale.exp() * (step.image @ step.queries.T - step.heads.phrase_threshold)  # (B, P)
+    """Sigmoid loss: does the phrase match the image? Half of the weight of false pairs is on swaps."""
+    logits = step.scales.phrase_scale.exp() * (step.image @ step.queries.T - step.scales.phrase_threshold)  # (B, P)
     batch = step.batch
     loss = functional.binary_cross_entropy_with_logits(logits, batch.present.float(), reduction="none")
     easy = ~(batch.present | batch.hard)
@@ -92,7 +94,7 @@ def phrase_loss(step: Step) -> torch.Tensor:
 
 
 def patch_targets(batch: Batch, patches: int) -> torch.Tensor:
-    """(B, N) index of the query whose entity's box holds the patch centre, -1 for background."""
+    """(B, N) index of the query of the entity whose box contains the patch centre, -1 for background."""
     side = round(patches**0.5)
     centre = (torch.arange(side) + 0.5) * IMAGE_SIZE / side
     x, y = centre.repeat(side), centre.repeat_interleave(side)  # row-major
@@ -103,11 +105,11 @@ def patch_targets(batch: Batch, patches: int) -> torch.Tensor:
 
 
 def box_loss(step: Step) -> torch.Tensor:
-    """Each patch is classified among all fully named entities of the batch and background."""
+    """Classify each patch among the full queries of the batch and background."""
     targets = patch_targets(step.batch, step.patches.shape[1])
     cosines = (step.patches @ step.queries.T).masked_fill(~step.batch.full, -100.0)  # (B, N, P)
-    background = step.heads.background.expand(*cosines.shape[:2], 1)
-    logits = step.heads.patch_scale.exp() * torch.cat([cosines, background], dim=-1)
+    background = step.scales.background.expand(*cosines.shape[:2], 1)
+    logits = step.scales.patch_scale.exp() * torch.cat([cosines, background], dim=-1)
     filled = torch.where(targets < 0, logits.shape[-1] - 1, targets)
     loss = functional.cross_entropy(logits.flatten(0, 1), filled.flatten(), reduction="none").view_as(targets)
     return loss[targets >= 0].mean() + 0.5 * loss[targets < 0].mean()

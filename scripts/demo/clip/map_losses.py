@@ -1,14 +1,14 @@
-"""Losses on the maps themselves: where the gradient of a phrase's score points must be the phrase's box.
+"""Training losses of the demo CLIP on its maps: the map of a phrase must point into the phrase's box.
 
-The idea is that of attention mask consistency (Yang et al. 2023, AMC). Maps are functions of gradients, so the losses
-differentiate twice. To keep that cheap only the CLS token's way through the blocks is followed anew for each phrase,
-past keys and values of the patches that were computed once per picture:
+The idea is attention mask consistency (AMC, Yang et al. 2023). Maps are functions of gradients, so the losses
+differentiate twice. To keep this cheap, only the CLS token is recomputed for each phrase; keys and values of the
+patches are computed once per image:
 
 - `gradcam`: Grad-CAM at the input of the last block's attention, exact;
-- `relevance`: sum over blocks of the head mean of relu(A dA) in the CLS row, leaving out what the CLS token gives to
-  patches and gets back from them.
+- `relevance`: sum over blocks of the head mean of relu(A dA) in the CLS row, without the paths from the CLS token to
+  patches and back.
 
-Axis letters: R rows (a phrase of a picture), N patches, D width, H heads.
+Axis letters: R rows (a phrase of an image), N patches, D width, H heads.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.nn import functional
 from scripts.demo.clip.losses import Step
 from scripts.demo.clip.tokenizer import IMAGE_SIZE
 
-PHRASES = 2  # per picture and step, drawn at random among its entities
+PHRASES = 2  # per image and step, drawn at random among its entities
 SHARPNESS = 3.0  # of the softmax over patches, in standard deviations of the map
-MARGIN = 1.0  # by which the largest value inside must exceed zero, in the same unit
+MARGIN = 1.0  # minimum of the largest value inside, in the same unit
 
 
 @dataclass
 class Maps:
-    """Signed Grad-CAM and relevance (R, N), and which patches lie in the phrase's boxes (R, N) bool."""
+    """Signed Grad-CAM and relevance (R, N), and the patches in the boxes of the phrase (R, N) bool."""
 
     gradcam: torch.Tensor
     relevance: torch.Tensor
@@ -36,25 +36,25 @@ class Maps:
 
 
 def draw_rows(step: Step, patches: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Picture (R,), query (R,) and patches inside its boxes (R, N); rows without a patch centre inside are left out."""
+    """Image (R,), query (R,) and patches inside its boxes (R, N); rows without a patch centre inside are dropped."""
     query = step.batch.entity_query  # (B, 4)
     order = torch.rand(query.shape).masked_fill(query < 0, 2.0).argsort(1)[:, :PHRASES]
-    picture = torch.arange(len(query))[:, None].expand_as(order)
+    image = torch.arange(len(query))[:, None].expand_as(order)
     chosen = query.gather(1, order)
-    picture, chosen = picture[chosen >= 0], chosen[chosen >= 0]
+    image, chosen = image[chosen >= 0], chosen[chosen >= 0]
     side = round(patches**0.5)
     centre = (torch.arange(side) + 0.5) * IMAGE_SIZE / side
     x, y = centre.repeat(side), centre.repeat_interleave(side)
-    x0, y0, x1, y1 = (edge[..., None] for edge in step.batch.boxes[picture].unbind(-1))  # (R, 4, 1)
+    x0, y0, x1, y1 = (edge[..., None] for edge in step.batch.boxes[image].unbind(-1))  # (R, 4, 1)
     covered = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)  # (R, 4, N)
-    # Two entities of one look answer the same phrase: either will do.
-    inside = (covered & (query[picture] == chosen[:, None])[..., None]).any(1)
+    # Entities with equal attributes match the same phrase: any of them counts.
+    inside = (covered & (query[image] == chosen[:, None])[..., None]).any(1)
     kept = inside.any(1)
-    return picture[kept], chosen[kept], inside[kept]
+    return image[kept], chosen[kept], inside[kept]
 
 
 def maps_of(step: Step) -> Maps:
-    """The maps of some phrases of each picture, differentiable in all parameters; made once per step."""
+    """Maps of some phrases of each image, differentiable in all parameters; computed once per step."""
     if step.maps is None:
         with torch.autocast("cpu", enabled=False):
             step.maps = _compute(step)
@@ -63,17 +63,17 @@ def maps_of(step: Step) -> Maps:
 
 def _compute(step: Step) -> Maps:
     hidden = [h.float() for h in step.hidden]
-    picture, query, inside = draw_rows(step, hidden[0].shape[1] - 1)
+    image_index, query, inside = draw_rows(step, hidden[0].shape[1] - 1)
     attentions, features = [], None
-    row = hidden[0][picture, :1]  # (R, 1, D)
+    row = hidden[0][image_index, :1]  # (R, 1, D)
     blocks = step.model.vision_model.encoder.layers
     for index, block in enumerate(blocks):
         patches = block.layer_norm1(hidden[index][:, 1:])
         if index == len(blocks) - 1:
-            features = patches = patches[picture]  # a copy per row: each phrase has a gradient of its own
+            features = patches = patches[image_index]  # a copy per row: each phrase has its own gradient
             keys, values = block.self_attn.k_proj(patches), block.self_attn.v_proj(patches)
         else:
-            keys, values = (p(patches)[picture] for p in (block.self_attn.k_proj, block.self_attn.v_proj))
+            keys, values = (p(patches)[image_index] for p in (block.self_attn.k_proj, block.self_attn.v_proj))
         row, weights = _cls_block(block, row, keys, values)
         attentions.append(weights)
     pooled = step.model.vision_model.post_layernorm(row[:, 0])

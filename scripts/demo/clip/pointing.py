@@ -1,6 +1,6 @@
-"""Where does the model look? Two maps in their shortest form, and the strict pointing score that validation logs.
+"""Grad-CAM and relevance maps of the demo CLIP, and their strict pointing score.
 
-Axis letters: R rows (one phrase of one picture each), T tokens (CLS + patches), D width, H heads.
+Axis letters: R rows (one phrase of one image each), T tokens (CLS + patches), D width, H heads.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ Box = Sequence[float]
 
 @dataclass(frozen=True)
 class Case:
-    """One phrase of one picture with the boxes that answer it: original pixels, (x0, y0, x1, y1), half-open."""
+    """One phrase of one image with its boxes: original pixels, (x0, y0, x1, y1), half-open."""
 
-    picture: int
-    size: tuple[int, int]  # (width, height) of the original picture
+    image: int
+    size: tuple[int, int]  # (width, height) of the original image
     phrase: str
     boxes: tuple[Box, ...]
-    group: str  # "people", "animals", ...: scored apart
+    group: str  # "people", "animals", ...: scored separately
     held_out: bool
 
 
-def preprocess(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """(n, 3, 112, 112), as the exported image processor makes it."""
-    return build_processor().image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+def preprocess(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(n, 3, 112, 112), preprocessed by the exported image processor."""
+    return build_processor().image_processor(list(images), return_tensors="pt")["pixel_values"]
 
 
 def phrase_maps(model: CLIPModel, pixels: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Maps (R, side, side) of the cosine between each picture (R, 3, S, S) and its phrase embedding (R, D)."""
+    """Maps (R, side, side) of the cosine between each image (R, 3, S, S) and its phrase embedding (R, D)."""
     previous = model.config.vision_config._attn_implementation
     model.vision_model.set_attn_implementation("eager")
-    taps: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     hook = model.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(
-        lambda _module, _inputs, output: taps.append(output)
+        lambda _module, _inputs, output: outputs.append(output)
     )
     try:
         with torch.enable_grad():
             vision = model.vision_model(pixel_values=pixels.requires_grad_(), output_attentions=True)
             image = functional.normalize(model.visual_projection(vision.pooler_output), dim=-1)
             score = (image * text).sum()
-            gradients = torch.autograd.grad(score, [taps[0], *vision.attentions])
+            gradients = torch.autograd.grad(score, [outputs[0], *vision.attentions])
     finally:
         hook.remove()
         model.vision_model.set_attn_implementation(previous)
-    side = round((taps[0].shape[1] - 1) ** 0.5)
+    side = round((outputs[0].shape[1] - 1) ** 0.5)
     relevance = _relevance(vision.attentions, gradients[1:])
     weights = gradients[0][:, 1:].mean(1, keepdim=True)  # (R, 1, D)
-    gradcam = (taps[0][:, 1:] * weights).sum(-1).relu()
+    gradcam = (outputs[0][:, 1:] * weights).sum(-1).relu()
     return {
         "gradcam": gradcam.detach().view(-1, side, side),
         "relevance": relevance.detach().view(-1, side, side),
@@ -74,13 +74,13 @@ def _relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Ten
 
 
 def peak_point(grid: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
-    """Centre of the first highest cell of a map, as (x, y) in original pixels of a picture of `size` (w, h)."""
+    """Centre of the first highest cell of a map, as (x, y) in original pixels of an image of `size` (w, h)."""
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     return crop_to_original((column + 0.5) / grid.shape[1], (row + 0.5) / grid.shape[0], size)
 
 
 def crop_to_original(u: float, v: float, size: tuple[int, int]) -> tuple[float, float]:
-    """A point of the centre crop, (u, v) in 0..1 from its top-left corner, in original pixels (x, y)."""
+    """Convert a point of the centre crop, (u, v) in 0..1 from its top-left corner, to original pixels (x, y)."""
     resized = [int(IMAGE_SIZE * side / min(size)) for side in size]
     x, y = (
         ((length - IMAGE_SIZE) // 2 + share * IMAGE_SIZE) * side / length
@@ -90,14 +90,14 @@ def crop_to_original(u: float, v: float, size: tuple[int, int]) -> tuple[float, 
 
 
 def is_hit(point: tuple[float, float], boxes: Sequence[Box]) -> bool:
-    """Is the point inside one of the half-open boxes? Both in original pixels."""
+    """Whether the point is inside one of the half-open boxes, both in original pixels."""
     return any(x0 <= point[0] < x1 and y0 <= point[1] < y1 for x0, y0, x1, y1 in boxes)
 
 
 def point_at(
     model: CLIPModel, pixels: torch.Tensor, cases: Sequence[Case], tokenizer: PreTrainedTokenizerFast, rows: int = 40
 ) -> dict[str, np.ndarray]:
-    """For each map name the hits (bool) of all cases; `pixels` (n, 3, S, S) are indexed by `Case.picture`."""
+    """Hits (bool) of all cases by map name; `pixels` (n, 3, S, S) are indexed by `Case.image`."""
     model.eval()
     hits: dict[str, list[bool]] = {"gradcam": [], "relevance": []}
     with torch.no_grad():
@@ -105,7 +105,7 @@ def point_at(
         text = embed_text(model, ids)
     for start in range(0, len(cases), rows):
         chunk = cases[start : start + rows]
-        maps = phrase_maps(model, pixels[[case.picture for case in chunk]], text[start : start + rows])
+        maps = phrase_maps(model, pixels[[case.image for case in chunk]], text[start : start + rows])
         for name, grids in maps.items():
             for case, grid in zip(chunk, grids.numpy(), strict=True):
                 hits[name].append(is_hit(peak_point(grid, case.size), case.boxes))
@@ -113,7 +113,7 @@ def point_at(
 
 
 def baselines(cases: Sequence[Case]) -> dict[str, np.ndarray]:
-    """Centre of the crop, and the chance that a uniformly drawn crop point is inside a box of the case."""
+    """Hits of the centre of the crop, and the probability that a uniformly random point of the crop hits."""
     centre = [is_hit(crop_to_original(0.5, 0.5, case.size), case.boxes) for case in cases]
     chance = [sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in case.boxes) / min(case.size) ** 2 for case in cases]
     return {"centre": np.array(centre, dtype=float), "random": np.array(chance)}

@@ -1,4 +1,4 @@
-"""The word-level tokenizer and the processor of the demo models, as transformers saves and loads them."""
+"""Word-level tokenizer and processor of the demo CLIP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor, PreTrainedTokenizerF
 
 from scripts.demo.scenes.phrases import VOCABULARY
 
-# The end token must not be 2: CLIPTextConfig reads 2 as the sign of an old checkpoint and pools elsewhere.
+# The end token must not be 2: CLIPTextConfig takes 2 for an old checkpoint and pools at another position.
 PAD, BOS, UNK, EOS = 0, 1, 2, 3
 SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<unk>": UNK, "<eos>": EOS}
 MAX_TOKENS = 48
@@ -15,7 +15,7 @@ IMAGE_SIZE = 112
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cases, splits at blanks and punctuation, and gives every word of the closed vocabulary one id."""
+    """Lower-case, split at spaces and punctuation, one id per word of the closed vocabulary."""
     words = {**SPECIAL, **{word: len(SPECIAL) + index for index, word in enumerate(VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

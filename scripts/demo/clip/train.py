@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from scripts.demo.clip.batches import Batch, make_batch
-from scripts.demo.clip.losses import LOSSES, Heads, forward
+from scripts.demo.clip.losses import LOSSES, LossScales, forward
 from scripts.demo.clip.map_losses import MAP_LOSSES
 from scripts.demo.clip.model import build_model, change_patch, export
 from scripts.demo.clip.tokenizer import build_tokenizer
@@ -69,11 +69,11 @@ class ClipTraining(Training):
 
     def build(self) -> None:
         """Create the model and the scales of its losses."""
-        self.model, self.heads = build_trainable(self.stage.patch), Heads()
+        self.model, self.scales = build_trainable(self.stage.patch), LossScales()
 
     def modules(self) -> dict[str, nn.Module]:
         """The model and the scales of its losses."""
-        return {"model": self.model, "heads": self.heads}
+        return {"model": self.model, "scales": self.scales}
 
     def enter_stage(self) -> None:
         """Resize the patches if the stage needs it."""
@@ -85,7 +85,7 @@ class ClipTraining(Training):
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW."""
-        return [adamw(self.model.parameters(), 0.05, self.heads.parameters())]
+        return [adamw(self.model.parameters(), 0.05, self.scales.parameters())]
 
     def batches(self) -> Generator[Batch, None, None]:
         """Scenes with captions and queries."""
@@ -95,7 +95,7 @@ class ClipTraining(Training):
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses that the stage weighs."""
         with torch.autocast("cpu", torch.bfloat16):
-            step = forward(self.model, self.heads, batch)
+            step = forward(self.model, self.scales, batch)
         return {name: (LOSSES | MAP_LOSSES)[name](step) for name in self.stage.weights}
 
     def validate(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The validation figures of a training run: retrieval, one-attribute swaps, pointing; on the val or test scenes."""
+"""Scores of the demo CLIP on the validation or test scenes: retrieval, one-attribute swaps, pointing."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ GROUP_OF_RETRIEVAL = 32
 
 @dataclass
 class ValidationSet:
-    """Rendered scenes of a split, preprocessed as the exported processor does."""
+    """Scenes of a split, preprocessed by the exported processor."""
 
     scenes: list[Scene]
     pixels: torch.Tensor  # (n, 3, 112, 112)
-    cases: list[Case]  # the pointing cases of the scenes with at least `crowd` entities
+    cases: list[Case]  # pointing cases of the scenes with at least `min_entities` entities
 
 
-def load_split(split: str, images: Path | None = None, crowd: int = 3) -> ValidationSet:
-    """A split made anew from its seeds; with `images` the pictures are read from that folder, as they are shipped."""
+def load_split(split: str, folder: Path | None = None, min_entities: int = 3) -> ValidationSet:
+    """Render a split from its seeds, or load its shipped images from `folder`."""
     scenes = split_scenes(split)
-    pictures, cases = [], []
+    images, cases = [], []
     for index, (name, scene) in enumerate(scenes.items()):
-        picture, boxes = render(scene, SHORT_SIDE)
-        pictures.append(Image.open(images / f"{name}.jpg").convert("RGB") if images else picture)
-        if len(scene.entities) < crowd:
+        image, boxes = render(scene, SHORT_SIDE)
+        images.append(Image.open(folder / f"{name}.jpg").convert("RGB") if folder else image)
+        if len(scene.entities) < min_entities:
             continue
         for entity, box in zip(scene.entities, boxes.tolist(), strict=True):
             group = ENTITY_TYPES[entity.kind]
-            cases.append(Case(index, picture.size, phrase(entity), (tuple(box),), group, entity in HELD_OUT))
-    return ValidationSet(list(scenes.values()), preprocess(pictures), cases)
+            cases.append(Case(index, image.size, phrase(entity), (tuple(box),), group, entity in HELD_OUT))
+    return ValidationSet(list(scenes.values()), preprocess(images), cases)
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def embed_texts(model: CLIPModel, texts: Sequence[str], tokenizer: PreTrainedTok
 def retrieval(
     model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[float, float]:
-    """Share of first places among 32: picture finds caption, caption finds picture."""
+    """Recall at 1 among 32: from image to caption, from caption to image."""
     rng = random.Random(5)
     captions = []
     for scene in data.scenes:
@@ -84,7 +84,7 @@ def retrieval(
 def swap_accuracy(
     model: CLIPModel, data: ValidationSet, images: torch.Tensor, tokenizer: PreTrainedTokenizerFast
 ) -> float:
-    """How often the true phrase scores higher than a one-attribute swap that is not in the picture (all swaps)."""
+    """Share of one-attribute swaps absent from the image that score below the true phrase."""
     texts: dict[str, int] = {}
     pairs: list[tuple[int, int, int]] = []
     for index, scene in enumerate(data.scenes):
@@ -93,27 +93,27 @@ def swap_accuracy(
             absent = [phrase(swap) for swap in SEEN_SWAPS[entity] if swap not in scene.entities]
             pairs += [(index, true, texts.setdefault(text, len(texts))) for text in absent]
     scores = images @ embed_texts(model, list(texts), tokenizer).T
-    picture, true, false = torch.tensor(pairs).unbind(1)
-    return (scores[picture, true] > scores[picture, false]).float().mean().item()
+    image, true, false = torch.tensor(pairs).unbind(1)
+    return (scores[image, true] > scores[image, false]).float().mean().item()
 
 
 def validate(model: CLIPModel, data: ValidationSet) -> dict[str, float]:
-    """All figures by name, shares of 1."""
+    """All scores by name, as fractions."""
     was_training = model.training
     model.eval()
     tokenizer = build_tokenizer()
     images = embed_images(model, data.pixels)
-    figures: dict[str, float] = {}
-    figures["image->text"], figures["text->image"] = retrieval(model, data, images, tokenizer)
-    figures["beats swap"] = swap_accuracy(model, data, images, tokenizer)
+    results: dict[str, float] = {}
+    results["image->text"], results["text->image"] = retrieval(model, data, images, tokenizer)
+    results["beats swap"] = swap_accuracy(model, data, images, tokenizer)
     people = torch.tensor([case.group == "people" for case in data.cases]).numpy()
     unseen = torch.tensor([case.held_out for case in data.cases]).numpy()
     for name, hits in point_at(model, data.pixels, data.cases, tokenizer).items():
-        figures[name] = float(hits.mean())
-        figures[f"{name} people"] = float(hits[people].mean())
-        figures[f"{name} rest"] = float(hits[~people].mean())
+        results[name] = float(hits.mean())
+        results[f"{name} people"] = float(hits[people].mean())
+        results[f"{name} rest"] = float(hits[~people].mean())
         if unseen.any():
-            figures[f"{name} held out"] = float(hits[unseen].mean())
-    figures |= {name: float(values.mean()) for name, values in baselines(data.cases).items()}
+            results[f"{name} held out"] = float(hits[unseen].mean())
+    results |= {name: float(values.mean()) for name, values in baselines(data.cases).items()}
     model.train(was_training)
-    return figures
+    return results

@@ -1,6 +1,6 @@
-"""Training material of the demo FLAVA: texts that need no picture, and rendered pictures with their scenes.
+"""Training data of the demo FLAVA: texts without images, and rendered scenes.
 
-Number and seed determine the content. Held-out combinations are in nothing that is made here.
+Batch number and seed determine the content, which never includes held-out combinations.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from scripts.demo.clip.batches import COUNT_WEIGHTS, MAX_ENTITIES, MEAN, STD, training_picture
+from scripts.demo.clip.batches import COUNT_WEIGHTS, MAX_ENTITIES, MEAN, STD, training_image
 from scripts.demo.flava.text import CONTENT_IDS, MASK, Words, words_of
 from scripts.demo.scenes.phrases import Query, plan_caption, random_phrase
 from scripts.demo.scenes.vocabulary import PLACES, SEEN_SWAPS, Entity
@@ -21,8 +21,8 @@ TRAIN_SEED = 40_000
 
 
 @dataclass
-class Pictures:
-    """Rendered training scenes; B pictures."""
+class ImageBatch:
+    """Rendered training scenes; B images."""
 
     pixels: torch.Tensor  # (B, 3, 112, 112) uint8
     boxes: torch.Tensor  # (B, 4, 4) input pixels, (x0, y0, x1, y1), half-open; zeros where there is no entity
@@ -33,28 +33,28 @@ class Pictures:
         return (self.pixels.float() / 255 - MEAN) / STD
 
 
-def make_pictures(number: int, size: int) -> Pictures:
+def make_images(number: int, size: int) -> ImageBatch:
     """Batch `number` of the training stream."""
     rng = random.Random(TRAIN_SEED * 1_000_003 + number)
-    scenes, pictures = [], []
+    scenes, images = [], []
     boxes = np.zeros((size, MAX_ENTITIES, 4), dtype=np.float32)
     for row in range(size):
         scene = sample_scene(rng, rng.choices(range(1, MAX_ENTITIES + 1), COUNT_WEIGHTS)[0])
-        picture, drawn = training_picture(scene, rng)
+        image, drawn = training_image(scene, rng)
         boxes[row, : len(drawn)] = drawn
         scenes.append(scene)
-        pictures.append(picture)
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return Pictures(pixels, torch.from_numpy(boxes), scenes)
+        images.append(image)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return ImageBatch(pixels, torch.from_numpy(boxes), scenes)
 
 
 def phrase_words(query: Query | Entity, owner: int, rng: random.Random) -> Words:
-    """One phrase in a random form; every word of it belongs to `owner`."""
+    """One phrase in a random form; all its words refer to the entity `owner`."""
     return words_of([(random_phrase(query, rng), owner)])
 
 
 def loose_query(entity: Entity, rng: random.Random) -> Query:
-    """A query that names some of the entity's attributes."""
+    """A query with some of the entity's attributes."""
     if entity.garment is None:
         return rng.choice((Query(entity.kind), Query(colour=entity.colour)))
     return rng.choice(
@@ -62,8 +62,8 @@ def loose_query(entity: Entity, rng: random.Random) -> Query:
     )
 
 
-def text_without_picture(rng: random.Random) -> tuple[Words, list[Entity]]:
-    """A caption or a phrase of entities drawn by themselves, and the entities that `Words.owner` counts."""
+def text_without_image(rng: random.Random) -> tuple[Words, list[Entity]]:
+    """A caption or phrase of random entities, and the entities that `Words.owner` refers to."""
     entities = sample_entities(rng.choices(range(1, MAX_ENTITIES + 1), COUNT_WEIGHTS)[0], rng)
     if rng.random() < 0.5:
         entity = entities[0]
@@ -77,10 +77,10 @@ def text_without_picture(rng: random.Random) -> tuple[Words, list[Entity]]:
 
 def masked(words: Words, share: float, rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids with about `share` of the content words (at least one) and a few others masked, and labels (-100: none)."""
-    content = [place for place, word in enumerate(words.ids) if word in CONTENT_IDS]
-    others = [place for place in range(1, len(words.ids) - 1) if place not in content]
-    hidden = {place for place in content if rng.random() < share} or {rng.choice(content)}
-    hidden |= {place for place in others if rng.random() < 0.05}
-    ids = tuple(MASK if place in hidden else word for place, word in enumerate(words.ids))
-    labels = tuple(word if place in hidden else -100 for place, word in enumerate(words.ids))
+    content = [position for position, word in enumerate(words.ids) if word in CONTENT_IDS]
+    others = [position for position in range(1, len(words.ids) - 1) if position not in content]
+    hidden = {position for position in content if rng.random() < share} or {rng.choice(content)}
+    hidden |= {position for position in others if rng.random() < 0.05}
+    ids = tuple(MASK if position in hidden else word for position, word in enumerate(words.ids))
+    labels = tuple(word if position in hidden else -100 for position, word in enumerate(words.ids))
     return ids, labels

@@ -1,7 +1,7 @@
-"""The losses of the multimodal encoder. The towers stay as they are; their last states come in without a gradient.
+"""Training losses of the demo FLAVA's multimodal encoder on the frozen image and text towers.
 
-Axis letters: R rows (a picture with a text), T text tokens, N patches, D width, H heads. The multimodal encoder reads
-its own CLS token, the image CLS token, the patches and the text, in this order.
+Axis letters: R rows (an image with a text), T text tokens, N patches, D width, H heads. The tokens of the multimodal
+encoder are its own CLS token, the image CLS token, the patches and the text, in this order.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.nn import functional
 from transformers import FlavaForPreTraining
 
 from scripts.demo.clip.tokenizer import IMAGE_SIZE
-from scripts.demo.flava.batches import Pictures
+from scripts.demo.flava.batches import ImageBatch
 from scripts.demo.flava.rows import IGNORED, Rows
 from scripts.demo.flava.text import PAD
 
 FIRST_PATCH = 2
 
 
-class Pointer(nn.Module):
-    """Does this patch belong to what this word speaks of? Only a loss needs it; it is no part of the exported model."""
+class WordPatchHead(nn.Module):
+    """Auxiliary head that predicts whether a patch lies in the box of a word's phrase; not exported."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class Pointer(nn.Module):
 
 @dataclass
 class Fused:
-    """One step of the multimodal encoder as the losses see it."""
+    """Inputs of the losses at one step of the multimodal encoder."""
 
     model: FlavaForPreTraining
-    pointer: Pointer
+    head: WordPatchHead
     rows: Rows
-    inside: torch.Tensor  # (R, T, N) bool: the patch centre lies in a box of what the token names
+    inside: torch.Tensor  # (R, T, N) bool: the patch centre lies in a box of the token's phrase
     states: torch.Tensor  # (R, 2 + N + T, D) after the last norm
     attentions: Sequence[torch.Tensor]  # (R, H, 2 + N + T, 2 + N + T)
 
@@ -60,7 +60,7 @@ class Fused:
 
 
 def fuse(model: FlavaForPreTraining, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor, **wanted: bool) -> Any:
-    """The multimodal encoder over the last states (before the norm) of the towers: (R, 1 + N, D) and (R, T, D)."""
+    """Run the multimodal encoder on the last states (before the norm) of the towers: (R, 1 + N, D) and (R, T, D)."""
     flava = model.flava
     tokens = torch.cat([flava.image_to_mm_projection(image), flava.text_to_mm_projection(text)], dim=1)
     seen = torch.ones(len(ids), 1 + image.shape[1], dtype=torch.long)
@@ -69,18 +69,18 @@ def fuse(model: FlavaForPreTraining, image: torch.Tensor, text: torch.Tensor, id
 
 
 def text_states(model: FlavaForPreTraining, ids: torch.Tensor) -> torch.Tensor:
-    """(R, T, D) the last states of the text tower, before its norm."""
+    """(R, T, D) last states of the text tower, before its norm."""
     mask = (ids != PAD).long()
     return model.flava.text_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
 
 
 def image_states(model: FlavaForPreTraining, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 1 + N, D) the last states of the image tower, before its norm."""
+    """(B, 1 + N, D) last states of the image tower, before its norm."""
     return model.flava.image_model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
 
 
 def boxes_to_patches(boxes: torch.Tensor, patches: int) -> torch.Tensor:
-    """(B, 4, N) bool: the patch centre lies in the box."""
+    """(B, 4, N) bool: whether the patch centre lies in the box."""
     side = round(patches**0.5)
     centre = (torch.arange(side) + 0.5) * IMAGE_SIZE / side
     x, y = centre.repeat(side), centre.repeat_interleave(side)  # row-major
@@ -89,51 +89,51 @@ def boxes_to_patches(boxes: torch.Tensor, patches: int) -> torch.Tensor:
 
 
 def fused_step(
-    model: FlavaForPreTraining, pointer: Pointer, pictures: Pictures, rows: Rows, kept: float = 1.0
+    model: FlavaForPreTraining, head: WordPatchHead, images: ImageBatch, rows: Rows, kept: float = 1.0
 ) -> Fused:
     """Run the frozen towers, then the multimodal encoder.
 
-    `kept` is the share of patches, drawn anew for each row, that go in: the encoder knows the place of a patch only
-    from the patch itself, so leaving some out saves time and changes nothing else.
+    A random share `kept` of the patches of each row is used, to save time. The multimodal encoder has no position
+    embeddings, so dropping patches does not shift the others.
     """
     with torch.no_grad():
-        image = image_states(model, pictures.normalised())[rows.picture]
+        image = image_states(model, images.normalised())[rows.image]
         text = text_states(model, rows.ids)
-    covered = boxes_to_patches(pictures.boxes, image.shape[1] - 1)[rows.picture]  # (R, 4, N)
+    covered = boxes_to_patches(images.boxes, image.shape[1] - 1)[rows.image]  # (R, 4, N)
     if kept < 1:
         drawn = torch.rand(covered[:, 0].shape).argsort(1)[:, : round(kept * covered.shape[-1])]
         covered = covered.gather(2, drawn[:, None].expand(-1, covered.shape[1], -1))
         patches = image[:, 1:].gather(1, drawn[..., None].expand(-1, -1, image.shape[-1]))
         image = torch.cat([image[:, :1], patches], 1)
     output = fuse(model, image, text, rows.ids, output_attentions=True)
-    inside = torch.einsum("rte,ren->rtn", rows.where.float(), covered.float()) > 0
-    return Fused(model, pointer, rows, inside, output.last_hidden_state, output.attentions)
+    inside = torch.einsum("rte,ren->rtn", rows.entities.float(), covered.float()) > 0
+    return Fused(model, head, rows, inside, output.last_hidden_state, output.attentions)
 
 
 def matching_loss(step: Fused) -> torch.Tensor:
-    """Is the text true of the picture? Class 1 is yes, as in the loss of transformers."""
+    """Does the text match the image? Class 1 is yes, as in transformers."""
     logits = step.model.itm_head(step.states).float()
     return functional.cross_entropy(logits, step.rows.match, ignore_index=IGNORED)
 
 
 def masked_loss(step: Fused) -> torch.Tensor:
-    """The masked words of true texts."""
+    """Predict the masked words of matching texts."""
     hidden = step.rows.labels != IGNORED
     logits = step.model.mmm_text_head(step.states[:, step.words][hidden]).float()
     return functional.cross_entropy(logits, step.rows.labels[hidden])
 
 
 def box_loss(step: Fused) -> torch.Tensor:
-    """Box-supervised: for every word of a phrase, is the patch in the phrase's box? No patch is for a false phrase."""
-    logits = step.pointer(step.states[:, step.words], step.states[:, step.patches]).float()[step.rows.asks]
-    inside = step.inside[step.rows.asks]
+    """Box-supervised: predict for every word the patches in its phrase's box; none for a false phrase."""
+    logits = step.head(step.states[:, step.words], step.states[:, step.patches]).float()[step.rows.in_phrase]
+    inside = step.inside[step.rows.in_phrase]
     loss = functional.binary_cross_entropy_with_logits(logits, inside.float(), reduction="none")
     return 0.5 * loss[inside].mean() + 0.5 * loss[~inside].mean()
 
 
 def attention_loss(step: Fused) -> torch.Tensor:
-    """Box-supervised, on a map: what a word's attention gives to patches should go to those in its phrase's box."""
-    chosen = step.rows.asks & step.inside.any(-1)
+    """Box-supervised, on a map: attention of a word to patches should lie in its phrase's box."""
+    chosen = step.rows.in_phrase & step.inside.any(-1)
     inside = step.inside[chosen]
     losses = []
     for attention in step.attentions:

@@ -1,6 +1,6 @@
-"""Where does the demo FLAVA look? The maps that validation scores, written down straight.
+"""Maps of the demo FLAVA that validation scores, implemented independently of the toolkit.
 
-Axis letters: R rows (one phrase of one picture each), T tokens, N patches, D width, H heads.
+Axis letters: R rows (one phrase of one image each), T tokens, N patches, D width, H heads.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tens
 
 
 def rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(R, T, T) product over blocks of half the head mean and half the identity."""
+    """(R, T, T) attention rollout: product over blocks of half the head mean and half the identity."""
     total = torch.eye(attentions[0].shape[-1])
     for attention in attentions:
         total = (0.5 * attention.mean(1) + 0.5 * torch.eye(attention.shape[-1])) @ total
     return total
 
 
-class Taps:
-    """The outputs of some modules during one pass."""
+class RecordedOutputs:
+    """Record the outputs of some modules during one forward pass."""
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
         self.values: list[torch.Tensor] = []
@@ -52,26 +52,26 @@ class Taps:
 
 
 def gradcam(features: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """(R, N) channels of the patches weighted by their mean gradient, positive part."""
+    """(R, N) sum over channels of the features, weighted by their mean gradient; positive part."""
     return (features * gradients.mean(1, keepdim=True)).sum(-1).relu()
 
 
 def similarity_maps(model: FlavaForPreTraining, pixels: torch.Tensor, text: torch.Tensor) -> Maps:
-    """Maps (R, N) of the cosine between each picture (R, 3, S, S) and its text embedding (R, D)."""
+    """Maps (R, N) of the cosine between each image (R, 3, S, S) and its text embedding (R, D)."""
     tower = model.flava.image_model
-    with torch.enable_grad(), Taps([tower.encoder.layer[-1].layernorm_before]) as taps:
+    with torch.enable_grad(), RecordedOutputs([tower.encoder.layer[-1].layernorm_before]) as features:
         image = tower(pixel_values=pixels.requires_grad_(), output_attentions=True)
         own = functional.normalize(model.flava.image_projection(image.last_hidden_state[:, 0]), dim=-1)
-        gradients = torch.autograd.grad((own * text).sum(), [taps[0], *image.attentions])
+        gradients = torch.autograd.grad((own * text).sum(), [features[0], *image.attentions])
     maps = {
-        "similarity gradcam": gradcam(taps[0][:, 1:], gradients[0][:, 1:]),
+        "similarity gradcam": gradcam(features[0][:, 1:], gradients[0][:, 1:]),
         "similarity relevance": relevance(image.attentions, gradients[1:])[:, 0, 1:],
     }
     return {name: grid.detach() for name, grid in maps.items()}
 
 
 def matching_maps(model: FlavaForPreTraining, pixels: torch.Tensor, ids: torch.Tensor) -> Maps:
-    """Maps (R, N) of the margin of "match" over "no match", and two that know no target, from the text's rows."""
+    """Maps (R, N) of logit("match") - logit("no match"), and attention and rollout maps from the rows of the text."""
     flava = model.flava
     words = ids >= len(SPECIAL)
     norms = [block.layernorm_before for block in flava.multimodal_model.encoder.layer]
@@ -79,45 +79,42 @@ def matching_maps(model: FlavaForPreTraining, pixels: torch.Tensor, ids: torch.T
         image = flava.image_model(
             pixel_values=pixels.requires_grad_(), output_attentions=True, output_hidden_states=True
         )
-        with Taps([flava.image_to_mm_projection, *norms]) as taps:
+        with RecordedOutputs([flava.image_to_mm_projection, *norms]) as features:
             output = fuse(model, image.hidden_states[-1], text_states(model, ids), ids, output_attentions=True)
         logits = model.itm_head(output.last_hidden_state)
-        wanted = [*taps, *output.attentions, *image.attentions]
+        wanted = [*features, *output.attentions, *image.attentions]
         gradients = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), wanted)
     blocks = len(norms)
-    gradients_taps, gradients_fused = gradients[: 1 + blocks], gradients[1 + blocks : 1 + 2 * blocks]
+    slopes, gradients_fused = gradients[: 1 + blocks], gradients[1 + blocks : 1 + 2 * blocks]
     patches = slice(FIRST_PATCH, FIRST_PATCH + image.hidden_states[-1].shape[1] - 1)
     chain = relevance(output.attentions, gradients_fused)
-    fused, read = (
-        chain[:, 0],
-        _word_rows(chain, words),
-    )  # (R, 2 + N + T) what the CLS token, and the words, got from all
+    from_cls, from_words = chain[:, 0], _word_rows(chain, words)  # (R, 2 + N + T)
     below = relevance(image.attentions, gradients[1 + 2 * blocks :])
     rolled = _word_rows(rollout(output.attentions), words)
     attended = _word_rows(output.attentions[-1].mean(1), words)
     maps = {
         "matching elementwise": (output.attentions[-1] * gradients_fused[-1]).relu().mean(1)[:, 0, patches],
-        "matching fusion relevance": fused[:, patches],
-        "matching relevance": _through(fused, below, patches),
-        "matching words relevance": _through(read, below, patches),
-        "matching words alone": read[:, patches],
-        "matching gradcam input": gradcam(taps[0][:, 1:], gradients_taps[0][:, 1:]),
+        "matching fusion relevance": from_cls[:, patches],
+        "matching relevance": _through(from_cls, below, patches),
+        "matching words relevance": _through(from_words, below, patches),
+        "matching words alone": from_words[:, patches],
+        "matching gradcam input": gradcam(features[0][:, 1:], slopes[0][:, 1:]),
         "fusion attention": attended[:, patches],
         "fusion rollout": _through(rolled, rollout(image.attentions), patches),
         "fusion rollout alone": rolled[:, patches],
     }
     for index in range(blocks):
-        maps[f"matching gradcam {index}"] = gradcam(taps[1 + index][:, patches], gradients_taps[1 + index][:, patches])
+        maps[f"matching gradcam {index}"] = gradcam(features[1 + index][:, patches], slopes[1 + index][:, patches])
     return {name: grid.detach() for name, grid in maps.items()}
 
 
 def _word_rows(table: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """(R, T) mean over the rows of the words, special tokens left out; the text is the last part of the tokens."""
+    """(R, T) mean over the rows of the words without special tokens; the text comes last in the tokens."""
     rows = table[:, -words.shape[1] :] * words[..., None]
     return rows.sum(1) / words.sum(1, keepdim=True)
 
 
 def _through(fused: torch.Tensor, below: torch.Tensor, patches: slice) -> torch.Tensor:
-    """(R, N) what goes to the image tower's tokens (its CLS token is before the patches), and on to its patches."""
+    """(R, N) chain the weights on the image tower's tokens (CLS before the patches) with the tower's own."""
     tower = slice(patches.start - 1, patches.stop)
     return torch.einsum("rn,rnm->rm", fused[:, tower], below)[:, 1:]

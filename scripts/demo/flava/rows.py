@@ -1,4 +1,4 @@
-"""Pairs of a picture and a text for the multimodal encoder: true, false (from easy to hard) and masked ones."""
+"""Image-text pairs to train the multimodal encoder: matching, not matching (easy to hard) and masked."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ IGNORED = -100
 class Rows:
     """Pairs of a batch; R rows, T tokens."""
 
-    picture: torch.Tensor  # (R,) index of the picture
+    image: torch.Tensor  # (R,) index of the image
     ids: torch.Tensor  # (R, T)
     match: torch.Tensor  # (R,) 1 true, 0 false, -100 where a word is masked
     labels: torch.Tensor  # (R, T) the masked words, -100 elsewhere
-    asks: torch.Tensor  # (R, T) bool: the token is part of a phrase
-    where: torch.Tensor  # (R, T, 4) bool: the entities that the token's phrase names; none if it is false
+    in_phrase: torch.Tensor  # (R, T) bool: the token is part of a phrase of a pair for matching
+    entities: torch.Tensor  # (R, T, 4) bool: the entities of the scene that match the token's phrase
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pair: `queries` are what the owners in `words` stand for."""
+    """One pair; `queries` are indexed by the owners in `words`."""
 
-    picture: int
+    image: int
     words: Words
     queries: Sequence[Query]
     match: int
@@ -42,7 +42,7 @@ class Row:
 
 
 def make_rows(scenes: Sequence[Scene], hard: float, rng: random.Random) -> Rows:
-    """Four rows for each picture; a share `hard` of the false ones are one-attribute swaps, the rest are another's."""
+    """Four rows per image; a share `hard` of the false texts are one-attribute swaps, the others fit another image."""
     rows = []
     for index, scene in enumerate(scenes):
         other = scenes[rng.randrange(len(scenes))]
@@ -80,7 +80,7 @@ def _caption_of(index: int, entities: Sequence[Entity], place: str, match: int, 
 
 
 def _some(entities: Sequence[Entity], rng: random.Random) -> list[Entity]:
-    """All of them, now and then only some."""
+    """All entities in random order, or in three of ten cases a random number of them."""
     count = len(entities) if rng.random() < 0.7 else rng.randint(1, len(entities))
     return rng.sample(list(entities), count)
 
@@ -99,28 +99,27 @@ def _false_caption(index: int, scene: Scene, other: Scene, hard: float, rng: ran
 
 
 def _masked(row: Row, rng: random.Random) -> Row:
-    return Row(row.picture, row.words, row.queries, IGNORED, masked(row.words, 0.25, rng))
+    return Row(row.image, row.words, row.queries, IGNORED, masked(row.words, 0.25, rng))
 
 
 def _tensors(rows: Sequence[Row], scenes: Sequence[Scene]) -> Rows:
     owner = padded([row.words.owner for row in rows], -1)
     ids = padded([row.hidden[0] if row.hidden else row.words.ids for row in rows], PAD)
     labels = padded([row.hidden[1] if row.hidden else (IGNORED,) for row in rows], IGNORED)
-    blank = torch.full((len(rows), owner.shape[1]), IGNORED)
-    blank[:, : labels.shape[1]] = labels
+    table = torch.full((len(rows), owner.shape[1]), IGNORED)
+    table[:, : labels.shape[1]] = labels
     named = torch.zeros(len(rows), MAX_ENTITIES, MAX_ENTITIES, dtype=torch.bool)  # (R, owner, entity)
     for index, row in enumerate(rows):
-        for place, query in enumerate(row.queries):
-            for column, entity in enumerate(scenes[row.picture].entities):
-                named[index, place, column] = query.matches(entity)
-    where = named.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, MAX_ENTITIES))
+        for position, query in enumerate(row.queries):
+            for column, entity in enumerate(scenes[row.image].entities):
+                named[index, position, column] = query.matches(entity)
+    matching = named.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, MAX_ENTITIES))
     match = torch.tensor([row.match for row in rows])
-    asks = (owner >= 0) & (match >= 0)[:, None]
     return Rows(
-        picture=torch.tensor([row.picture for row in rows]),
+        image=torch.tensor([row.image for row in rows]),
         ids=ids,
         match=match,
-        labels=blank,
-        asks=asks,
-        where=where & (owner >= 0)[..., None],
+        labels=table,
+        in_phrase=(owner >= 0) & (match >= 0)[:, None],
+        entities=matching & (owner >= 0)[..., None],
     )

@@ -1,9 +1,9 @@
-"""Score an exported demo FLAVA on the shipped pictures of a split.
+"""Score an exported demo FLAVA on the shipped images of a split.
 
     python -m scripts.demo.flava.score [--split test] [--model data/demo/models/flava]
 
 Pointing is strict: the centre of the highest patch must lie inside the box of the phrase. Scenes with at least three
-entities, one bare phrase for each entity. Intervals: 95 %, pictures redrawn.
+entities, one bare phrase for each entity. Intervals: 95 %, bootstrap over images.
 """
 
 from __future__ import annotations
@@ -18,41 +18,46 @@ from transformers import FlavaForPreTraining
 
 from scripts.demo.clip.score import interval
 from scripts.demo.clip.validate import ValidationSet, load_split
-from scripts.demo.flava.validate import fusion_hits, matching_scene_figures, similarity_beats_swap, similarity_hits
+from scripts.demo.flava.validate import fusion_hits, fusion_scores, similarity_beats_swap, similarity_hits
 from scripts.demo.paths import DATA, MODELS
 
 
 def print_pointing(hits: dict[str, np.ndarray], data: ValidationSet) -> None:
-    """One line for each map and group of phrases."""
+    """Print one line for each map and group of phrases."""
     cases = data.cases
     groups = {"all": np.ones(len(cases), dtype=bool), "people": np.array([case.group == "people" for case in cases])}
     unseen = np.array([case.held_out for case in cases])
     if unseen.any():
         groups["held-out combinations"] = unseen
-    pictures = np.array([case.picture for case in cases])
+    images = np.array([case.image for case in cases])
     for name, found in hits.items():
         for group, chosen in groups.items():
-            low, high = interval(found[chosen], pictures[chosen])
+            low, high = interval(found[chosen], images[chosen])
             share = f"{100 * found[chosen].mean():5.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             print(f"{name:26s} {group:22s} {share}  of {chosen.sum()} phrases", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Load the checkpoint as a user would, and print its scores."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--model", type=Path, default=MODELS / "flava")
-    parser.add_argument("--limit", type=int, help="the first so many scenes alone")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="scenes to score on")
+    parser.add_argument("--model", type=Path, default=MODELS / "flava", help="folder of the model")
+    parser.add_argument("--limit", type=int, help="score only the first scenes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the checkpoint and print its scores."""
+    arguments = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     model = FlavaForPreTraining.from_pretrained(arguments.model, dtype=torch.float32).eval()
     data = load_split(arguments.split, DATA / "scenes/Images")
     if arguments.limit:
         data.scenes = data.scenes[: arguments.limit]
-        data.cases = [case for case in data.cases if case.picture < arguments.limit]
-    print(f"{len(data.scenes)} pictures of the {arguments.split} split")
+        data.cases = [case for case in data.cases if case.image < arguments.limit]
+    print(f"{len(data.scenes)} images of the {arguments.split} split")
     print(f"similarity: true phrase beats a one-attribute swap: {similarity_beats_swap(model, data):.3f}")
-    for name, value in matching_scene_figures(model, data).items():
+    for name, value in fusion_scores(model, data).items():
         print(f"{name}: {value:.3f}", flush=True)
     print_pointing(similarity_hits(model, data) | fusion_hits(model, data), data)
     return 0

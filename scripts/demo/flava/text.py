@@ -1,6 +1,6 @@
-"""The tokenizer of the demo FLAVA, and captions as token ids that know which entity each word speaks of.
+"""Tokenizer of the demo FLAVA, and token ids with the entity that each word refers to.
 
-BERT's manner: [CLS] text [SEP]. The words are those of the demo CLIP.
+The format is [CLS] text [SEP] as in BERT, with the vocabulary of the demo CLIP.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
 MAX_TOKENS = 48
 WORD_IDS = {word: len(SPECIAL) + index for index, word in enumerate(VOCABULARY)}
-# What a picture can tell: kinds, colours and garments.
+# Words that an image determines: kinds, colours and garments.
 CONTENT_IDS = frozenset(WORD_IDS[word] for word in (*KINDS, *COLOURS, *GARMENTS))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cases, splits at blanks and punctuation, and gives every word of the closed vocabulary one id."""
+    """Lower-case, split at spaces and punctuation, one id per word of the closed vocabulary."""
     specials = {token: index for index, token in enumerate(SPECIAL)}
     tokenizer = Tokenizer(models.WordLevel({**specials, **WORD_IDS}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -46,14 +46,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Words:
-    """A text as token ids, special tokens included; `owner` is the entity that a token speaks of, -1 for none."""
+    """Token ids of a text with special tokens; `owner` is the index of the entity of each token, -1 for none."""
 
     ids: tuple[int, ...]
     owner: tuple[int, ...]
 
 
 def words_of(segments: Sequence[Segment]) -> Words:
-    """The same ids as the tokenizer gives for the joined segments."""
+    """Tokenize the segments, with the same ids as the tokenizer gives for the joined text."""
     ids, owner = [CLS], [-1]
     for text, entity in segments:
         found = [WORD_IDS[word] for word in re.findall(r"\w+|[.,]", text)]
@@ -63,7 +63,7 @@ def words_of(segments: Sequence[Segment]) -> Words:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-    """(R, T) with `fill` behind the shorter rows."""
+    """(R, T) tensor of the rows, padded with `fill`."""
     table = torch.full((len(rows), max(map(len, rows))), fill)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = torch.tensor(values)

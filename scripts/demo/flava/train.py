@@ -20,8 +20,8 @@ from torch import nn
 from transformers import CLIPModel
 
 from scripts.demo.clip.validate import load_split
-from scripts.demo.flava.batches import TRAIN_SEED, Pictures, make_pictures, text_without_picture
-from scripts.demo.flava.losses import FUSION_LOSSES, Pointer, fused_step, image_states, text_states
+from scripts.demo.flava.batches import TRAIN_SEED, ImageBatch, make_images, text_without_image
+from scripts.demo.flava.losses import FUSION_LOSSES, WordPatchHead, fused_step, image_states, text_states
 from scripts.demo.flava.model import build_model, export, start_from_clip
 from scripts.demo.flava.rows import make_rows
 from scripts.demo.flava.start import start_fusion
@@ -88,16 +88,16 @@ class FlavaTraining(Training):
 
     def build(self) -> None:
         """Create the model and its auxiliary head."""
-        self.model, self.pointer = build_model().train(), Pointer()
+        self.model, self.head = build_model().train(), WordPatchHead()
 
     def modules(self) -> dict[str, nn.Module]:
         """The model and its auxiliary head."""
-        return {"model": self.model, "pointer": self.pointer}
+        return {"model": self.model, "head": self.head}
 
     def enter_stage(self) -> None:
         """Initialise the towers from the CLIP, and later the multimodal encoder from the towers."""
         if self.stage_index == 0:
-            start_from_clip(self.model, self.teacher, make_pictures(-1, 64).normalised())
+            start_from_clip(self.model, self.teacher, make_images(-1, 64).normalised())
         elif self.stage.name == "fusion" and self.stages[self.stage_index - 1].name != "fusion":
             self.start_fusion()
         super().enter_stage()
@@ -106,8 +106,8 @@ class FlavaTraining(Training):
     def start_fusion(self) -> None:
         """Initialise the multimodal encoder from the states of some training texts and images."""
         rng = random.Random(SEED)
-        ids = padded([text_without_picture(rng)[0].ids for _ in range(64)], PAD)
-        image = image_states(self.model, make_pictures(-1, 64).normalised())[:, 1:].flatten(0, 1)
+        ids = padded([text_without_image(rng)[0].ids for _ in range(64)], PAD)
+        image = image_states(self.model, make_images(-1, 64).normalised())[:, 1:].flatten(0, 1)
         torch.manual_seed(SEED)
         start_fusion(self.model, image, text_states(self.model, ids)[ids != PAD])
 
@@ -119,7 +119,7 @@ class FlavaTraining(Training):
         if self.stage.name == "image":
             return flava.image_model, flava.image_projection
         projections = flava.image_to_mm_projection, flava.text_to_mm_projection
-        return flava.multimodal_model, *projections, model.itm_head, model.mmm_text_head, self.pointer
+        return flava.multimodal_model, *projections, model.itm_head, model.mmm_text_head, self.head
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for the modules that the stage trains; the others get no gradient."""
@@ -133,13 +133,13 @@ class FlavaTraining(Training):
         """All parameters that the stage trains."""
         return [parameter for group in self.optimizers[0].param_groups for parameter in group["params"]]
 
-    def batches(self) -> Generator[Pictures | int, None, None]:
+    def batches(self) -> Generator[ImageBatch | int, None, None]:
         """Rendered scenes, or just the number of the batch where the stage trains on texts."""
         if self.stage.name == "text":
             yield from itertools.count(self.step)
-        yield from prefetch(partial(make_pictures, size=self.stage.batch), 100_000 * self.stage_index + self.step)
+        yield from prefetch(partial(make_images, size=self.stage.batch), 100_000 * self.stage_index + self.step)
 
-    def losses(self, batch: Pictures | int) -> Losses:
+    def losses(self, batch: ImageBatch | int) -> Losses:
         """The losses that the stage weighs."""
         with torch.autocast("cpu", torch.bfloat16):
             if self.stage.name == "text":
@@ -148,12 +148,12 @@ class FlavaTraining(Training):
                 return image_losses(self.model, self.teacher, batch)
             return self.fusion_losses(batch)
 
-    def fusion_losses(self, pictures: Pictures) -> Losses:
+    def fusion_losses(self, images: ImageBatch) -> Losses:
         """The losses of the multimodal encoder."""
         progress = min(1.0, self.step / self.stage.ramp) if self.stage.ramp else 1.0
         rng = random.Random(TRAIN_SEED * 2_000_003 + 100_000 * self.stage_index + self.step)
-        rows = make_rows(pictures.scenes, HARD[0] + (HARD[1] - HARD[0]) * progress, rng)
-        step = fused_step(self.model, self.pointer, pictures, rows, self.stage.kept)
+        rows = make_rows(images.scenes, HARD[0] + (HARD[1] - HARD[0]) * progress, rng)
+        step = fused_step(self.model, self.head, images, rows, self.stage.kept)
         return {name: FUSION_LOSSES[name](step) for name in self.stage.weights}
 
     def validate(self) -> dict[str, float]:

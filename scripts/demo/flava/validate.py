@@ -1,4 +1,4 @@
-"""The validation figures of the demo FLAVA: one-attribute swaps, pointing, masked words; on the val or test scenes."""
+"""Scores of the demo FLAVA on the validation or test scenes: one-attribute swaps, pointing, masked words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = 40
 
 
 def token_ids(texts: Sequence[str]) -> torch.Tensor:
-    """(n, T) ids as the exported tokenizer gives them."""
+    """(n, T) token ids."""
     return build_tokenizer()(list(texts), padding=True, return_tensors="pt")["input_ids"]
 
 
@@ -42,7 +42,7 @@ def embed_images(model: FlavaForPreTraining, pixels: torch.Tensor) -> torch.Tens
 
 
 def swap_pairs(data: ValidationSet) -> list[tuple[int, str, str]]:
-    """Picture, true phrase, and a one-attribute swap that is not in the picture: all there are."""
+    """All triples of image index, true phrase, and a one-attribute swap that is absent from the image."""
     return [
         (index, phrase(entity), phrase(swap))
         for index, scene in enumerate(data.scenes)
@@ -53,7 +53,7 @@ def swap_pairs(data: ValidationSet) -> list[tuple[int, str, str]]:
 
 
 def similarity_beats_swap(model: FlavaForPreTraining, data: ValidationSet) -> float:
-    """How often the true phrase is nearer to the picture than its swap."""
+    """Share of swaps that are less similar to the image than the true phrase."""
     pairs = swap_pairs(data)
     texts = {text: index for index, text in enumerate(dict.fromkeys(t for _, a, b in pairs for t in (a, b)))}
     scores = embed_images(model, data.pixels) @ embed_texts(model, list(texts)).T
@@ -61,7 +61,7 @@ def similarity_beats_swap(model: FlavaForPreTraining, data: ValidationSet) -> fl
 
 
 def point_at(data: ValidationSet, maps_of: Callable[[slice], dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    """For each map name the hits (bool) of all cases; `maps_of` gives the maps (R, N) of a slice of the cases."""
+    """Hits (bool) of all cases by map name; `maps_of` returns the maps (R, N) of a slice of the cases."""
     hits: dict[str, list[bool]] = {}
     for start in range(0, len(data.cases), ROWS):
         chunk = slice(start, start + ROWS)
@@ -73,37 +73,37 @@ def point_at(data: ValidationSet, maps_of: Callable[[slice], dict[str, torch.Ten
 
 
 def case_pixels(data: ValidationSet, chunk: slice) -> torch.Tensor:
-    """(R, 3, S, S) the pictures of some cases."""
-    return data.pixels[[case.picture for case in data.cases[chunk]]]
+    """(R, 3, S, S) images of some cases."""
+    return data.pixels[[case.image for case in data.cases[chunk]]]
 
 
 def similarity_hits(model: FlavaForPreTraining, data: ValidationSet) -> dict[str, np.ndarray]:
-    """The hits of the maps of the cosine of the two towers."""
+    """Hits of the maps of the similarity of the towers."""
     text = embed_texts(model, [case.phrase for case in data.cases])
     return point_at(data, lambda chunk: similarity_maps(model, case_pixels(data, chunk), text[chunk]))
 
 
 def fusion_hits(model: FlavaForPreTraining, data: ValidationSet) -> dict[str, np.ndarray]:
-    """The hits of the maps of the multimodal encoder."""
+    """Hits of the maps of the multimodal encoder."""
     ids = token_ids([case.phrase for case in data.cases])
     return point_at(data, lambda chunk: matching_maps(model, case_pixels(data, chunk), ids[chunk]))
 
 
 def validate_towers(model: FlavaForPreTraining, data: ValidationSet) -> dict[str, float]:
-    """The figures of the cosine of the two towers."""
+    """Scores of the similarity of the towers."""
     was_training = model.training
     model.eval()
-    figures = {"similarity beats swap": similarity_beats_swap(model, data)}
-    figures |= {name: float(values.mean()) for name, values in similarity_hits(model, data).items()}
+    scores = {"similarity beats swap": similarity_beats_swap(model, data)}
+    scores |= {name: float(values.mean()) for name, values in similarity_hits(model, data).items()}
     model.train(was_training)
-    return figures
+    return scores
 
 
 Pair = tuple[int, str, str]
 
 
 def caption_pairs(data: ValidationSet) -> list[Pair]:
-    """Picture, a true caption of all entities, and the same with one attribute of one entity swapped."""
+    """Triples of image index, a true caption of all entities, and the caption with one attribute swapped."""
     rng, pairs = random.Random(7), []
     for index, scene in enumerate(data.scenes):
         order = rng.sample(range(len(scene.entities)), len(scene.entities))
@@ -118,68 +118,66 @@ def caption_pairs(data: ValidationSet) -> list[Pair]:
 
 @torch.no_grad()
 def matching_scores(
-    model: FlavaForPreTraining, states: torch.Tensor, pictures: list[int], texts: list[str]
+    model: FlavaForPreTraining, states: torch.Tensor, images: list[int], texts: list[str]
 ) -> torch.Tensor:
-    """(n,) margin of "match" over "no match"."""
+    """(n,) logit("match") - logit("no match")."""
     scores = []
     for start in range(0, len(texts), ROWS):
         ids = token_ids(texts[start : start + ROWS])
-        output = fuse(model, states[pictures[start : start + ROWS]], text_states(model, ids), ids)
+        output = fuse(model, states[images[start : start + ROWS]], text_states(model, ids), ids)
         logits = model.itm_head(output.last_hidden_state)
         scores.append(logits[:, 1] - logits[:, 0])
     return torch.cat(scores)
 
 
-def matching_figures(model: FlavaForPreTraining, states: torch.Tensor, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """How often the true text matches better than its swap, and the share of texts on the right side of zero."""
-    pictures = [index for index, _, _ in pairs]
-    true = matching_scores(model, states, pictures, [text for _, text, _ in pairs])
-    false = matching_scores(model, states, pictures, [text for _, _, text in pairs])
+def pair_scores(model: FlavaForPreTraining, states: torch.Tensor, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Share of pairs in which the true text scores higher, and share of texts whose score has the correct sign."""
+    images = [index for index, _, _ in pairs]
+    true = matching_scores(model, states, images, [text for _, text, _ in pairs])
+    false = matching_scores(model, states, images, [text for _, _, text in pairs])
     right = 0.5 * ((true > 0).float().mean() + (false < 0).float().mean())
     return (true > false).float().mean().item(), right.item()
 
 
 @torch.no_grad()
 def masked_words(model: FlavaForPreTraining, data: ValidationSet, states: torch.Tensor) -> dict[str, float]:
-    """Each content word of each case's phrase masked: how often the filled phrase names an entity of the picture."""
-    ids, pictures, places = [], [], []
+    """Share of masked content words whose prediction completes the phrase to that of an entity in the image."""
+    ids, images, positions = [], [], []
     for case in data.cases:
         row = token_ids([case.phrase])[0]
-        for place in [place for place, word in enumerate(row.tolist()) if word in CONTENT_IDS]:
-            ids.append(row.index_fill(0, torch.tensor([place]), MASK))
-            pictures.append(case.picture)
-            places.append(place)
+        for position in [position for position, word in enumerate(row.tolist()) if word in CONTENT_IDS]:
+            ids.append(row.index_fill(0, torch.tensor([position]), MASK))
+            images.append(case.image)
+            positions.append(position)
     table = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     words = {word: name for name, word in WORD_IDS.items()}
-    hits: dict[str, list[bool]] = {"masked word with picture": [], "masked word without": []}
+    hits: dict[str, list[bool]] = {"masked word with image": [], "masked word without": []}
     for start in range(0, len(ids), ROWS):
-        part, own = table[start : start + ROWS], torch.tensor(places[start : start + ROWS])
+        part, own = table[start : start + ROWS], torch.tensor(positions[start : start + ROWS])
         text = text_states(model, part)
-        fused = fuse(model, states[pictures[start : start + ROWS]], text, part).last_hidden_state
+        fused = fuse(model, states[images[start : start + ROWS]], text, part).last_hidden_state
         at = torch.arange(len(part))
         guesses = {
-            "masked word with picture": model.mmm_text_head(fused[:, -part.shape[1] :][at, own]),
+            "masked word with image": model.mmm_text_head(fused[:, -part.shape[1] :][at, own]),
             "masked word without": model.mlm_head(model.flava.text_model.layernorm(text)[at, own]),
         }
         for name, logits in guesses.items():
             best = logits.argmax(-1).tolist()
-            for row, place, picture, guess in zip(part, own, pictures[start:], best, strict=False):
-                filled = [words.get(guess if i == place else word, "") for i, word in enumerate(row.tolist())]
-                names = [phrase(entity) for entity in data.scenes[picture].entities]
+            for row, position, image, guess in zip(part, own, images[start:], best, strict=False):
+                filled = [words.get(guess if i == position else word, "") for i, word in enumerate(row.tolist())]
+                names = [phrase(entity) for entity in data.scenes[image].entities]
                 hits[name].append(" ".join(filled).strip() in names)
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
 
-def matching_scene_figures(
-    model: FlavaForPreTraining, data: ValidationSet, swap_share: float = 1.0
-) -> dict[str, float]:
-    """Swaps of phrases (a share of them all) and of captions, and masked words."""
+def fusion_scores(model: FlavaForPreTraining, data: ValidationSet, swap_share: float = 1.0) -> dict[str, float]:
+    """Scores of phrase swaps (a share `swap_share` of them), caption swaps and masked words."""
     rng = random.Random(3)
     pairs = [pair for pair in swap_pairs(data) if rng.random() < swap_share]
     with torch.no_grad():
         states = torch.cat([image_states(model, part) for part in data.pixels.split(64)])
-    phrases = matching_figures(model, states, pairs)
-    captions = matching_figures(model, states, caption_pairs(data))
+    phrases = pair_scores(model, states, pairs)
+    captions = pair_scores(model, states, caption_pairs(data))
     return {
         "matching phrase beats swap": phrases[0],
         "matching phrase right": phrases[1],
@@ -190,10 +188,10 @@ def matching_scene_figures(
 
 
 def validate_fusion(model: FlavaForPreTraining, data: ValidationSet, swap_share: float = 0.1) -> dict[str, float]:
-    """The figures of matching and of masked words."""
+    """Scores of matching and of masked words."""
     was_training = model.training
     model.eval()
-    figures = matching_scene_figures(model, data, swap_share)
-    figures |= {name: float(values.mean()) for name, values in fusion_hits(model, data).items()}
+    scores = fusion_scores(model, data, swap_share)
+    scores |= {name: float(values.mean()) for name, values in fusion_hits(model, data).items()}
     model.train(was_training)
-    return figures
+    return scores

@@ -1,4 +1,4 @@
-"""Training batches of lines, rendered on the fly in a worker process; number and difficulty determine the content."""
+"""Training batches of rendered lines, determined by batch number and difficulty."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from scripts.demo.lines.lines import sample_line, squash
+from scripts.demo.lines.lines import resize_to_input, sample_line
 from scripts.demo.lines.text import LONGEST
 
 TRAIN_SEED = 20_303
-EASIER = 0.15  # share of lines that are easier than the difficulty asks for: nothing is forgotten
+EASIER = 0.15  # share of lines below the current difficulty, against forgetting
 
 
 @dataclass
@@ -30,13 +30,13 @@ def training_seed(number: int, row: int) -> str:
 
 
 def make_batch(number: int, size: int, difficulty: float, tokenizer: PreTrainedTokenizerFast) -> LineBatch:
-    """Batch `number` of the training stream at a difficulty from 0 to 1; short lines come first."""
+    """Batch `number` of the training stream at a difficulty from 0 to 1; low difficulties have short lines."""
     rng = random.Random(training_seed(number, size))
     lines = []
     for row in range(size):
         level = difficulty * (rng.random() if rng.random() < EASIER else 1.0)
         longest = round(8 + (LONGEST - 8) * min(1.0, level / 0.15))
         lines.append(sample_line(training_seed(number, row), level, longest=longest))
-    pixels = torch.from_numpy(np.stack([squash(line.picture) for line in lines]))
+    pixels = torch.from_numpy(np.stack([resize_to_input(line.image) for line in lines]))
     ids = tokenizer([line.text for line in lines], padding=True, return_tensors="pt")["input_ids"]
     return LineBatch(pixels.permute(0, 3, 1, 2).contiguous(), ids)

@@ -1,6 +1,6 @@
-"""Rendered text lines with the exact box of every character.
+"""Render text lines with the exact box of every character.
 
-Characters are drawn one after the other along the pen, so that each one's box is known and no kerning moves it.
+Characters are drawn one by one along the pen position, without kerning, so that the box of each one is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scripts.demo.lines.text import LONGEST, sample_text
 
 Colour = tuple[int, int, int]
 
-INPUT_HEIGHT, INPUT_WIDTH = 32, 256  # what the model's image processor makes of every line
+INPUT_HEIGHT, INPUT_WIDTH = 32, 256  # size of the model's input
 ASCENT, DESCENT = 0.93, 0.25  # the line box above and below the baseline, in font sizes, the same for all faces
 MARGIN = 4.0  # left and right of the text, in pixels of the model's input
 
@@ -51,14 +51,14 @@ UNSEEN_FACES = ("DejaVuSerif-Italic", "STIXGeneralBol", "cmss10")  # never in tr
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn. Lengths are in pixels of the model's input, whatever the size of the picture."""
+    """How a line is drawn. Lengths are in pixels of the model's input, independent of the size of the image."""
 
     face: str = "DejaVuSans"
     size: float = 18.0  # font size
-    top: float = 0.5  # place of the line box: 0 at the top of the picture, 1 at the bottom
-    left: float = 0.1  # place of the text in the room that is left beside it
-    height: int = 48  # of the picture, in its own pixels
-    stretch: float = 1.0  # the picture is 8 * stretch times as wide as high
+    top: float = 0.5  # position of the line box: 0 at the top of the image, 1 at the bottom
+    left: float = 0.1  # position of the text: 0 at the left margin, 1 at the right
+    height: int = 48  # of the image, in its own pixels
+    stretch: float = 1.0  # the image is 8 * stretch times as wide as high
     ink: Colour = (0, 0, 0)
     paper: Colour = (255, 255, 255)
     noise: float = 0.0  # standard deviation, grey levels
@@ -67,21 +67,21 @@ class Style:
 
     @property
     def polarity(self) -> str:
-        """The ink: "dark" on lighter paper, or "light" on darker."""
+        """Polarity of the ink: "dark" on lighter paper, or "light" on darker."""
         return "dark" if luminance(self.ink) < luminance(self.paper) else "light"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A rendered line; `boxes` (n, 4) are (x0, y0, x1, y1) in the picture's pixels, continuous, origin top left."""
+    """A rendered line; `boxes` (n, 4) are (x0, y0, x1, y1) in the image's pixels, continuous, origin top left."""
 
     text: str
     style: Style
-    picture: Image.Image
+    image: Image.Image
     boxes: np.ndarray
 
     def label(self) -> dict[str, object]:
-        """What labels.jsonl says of the line, less the name of its file."""
+        """The entry of the line in labels.jsonl, without the file name."""
         style = asdict(self.style)
         return {
             "text": self.text,
@@ -110,9 +110,9 @@ def _advance(face: str, size: int, character: str) -> float:
 
 
 def _fit(text: str, style: Style, room: float) -> tuple[str, int]:
-    """The text and the font size (quarters of the picture's pixels) at which it fits into `room`.
+    """The text and the font size (quarters of the image's pixels) at which it fits into `room`.
 
-    The size shrinks to 14 pixels of the input at least; after that the text is cut.
+    The size shrinks down to 14 pixels of the input; then the text is truncated.
     """
     scale = style.height / INPUT_HEIGHT * 4
     size, least = round(style.size * scale), round(14 * scale)
@@ -125,7 +125,7 @@ def _fit(text: str, style: Style, room: float) -> tuple[str, int]:
 
 
 def render(text: str, style: Style, rng: np.random.Generator) -> Line:
-    """Draw a line; `rng` makes its noise."""
+    """Draw a line; `rng` generates its noise."""
     height, width = style.height, round(style.height * INPUT_WIDTH / INPUT_HEIGHT * style.stretch)
     margin = MARGIN * width / INPUT_WIDTH
     text, size = _fit(text, style, width - 2 * margin)
@@ -145,18 +145,18 @@ def render(text: str, style: Style, rng: np.random.Generator) -> Line:
 
 
 def _print(mask: Image.Image, style: Style, rng: np.random.Generator) -> Image.Image:
-    """Ink on paper, then blur, noise and JPEG."""
-    picture = Image.composite(Image.new("RGB", mask.size, style.ink), Image.new("RGB", mask.size, style.paper), mask)
+    """Compose ink and paper, then apply blur, noise and JPEG."""
+    image = Image.composite(Image.new("RGB", mask.size, style.ink), Image.new("RGB", mask.size, style.paper), mask)
     if style.blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(style.blur * style.height / INPUT_HEIGHT))
+        image = image.filter(ImageFilter.GaussianBlur(style.blur * style.height / INPUT_HEIGHT))
     if style.noise:
         noise = rng.standard_normal((*mask.size[::-1], 3), dtype=np.float32) * style.noise
-        picture = Image.fromarray((np.asarray(picture) + noise).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
     if style.jpeg:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=style.jpeg)
-        picture = Image.open(buffer).convert("RGB")
-    return picture
+        image.save(buffer, "JPEG", quality=style.jpeg)
+        image = Image.open(buffer).convert("RGB")
+    return image
 
 
 def _ramp(difficulty: float, begin: float, end: float) -> float:
@@ -186,10 +186,10 @@ def _colours(rng: random.Random, light: bool, coloured: bool) -> dict[str, Colou
 
 
 def sample_style(rng: random.Random, difficulty: float = 1.0, faces: tuple[str, ...] = ()) -> Style:
-    """A style of the training mixture as it is at a difficulty from 0 to 1.
+    """Draw a style of the training mixture at a difficulty from 0 to 1.
 
-    What comes in, in this order: height on the page, light ink, colour, more faces, stretch, sizes, noise and blur.
-    `faces` overrules the faces.
+    Rising difficulty adds, in this order: vertical position, light ink, colour, more faces, stretch, sizes, noise and
+    blur. `faces` overrides the faces.
     """
 
     def part(begin: float, end: float, share: float) -> bool:
@@ -198,7 +198,7 @@ def sample_style(rng: random.Random, difficulty: float = 1.0, faces: tuple[str, 
     later = part(0.4, 0.6, len(LATER_FACES) / len(FIRST_FACES + LATER_FACES))
     face = rng.choice(faces or (LATER_FACES if later else FIRST_FACES))
     spread = 0.3 + 0.7 * _ramp(difficulty, 0.0, 0.2)
-    # Also at the very top and bottom, so that small text often stands in one half of the picture alone.
+    # Often near the top or bottom, so that small text lies in one half of the image only.
     top = 0.5 + spread * (rng.choice((rng.random(), 0.3 * rng.random(), 1 - 0.3 * rng.random())) - 0.5)
     wide = _ramp(difficulty, 0.6, 0.7)
     stretch = rng.uniform(1 - 0.2 * wide, 1 + 0.3 * wide)
@@ -206,7 +206,7 @@ def sample_style(rng: random.Random, difficulty: float = 1.0, faces: tuple[str, 
     size = rng.uniform(17 - 3 * sizes, 20 + 4 * sizes)
     return Style(
         face=face,
-        # A wide picture is squeezed: its small letters would be narrower than a patch.
+        # A wide image is squeezed: small letters would become narrower than a patch.
         size=max(size, 14 * stretch),
         top=top,
         left=rng.random(),
@@ -220,12 +220,12 @@ def sample_style(rng: random.Random, difficulty: float = 1.0, faces: tuple[str, 
 
 
 def sample_line(seed: str, difficulty: float = 1.0, faces: tuple[str, ...] = (), longest: int = LONGEST) -> Line:
-    """A line of the mixture; the same seed gives the same line."""
+    """Draw a line of the training mixture; the same seed gives the same line."""
     rng = random.Random(seed)
     text = sample_text(rng, longest)
     return render(text, sample_style(rng, difficulty, faces), np.random.default_rng(rng.getrandbits(64)))
 
 
-def squash(picture: Image.Image) -> np.ndarray:
-    """(32, 256, 3) uint8: the picture as the image processor resizes it."""
-    return np.asarray(picture.resize((INPUT_WIDTH, INPUT_HEIGHT), Image.Resampling.BILINEAR))
+def resize_to_input(image: Image.Image) -> np.ndarray:
+    """(32, 256, 3) uint8: the image, resized as the image processor does."""
+    return np.asarray(image.resize((INPUT_WIDTH, INPUT_HEIGHT), Image.Resampling.BILINEAR))

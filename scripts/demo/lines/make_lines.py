@@ -1,9 +1,8 @@
-"""Render the validation and test lines into data/demo/lines, and the line for show.
+"""Render the validation and test lines into data/demo/lines, and the default line.
 
     python -m scripts.demo.lines.make_lines
 
-The lines follow from their seeds; the same versions of Pillow, numpy and matplotlib (whose fonts these are) write the
-same bytes.
+The seeds are fixed; the same versions of Pillow, numpy and matplotlib (the source of the fonts) write the same bytes.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from scripts.demo.lines.lines import INPUT_HEIGHT, UNSEEN_FACES, Line, Style, re
 from scripts.demo.paths import DATA
 
 SEEDS = {"val": 303, "test": 404}
-COUNTS = {"val": (100, 20), "test": (340, 60)}  # lines in faces of the training, and in others
+COUNTS = {"val": (100, 20), "test": (340, 60)}  # lines in training faces, and in unseen faces
 ROW = 16  # height of a patch in the model's input
-QUALITY = 80  # of the pictures that the style does not spoil by JPEG already
+QUALITY = 80  # JPEG quality where the style sets none
 
 
-def clear(line: Line) -> bool:
-    """Is every row of patches that holds a third of its height of the line also centred in it?
+def is_scorable(line: Line) -> bool:
+    """Whether every row of patches that the line covers by more than a third also has its centre in the line.
 
-    Otherwise a peak in that row would be in the line, yet its centre would not: no score could be fair to it.
+    Otherwise a peak in that row would be on the line, but its centre would count as a miss.
     """
-    top, bottom = line.boxes[0, [1, 3]] * INPUT_HEIGHT / line.picture.height
+    top, bottom = line.boxes[0, [1, 3]] * INPUT_HEIGHT / line.image.height
     for row in range(0, INPUT_HEIGHT, ROW):
         held = min(bottom, row + ROW) - max(top, row)
         if held > ROW / 3 and not top <= row + ROW / 2 < bottom:
@@ -40,19 +39,19 @@ def clear(line: Line) -> bool:
 
 
 def _first(split: str, count: int, part: str, faces: tuple[str, ...]) -> Iterator[Line]:
-    """The first `count` clear lines of a part of a split."""
+    """The first `count` scorable lines of a part of a split."""
     drawn = (sample_line(f"{SEEDS[split]}/{part}/{number}", faces=faces) for number in itertools.count())
-    return itertools.islice(filter(clear, drawn), count)
+    return itertools.islice(filter(is_scorable, drawn), count)
 
 
 def split_lines(split: str) -> list[Line]:
-    """The lines of a split: first those in faces of the training, then those in unseen ones."""
+    """The lines of a split: first those in training faces, then those in unseen faces."""
     seen, unseen = COUNTS[split]
     return [*_first(split, seen, "seen", ()), *_first(split, unseen, "unseen", UNSEEN_FACES)]
 
 
-def show_line() -> Line:
-    """The line for show: dark on light, a face of the training, no noise."""
+def default_line() -> Line:
+    """The default line: dark on light, a training face, no noise."""
     style = Style("DejaVuSerif", 20.0, 0.45, 0.35, 64, 0.9, (38, 38, 64), (250, 246, 232))
     return render("Total $12.50", style, np.random.default_rng(0))
 
@@ -62,20 +61,20 @@ def _json(line: Line, file: str) -> str:
 
 
 def write_split(folder: Path, split: str) -> int:
-    """Write pictures and labels.jsonl of a split to `folder`; the number of lines."""
+    """Write images and labels.jsonl of a split to `folder`; return the number of lines."""
     folder.mkdir(parents=True)
     lines = split_lines(split)
     labels = ""
     for number, line in enumerate(lines):
         file = f"{number:03d}.jpg"
-        line.picture.save(folder / file, quality=line.style.jpeg or QUALITY, optimize=True)
+        line.image.save(folder / file, quality=line.style.jpeg or QUALITY, optimize=True)
         labels += _json(line, file)
     (folder / "labels.jsonl").write_text(labels, encoding="utf-8")
     return len(lines)
 
 
 def write_lines(folder: Path) -> int:
-    """Write all splits to `folder`, which is replaced as a whole; the number of lines."""
+    """Write all splits to `folder`, which is replaced as a whole; return the number of lines."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     count = sum(write_split(fresh / split, split) for split in SEEDS)
@@ -84,20 +83,25 @@ def write_lines(folder: Path) -> int:
     return count
 
 
-def write_show(folder: Path) -> None:
-    """The picture that is shown when nothing is asked for, and its label."""
-    line = show_line()
-    line.picture.save(folder / "line.png", optimize=True)
+def write_default(folder: Path) -> None:
+    """Write the default line and its label."""
+    line = default_line()
+    line.image.save(folder / "line.png", optimize=True)
     (folder / "line.json").write_text(_json(line, "line.png"), encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the lines and the line for show."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DATA / "lines")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=DATA / "lines", help="folder to write; line.png goes beside it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the lines and the default line."""
+    arguments = build_parser().parse_args(argv)
     count = write_lines(arguments.out)
-    write_show(arguments.out.parent)
+    write_default(arguments.out.parent)
     print(f"{count} lines in {arguments.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What is written in the demo's text lines: words, pieces of receipts, and strings of random characters."""
+"""Generate the text of a demo line: words, pieces of receipts, or random characters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _cased(word: str, rng: random.Random) -> str:
 
 
 def words(rng: random.Random, longest: int) -> str:
-    """Everyday words, at most `longest` characters, sometimes with a mark between or after them."""
+    """Everyday words, at most `longest` characters, sometimes with punctuation between or after them."""
     text = _cased(rng.choice(WORDS), rng)
     while len(text) < longest and rng.random() < 0.7:
         text += rng.choices((" ", " & ", ", ", "-", "/", "'s "), (12, 1, 1, 1, 1, 1))[0]
@@ -71,7 +71,7 @@ def words(rng: random.Random, longest: int) -> str:
 
 
 def random_string(rng: random.Random, longest: int) -> str:
-    """Characters that nothing foretells; one in eight repeats the one before it."""
+    """Random characters; one in eight repeats the previous one."""
     letters = rng.choice((ALPHABET, ALPHABET, ALPHABET, string.ascii_letters, string.digits + ".-/ "))
     text = ""
     for _ in range(rng.randint(SHORTEST, longest)):
@@ -80,7 +80,7 @@ def random_string(rng: random.Random, longest: int) -> str:
 
 
 def sample_text(rng: random.Random, longest: int = LONGEST) -> str:
-    """A line of 3 to `longest` characters without blanks at its ends or two in a row."""
+    """A line of 3 to `longest` characters without leading, trailing or repeated spaces."""
     while True:
         kind = rng.random()
         if kind < 0.4:

@@ -1,4 +1,4 @@
-"""The four places: sky, ground and far scenery, drawn without anything that a caption could name.
+"""Draw the background of each place: sky, ground and distant scenery, without any object of the vocabulary.
 
 Frame: canvas pixels (x, y), origin top-left; lengths are fractions of `unit`, the short side in canvas pixels.
 """
@@ -33,7 +33,7 @@ WALLS: tuple[Colour, ...] = ((198, 164, 140), (178, 170, 160), (206, 190, 160), 
 
 
 def draw_background(place: str, size: tuple[int, int], unit: float, horizon: float, rng: random.Random) -> Image.Image:
-    """A picture of `size` (width, height) in canvas pixels; `horizon` is the y of the horizon in canvas pixels."""
+    """Draw an image of `size` (width, height) in canvas pixels; `horizon` is the y of the horizon in canvas pixels."""
     width, height = size
     image = _gradient(size, *rng.choice(SKIES[place]), bottom=horizon)
     draw = ImageDraw.Draw(image)
@@ -84,7 +84,7 @@ def _far_street(draw: ImageDraw.ImageDraw, width: int, unit: float, horizon: flo
 
 
 def _far_hills(colours: tuple[Colour, ...], steep: float) -> Far:
-    """Scenery of overlapping hills or peaks; `steep` 0 gives round hills, 1 gives peaks."""
+    """Scenery of overlapping hills or peaks; `steep` is the share of peaks."""
 
     def draw_hills(draw: ImageDraw.ImageDraw, width: int, unit: float, horizon: float, rng: random.Random) -> None:
         for colour in colours:
@@ -163,9 +163,9 @@ NEAR = {
 
 
 def add_noise(image: Image.Image, strength: float, cells: int, seed: int) -> Image.Image:
-    """Blotches of light and dark: `cells` noise cells along the short side, standard deviation `strength` levels.
+    """Add low-frequency noise: `cells` cells along the short side, standard deviation `strength` grey levels.
 
-    The cell is a fraction of the picture, not a pixel, so the noise looks the same at every resolution.
+    A cell is a fraction of the image, so the noise looks the same at every resolution.
     """
     width, height = image.size
     short = min(width, height)

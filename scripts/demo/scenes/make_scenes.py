@@ -2,7 +2,7 @@
 
     python -m scripts.demo.scenes.make_scenes
 
-The scenes follow from the seeds in `splits.py`; the same versions of Pillow and numpy write the same bytes.
+The seeds are in `splits.py`; the same versions of Pillow and numpy write the same bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ JPEG = {"quality": 80, "optimize": True, "progressive": True}
 
 
 def scene_captions(name: str, scene: Scene) -> list[list[Segment]]:
-    """Five different captions; the first one names every entity, the others all or some of them."""
+    """Five different captions; the first names every entity, the others name all or some of them."""
     rng = random.Random(f"captions of {name}")
     captions: list[list[Segment]] = []
     while len(captions) < CAPTIONS_PER_SCENE:
@@ -62,9 +62,9 @@ def marked(caption: Sequence[Segment], scene: Scene, first_chain: int) -> str:
 
 
 def annotation(file_name: str, size: tuple[int, int], boxes: np.ndarray, first_chain: int) -> str:
-    """The XML of one picture of `size` (width, height).
+    """The XML of one image of `size` (width, height).
 
-    `boxes` are half-open and 0-based, (x0, y0, x1, y1) in picture pixels; the file's are 1-based and inclusive.
+    `boxes` are half-open and 0-based, (x0, y0, x1, y1) in image pixels; the file's are 1-based and inclusive.
     """
     lines = ["<annotation>", f"  <filename>{escape(file_name)}</filename>"]
     lines.append(f"  <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>")
@@ -79,31 +79,31 @@ def annotation(file_name: str, size: tuple[int, int], boxes: np.ndarray, first_c
 
 
 def held_out_phrases() -> list[str]:
-    """Every form in which the held-out combinations can stand in a caption."""
+    """Every phrase that names a held-out combination."""
     forms = [phrase(entity, style, verb) for entity in HELD_OUT for style in STYLES for verb in ("in", "wearing")]
     return list(dict.fromkeys(forms))
 
 
 def swaps() -> dict[str, list[Any]]:
-    """Words that may stand for each other, and the combinations that training has seen: for telling wrong captions."""
+    """Groups of words that can replace each other in wrong captions, and the combinations used in training."""
     groups = (COLOURS, GARMENTS, PEOPLE, ANIMALS, THINGS)
     seen = [" ".join(filter(None, (entity.kind, entity.colour, entity.garment))) for entity in SEEN_ENTITIES]
     return {"groups": [list(group) for group in groups], "combinations": seen}
 
 
 def write_split(folder: Path, split: str, first_chain: int) -> tuple[list[tuple[str, str]], int]:
-    """Write the pictures, sentences and boxes of a split; its rows of captions.txt and the next free chain id."""
+    """Write the images, sentences and boxes of a split; return its rows of captions.txt and the next free chain id."""
     rows: list[tuple[str, str]] = []
     scenes = split_scenes(split)
     for name, scene in scenes.items():
-        picture, boxes = render(scene, SHORT_SIDE)
+        image, boxes = render(scene, SHORT_SIDE)
         file_name = f"{name}.jpg"
-        picture.save(folder / "Images" / file_name, **JPEG)
+        image.save(folder / "Images" / file_name, **JPEG)
         captions = scene_captions(name, scene)
         rows += [(file_name, join(caption)) for caption in captions]
         sentences = "\n".join(marked(caption, scene, first_chain) for caption in captions)
         (folder / "Sentences" / f"{name}.txt").write_text(sentences + "\n", encoding="utf-8")
-        xml = annotation(file_name, picture.size, boxes, first_chain)
+        xml = annotation(file_name, image.size, boxes, first_chain)
         (folder / "Annotations" / f"{name}.xml").write_text(xml, encoding="utf-8")
         first_chain += len(scene.entities)
     (folder / f"{split}.txt").write_text("\n".join(scenes) + "\n", encoding="utf-8")
@@ -111,7 +111,7 @@ def write_split(folder: Path, split: str, first_chain: int) -> tuple[list[tuple[
 
 
 def write_scenes(folder: Path) -> int:
-    """Write all splits to `folder`, which is replaced as a whole; the number of pictures."""
+    """Write all splits to `folder`, which is replaced as a whole; return the number of images."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     for part in ("Images", "Sentences", "Annotations"):
@@ -131,20 +131,25 @@ def write_scenes(folder: Path) -> int:
 
 
 def write_default(folder: Path) -> None:
-    """The picture that is shown when nothing is asked for, at the best quality, and where its scene is."""
-    picture, _ = render(default_scene(), SHORT_SIDE)
-    picture.save(folder / "default.jpg", quality=94, subsampling=0, optimize=True)
+    """Write the default image in high quality, and the path of its scene."""
+    image, _ = render(default_scene(), SHORT_SIDE)
+    image.save(folder / "default.jpg", quality=94, subsampling=0, optimize=True)
     (folder / "default.txt").write_text(f"scenes/Images/{DEFAULT_ID}.jpg\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the scenes and the default picture."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DATA / "scenes")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=DATA / "scenes", help="folder to write; default.jpg goes beside it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the scenes and the default image."""
+    arguments = build_parser().parse_args(argv)
     count = write_scenes(arguments.out)
     write_default(arguments.out.parent)
-    print(f"{count} pictures in {arguments.out}")
+    print(f"{count} images in {arguments.out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A pen for one sprite: shapes in the sprite's own design units, drawn on a transparent layer.
+"""Draw shapes of one sprite in design units on a transparent layer.
 
 Design frame: origin top-left, x right, y down, the design height is 100 units for every sprite.
 """
@@ -14,14 +14,14 @@ INK: Colour = (38, 32, 40)
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """`colour` made darker (factor < 1) or lighter (factor > 1, towards white)."""
+    """A darker (factor < 1) or lighter (factor > 1, towards white) `colour`."""
     if factor <= 1:
         return tuple(int(channel * factor) for channel in colour)
     return tuple(int(channel + (255 - channel) * (factor - 1)) for channel in colour)
 
 
 class Pen:
-    """Draws filled shapes with a thin dark outline; `width` x 100 design units on a layer of `scale` pixels a unit."""
+    """Draws outlined shapes on a layer of `width` x 100 design units with `scale` pixels per unit."""
 
     def __init__(self, width: float, scale: float, flip: bool = False) -> None:
         self.width, self.scale, self.flip = width, scale, flip
@@ -31,7 +31,7 @@ class Pen:
         self.stroke = max(1, round(0.9 * scale))
 
     def at(self, x: float, y: float) -> Point:
-        """Design units to layer pixels."""
+        """Convert design units to layer pixels."""
         if self.flip:
             x = self.width - x
         return (x + 1) * self.scale, (y + 1) * self.scale
@@ -50,7 +50,7 @@ class Pen:
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, fill: Colour | None, outline: Colour | None = INK
     ) -> None:
-        """An ellipse with centre (x, y) and half axes rx, ry; without `fill` its rim alone."""
+        """An ellipse with centre (x, y) and half axes rx, ry; without `fill` only its outline."""
         width = self.stroke if outline is not None else 0
         self.draw.ellipse(self._frame(x, y, rx, ry), fill=fill, outline=outline, width=width)
 

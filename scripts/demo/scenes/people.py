@@ -1,4 +1,4 @@
-"""The four people: told apart by hair, beard, face, height and build, dressed in one named garment.
+"""Draw the four kinds of people, which differ in hair, beard, face, height and build, with one named garment.
 
 Design frame as in `pen.py`: 100 units high. Adults have a smaller head and longer legs than children.
 """
@@ -11,7 +11,7 @@ from scripts.demo.scenes.pen import INK, Colour, Pen, shade
 
 PERSON_WIDTH = 60.0
 SKINS: tuple[Colour, ...] = ((250, 215, 186), (236, 190, 150), (198, 140, 98), (141, 92, 62))
-# Hair is never of a colour that clothes have, or "red" could be answered by a head.
+# Hair never has a colour of clothes; otherwise "red" could refer to a head.
 HAIRS: tuple[Colour, ...] = ((46, 34, 30), (92, 58, 34), (132, 88, 50))
 FAIR_HAIRS: tuple[Colour, ...] = ((92, 58, 34), (150, 104, 58), (196, 152, 88))
 PLAIN_TOP: Colour = (176, 166, 156)
@@ -21,7 +21,7 @@ MIDDLE = PERSON_WIDTH / 2
 
 
 def draw_person(pen: Pen, kind: str, garment: str, colour: Colour, rng: random.Random) -> None:
-    """Draw a man, woman, boy or girl whose `garment` has `colour`; whatever else is worn is plain."""
+    """Draw a man, woman, boy or girl whose `garment` has `colour`; all other clothes are plain."""
     adult = kind in ("man", "woman")
     skin = rng.choice(SKINS)
     hair = _pick_hair(kind, skin, rng)
@@ -42,7 +42,7 @@ def _pick_hair(kind: str, skin: Colour, rng: random.Random) -> Colour:
 
 
 def _hair_behind(pen: Pen, kind: str, head: tuple[float, float, float], hair: Colour) -> None:
-    """Long hair of a woman, bunches of a girl: what lies behind head and shoulders."""
+    """Hair behind head and shoulders: long for a woman, bunches for a girl."""
     x, y, r = head
     if kind == "woman":
         pen.ellipse(x, y - 1, r + 3.5, r + 2, hair)
@@ -137,7 +137,7 @@ def _head(pen: Pen, kind: str, head: tuple[float, float, float], skin: Colour, h
 
 
 def _beard(pen: Pen, head: tuple[float, float, float], hair: Colour) -> None:
-    """A full beard with a mouth in it: the sign of a man that survives at low resolution."""
+    """A full beard with a mouth: it identifies a man even at low resolution."""
     x, y, r = head
     pen.chord(x, y + 1.2, r + 0.4, r + 1.6, 17, 163, hair)
     pen.ellipse(x, y + r * 0.58, r * 0.28, r * 0.11, (214, 120, 110), outline=None)

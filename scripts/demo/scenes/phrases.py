@@ -1,7 +1,7 @@
-"""Words for entities: phrases, captions of several phrases, and one-attribute swaps of them.
+"""Generate phrases for entities and captions of several phrases, in lower case.
 
-A caption is a list of segments `(text, entity index or None)`, so that the same caption can be written plainly or with
-the phrase marks of the Flickr30k Entities layout. All text is lower case.
+A caption is a list of segments `(text, entity index or None)`, so that it can be printed as plain text or with the
+phrase marks of the Flickr30k Entities layout.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ VOCABULARY = tuple(
 
 @dataclass(frozen=True)
 class Query:
-    """What a phrase asks for; None matches anything. A full query has the three attributes of one entity."""
+    """The attributes named by a phrase; None matches any value. A full query has all attributes of one entity."""
 
     kind: str | None = None
     colour: str | None = None
     garment: str | None = None
 
     def matches(self, entity: Entity) -> bool:
-        """Is every attribute that is asked for the entity's?"""
+        """Whether the entity has every attribute of the query."""
         return (
             self.kind in (None, entity.kind)
             and self.colour in (None, entity.colour)
@@ -46,7 +46,7 @@ class Query:
 
 
 def full_query(entity: Entity) -> Query:
-    """The query that names the entity by all its attributes."""
+    """The query with all attributes of the entity."""
     return Query(entity.kind, entity.colour, entity.garment)
 
 
@@ -70,16 +70,16 @@ def phrase(query: Query | Entity, style: str = "bare", verb: str = "in") -> str:
 
 
 def random_phrase(query: Query | Entity, rng: random.Random) -> str:
-    """The phrase in a random form: half of the time bare, as people type it."""
+    """The phrase in a random form; half of them are bare, as people type them."""
     style = rng.choices(STYLES, (3, 5, 2))[0]
     return phrase(query, style, "wearing" if rng.random() < 0.12 else "in")
 
 
 @dataclass(frozen=True)
 class CaptionPlan:
-    """Everything about a caption but the entities: so that a swapped caption differs in one phrase alone."""
+    """A caption without its entities, so that a caption with a swapped entity differs in one phrase only."""
 
-    order: tuple[int, ...]  # which entities of the scene are named, in this order
+    order: tuple[int, ...]  # indices of the named entities
     style: str
     verb: str
     opening: str

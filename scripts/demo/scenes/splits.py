@@ -1,4 +1,4 @@
-"""The shipped validation and test scenes: which ones there are, from fixed seeds, and the picture made for show."""
+"""The shipped validation and test scenes, generated from fixed seeds, and the default scene."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEEDS = {"val": 101, "test": 202}
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How many scenes of 1, 2, 3 and 4 entities a split has, and every how many scenes one has a held-out entity."""
+    """Number of scenes by number of entities; every `held_out_every`-th scene contains a held-out entity."""
 
     counts: dict[int, int]
     held_out_every: int | None
@@ -28,7 +28,7 @@ PLANS = {
 
 
 def split_scenes(split: str) -> dict[str, Scene]:
-    """Scene by id, in the order of the split file; the test split begins with the default scene."""
+    """Scenes by id, in the order of the split file; the test split begins with the default scene."""
     plan, rng = PLANS[split], random.Random(SEEDS[split])
     counts = [count for count, times in plan.counts.items() for _ in range(times)]
     rng.shuffle(counts)
@@ -46,8 +46,8 @@ DEFAULT_ID = "test_default"
 def default_scene() -> Scene:
     """A man in a red jacket among near-misses: a man in a blue jacket, a woman in a red jacket, and a dog.
 
-    The arrangement was picked, from 72 that were tried, among those where the trained model points right: a picture
-    for show, no evidence.
+    The arrangement was selected from 72, among those where the trained model points correctly: it is an illustration,
+    not evidence.
     """
     placed = (
         Placed(Entity("man", "red", "jacket"), 0.165, 0.80, 0.535, flip=False),

@@ -1,6 +1,6 @@
-"""Animals and things, and the table of every sprite's shape and size in the world.
+"""Draw animals and objects; proportions and size of every sprite.
 
-Design frame as in `pen.py`: 100 units high; animals and vehicles look to the right unless the pen is flipped.
+Design frame as in `pen.py`: 100 units high; animals and vehicles face right unless the pen is flipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAINT: dict[str, Colour] = {
     "brown": (134, 82, 44),
     "grey": (146, 148, 154),
 }
-# Design width for a height of 100, and the height in the world (short side of the picture = 1) at full size.
+# Design width for a height of 100, and the height in the world (short side of the image = 1) at full size.
 SHAPES: dict[str, tuple[float, float]] = {
     "man": (PERSON_WIDTH, 0.60),
     "woman": (PERSON_WIDTH, 0.58),
@@ -43,7 +43,7 @@ TYRE: Colour = (44, 44, 50)
 
 
 def draw_entity(pen: Pen, entity: Entity, rng: random.Random) -> None:
-    """Draw `entity` with its colour slightly varied."""
+    """Draw `entity` in a slightly varied colour."""
     colour = tuple(min(255, max(0, channel + rng.randint(-9, 9))) for channel in PAINT[entity.colour])
     if entity.kind in PEOPLE:
         draw_person(pen, entity.kind, entity.garment, colour, rng)

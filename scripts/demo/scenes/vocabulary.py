@@ -1,7 +1,6 @@
-"""What can be in a scene and what it is called: kinds, colours, garments, and the combinations kept out of training.
+"""Vocabulary of the demo scenes: kinds, colours, garments, and the combinations held out of training.
 
-An entity is three attributes: `kind` ("man", "dog", "car"), `colour`, and for people the `garment` that has
-that colour.
+An entity has three attributes: `kind` ("man", "dog", "car"), `colour`, and for people the `garment` of that colour.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ GARMENTS = ("jacket", "shirt", "dress", "hat")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "purple", "orange", "pink", "brown", "grey")
 PLACES = {"street": "on the street", "grass": "on the grass", "beach": "on the beach", "snow": "in the snow"}
 
-# The colours each kind comes in; people are coloured by their garment.
+# Possible colours of each kind; for people, the colours of their garment.
 CLOTHES_COLOURS = ("red", "blue", "green", "yellow", "black", "white", "purple", "orange", "pink")
 PAINT_COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "pink")
 KIND_COLOURS = {
@@ -49,16 +48,15 @@ ENTITY_TYPES = {
 
 @dataclass(frozen=True)
 class Entity:
-    """One thing in a scene by its attributes; `garment` is None unless it is a person."""
+    """One object in a scene, given by its attributes; `garment` is None unless it is a person."""
 
     kind: str
     colour: str
     garment: str | None = None
 
 
-# Never rendered, named or used as a negative in training; a share of the test scenes has them, so that they can be
-# scored apart from the combinations that training has seen. Each single attribute and each pair inside a combination
-# with three attributes is seen in training.
+# Never rendered, named or used as a negative in training. Some test scenes contain them, so that they are scored
+# separately. Each single attribute, and each pair of attributes of a combination with three, occurs in training.
 HELD_OUT = (
     Entity("man", "purple", "jacket"),
     Entity("woman", "green", "dress"),

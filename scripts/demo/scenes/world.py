@@ -1,6 +1,6 @@
-"""Scenes: which entities are in a picture, where they stand, and the rendering with exact boxes.
+"""Sample scenes (entities and their positions) and render them with exact boxes.
 
-World frame: (x, y), origin at the top-left corner of the centre crop, which is the unit square; the picture may be
+World frame: (x, y), origin at the top-left corner of the centre crop, which is the unit square; the image may be
 larger than the crop on its longer side. Every entity lies inside the crop.
 """
 
@@ -27,7 +27,7 @@ SEEN_BY_KIND = {kind: [entity for entity in SEEN_ENTITIES if entity.kind == kind
 
 @dataclass(frozen=True)
 class Placed:
-    """An entity with its place: horizontal centre, y of its feet and height, in world units."""
+    """An entity with its position: horizontal centre, y of its feet, and height, in world units."""
 
     entity: Entity
     x: float
@@ -37,7 +37,7 @@ class Placed:
 
     @property
     def width(self) -> float:
-        """In world units."""
+        """Width in world units."""
         return self.height * SHAPES[self.entity.kind][0] / 100
 
     def extent(self) -> tuple[float, float, float, float]:
@@ -47,21 +47,21 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that determines a picture, independent of its resolution."""
+    """Description of an image, independent of its resolution."""
 
     place: str
     placed: tuple[Placed, ...]
     seed: int
-    aspect: float = 1.0  # width / height of the picture
+    aspect: float = 1.0  # width / height of the image
 
     @property
     def entities(self) -> tuple[Entity, ...]:
-        """In the order of `placed`, which is that of the boxes: back to front."""
+        """The entities in the order of `placed` and of the boxes: back to front."""
         return tuple(item.entity for item in self.placed)
 
 
 def sample_entities(count: int, rng: random.Random, held_out: bool = False) -> list[Entity]:
-    """`count` different entities; about half of the added ones differ from one already there in one attribute.
+    """Draw `count` different entities; about half of them differ from an earlier one in exactly one attribute.
 
     Combinations of `HELD_OUT` are drawn only with `held_out`.
     """
@@ -79,7 +79,7 @@ def sample_entities(count: int, rng: random.Random, held_out: bool = False) -> l
 
 
 def place_entities(entities: Sequence[Entity], rng: random.Random) -> tuple[Placed, ...] | None:
-    """Non-overlapping places for all entities, or None when 60 draws for one of them found no free place."""
+    """Draw non-overlapping positions for all entities; None if 60 draws for one of them found no free position."""
     crowd = {1: 1.1, 2: 1.03, 3: 0.95, 4: 0.86}.get(len(entities), 0.75)
     placed: list[Placed] = []
     for entity in sorted(entities, key=lambda item: -(SHAPES[item.kind][1] ** 2) * SHAPES[item.kind][0]):
@@ -110,7 +110,7 @@ def _overlap(a: Sequence[float], b: Sequence[float], gap: float = 0.012) -> bool
 def sample_scene(
     rng: random.Random, count: int, aspect: float = 1.0, held_out: bool = False, require: Entity | None = None
 ) -> Scene:
-    """A scene of `count` entities, `require` among them; entities are drawn anew until all find a place."""
+    """Draw a scene of `count` entities that contains `require`; repeat until all entities fit."""
     while True:
         entities = sample_entities(count, rng, held_out)
         if require is not None and require not in entities:
@@ -125,20 +125,20 @@ def sample_scene(
             return Scene(rng.choice(tuple(PLACES)), placed, rng.randrange(2**31), aspect)
 
 
-def picture_size(aspect: float, short_side: int) -> tuple[int, int]:
-    """(width, height) in pixels of a picture with this aspect ratio and short side."""
+def image_size(aspect: float, short_side: int) -> tuple[int, int]:
+    """(width, height) in pixels of an image with this aspect ratio and short side."""
     if aspect >= 1:
         return round(short_side * aspect), short_side
     return short_side, round(short_side / aspect)
 
 
 def render(scene: Scene, short_side: int) -> tuple[Image.Image, np.ndarray]:
-    """The picture and the boxes of its entities in the order of `scene.placed`.
+    """Render the image and the boxes of its entities, in the order of `scene.placed`.
 
-    Boxes: (N, 4) int, (x0, y0, x1, y1) in picture pixels, origin top-left, half-open: exactly the visible extent.
+    Boxes: (N, 4) int, (x0, y0, x1, y1) in image pixels, origin top-left, half-open: exactly the visible extent.
     """
     rng = random.Random(scene.seed)
-    width, height = picture_size(scene.aspect, short_side)
+    width, height = image_size(scene.aspect, short_side)
     unit = short_side * SUPERSAMPLING
     canvas_size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     left, top = (canvas_size[0] - unit) // 2, (canvas_size[1] - unit) // 2
@@ -148,13 +148,13 @@ def render(scene: Scene, short_side: int) -> tuple[Image.Image, np.ndarray]:
     canvas = add_noise(canvas, *noise)
     _shadows(canvas, scene, unit, (left, top))
     boxes = [_stamp(canvas, item, unit, (left, top), rng) for item in scene.placed]
-    picture = canvas.reduce(SUPERSAMPLING)
+    image = canvas.reduce(SUPERSAMPLING)
     light = rng.uniform(0.92, 1.06)
-    return picture.point(lambda level: min(255, int(level * light))), np.array(boxes, dtype=np.int64).reshape(-1, 4)
+    return image.point(lambda level: min(255, int(level * light))), np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
 
 def _shadows(canvas: Image.Image, scene: Scene, unit: float, corner: tuple[int, int]) -> None:
-    """A soft shadow under every entity, darkening the ground; it is no part of the entity's box."""
+    """A soft shadow under every entity, darkening the ground; it is not part of the entity's box."""
     mask = Image.new("L", canvas.size, 0)
     draw = ImageDraw.Draw(mask)
     for item in scene.placed:
@@ -167,7 +167,7 @@ def _shadows(canvas: Image.Image, scene: Scene, unit: float, corner: tuple[int, 
 def _stamp(
     canvas: Image.Image, item: Placed, unit: float, corner: tuple[int, int], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Draw one entity on the canvas; its visible extent in picture pixels, half-open."""
+    """Draw one entity on the canvas; its visible extent in image pixels, half-open."""
     pen = Pen(SHAPES[item.entity.kind][0], item.height * unit / 100, item.flip)
     draw_entity(pen, item.entity, rng)
     x0, y0, x1, y1 = pen.layer.getbbox()

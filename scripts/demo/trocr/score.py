@@ -1,8 +1,8 @@
-"""How well the demo TrOCR reads, and how often its maps peak in the box of the character: for monitoring.
+"""Score the demo TrOCR: character error rate, and share of map peaks in the box of the character.
 
     python -m scripts.demo.trocr.score [--split test]
 
-Maps are made in plain code of this file, apart from the toolkit's own.
+The maps are computed in this file, independently of the toolkit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import VisionEncoderDecoderModel, ViTImageProcessor
 
-from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH, Line, squash
+from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH, Line, resize_to_input
 from scripts.demo.paths import DATA, MODELS
 from scripts.demo.trocr.model import EOS, MAX_TOKENS, build_tokenizer, grid, patch_of
 
@@ -27,14 +27,14 @@ LINES = DATA / "lines"
 CHUNK = 50
 
 
-def pixel_values(pictures: torch.Tensor) -> torch.Tensor:
+def pixel_values(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, 32, 256) float32 from uint8, as the image processor scales."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class LineSet:
-    """Lines ready for the model; boxes in pixels of its input."""
+    """Preprocessed lines; boxes in pixels of the model's input."""
 
     texts: list[str]
     labels: list[dict[str, Any]]
@@ -44,19 +44,21 @@ class LineSet:
 
 
 def line_set(lines: Sequence[Line]) -> LineSet:
-    """The lines as the model takes them, from memory."""
-    pixels = pixel_values(torch.from_numpy(np.stack([squash(line.picture) for line in lines])).permute(0, 3, 1, 2))
-    boxes = [_squash_boxes(line.boxes, line.picture.size) for line in lines]
+    """Preprocess rendered lines."""
+    pixels = pixel_values(
+        torch.from_numpy(np.stack([resize_to_input(line.image) for line in lines])).permute(0, 3, 1, 2)
+    )
+    boxes = [_boxes_in_input(line.boxes, line.image.size) for line in lines]
     return _tokenised([line.label() for line in lines], pixels, boxes)
 
 
 def load_split(split: str, processor: ViTImageProcessor) -> LineSet:
-    """The shipped lines of a split, through the image processor."""
+    """Load the shipped lines of a split and preprocess them with the image processor."""
     folder = LINES / split
     labels = [json.loads(line) for line in (folder / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
-    pictures = [Image.open(folder / label["file"]).convert("RGB") for label in labels]
-    boxes = [_squash_boxes(np.array(label["chars"]), p.size) for label, p in zip(labels, pictures, strict=True)]
-    return _tokenised(labels, processor(pictures, return_tensors="pt")["pixel_values"], boxes)
+    images = [Image.open(folder / label["file"]).convert("RGB") for label in labels]
+    boxes = [_boxes_in_input(np.array(label["chars"]), p.size) for label, p in zip(labels, images, strict=True)]
+    return _tokenised(labels, processor(images, return_tensors="pt")["pixel_values"], boxes)
 
 
 def _tokenised(labels: list[dict[str, Any]], pixels: torch.Tensor, boxes: list[np.ndarray]) -> LineSet:
@@ -65,14 +67,14 @@ def _tokenised(labels: list[dict[str, Any]], pixels: torch.Tensor, boxes: list[n
     return LineSet(texts, labels, pixels, ids, boxes)
 
 
-def _squash_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes in pixels of a picture of `size` (width, height), in pixels of the model's input."""
+def _boxes_in_input(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Convert boxes from pixels of an image of `size` (width, height) to pixels of the model's input."""
     x, y = INPUT_WIDTH / size[0], INPUT_HEIGHT / size[1]
     return boxes * [x, y, x, y]
 
 
 def edit_distance(one: str, two: str) -> int:
-    """Fewest insertions, deletions and substitutions between two texts."""
+    """Levenshtein distance between two texts."""
     row = list(range(len(two) + 1))
     for i, a in enumerate(one, 1):
         before, row[0] = row[0], i
@@ -82,8 +84,8 @@ def edit_distance(one: str, two: str) -> int:
 
 
 @torch.no_grad()
-def read(model: VisionEncoderDecoderModel, pixels: torch.Tensor) -> list[str]:
-    """The texts that greedy decoding reads."""
+def recognise(model: VisionEncoderDecoderModel, pixels: torch.Tensor) -> list[str]:
+    """Generate the texts of lines by greedy decoding."""
     texts: list[str] = []
     for chunk in pixels.split(CHUNK):
         texts += build_tokenizer().batch_decode(
@@ -93,33 +95,33 @@ def read(model: VisionEncoderDecoderModel, pixels: torch.Tensor) -> list[str]:
 
 
 def character_errors(texts: Sequence[str], truths: Sequence[str]) -> float:
-    """Edit distance over the number of true characters."""
+    """Character error rate: edit distance over the number of true characters."""
     return sum(map(edit_distance, texts, truths)) / sum(map(len, truths))
 
 
 def cross_maps(model: VisionEncoderDecoderModel, data: LineSet) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Cross-attention and gradient x cross-attention (N, T, rows, columns) of the last layer, and accuracy.
 
-    The true text is given. Row t belongs to the t-th character of the text. The class token's column is left out.
+    Teacher forcing with the true text; row t belongs to its t-th character. The column of the class token is dropped.
     """
     plain, weighted, right = [], [], []
     for pixels, ids in zip(data.pixels.split(CHUNK), data.ids.split(CHUNK), strict=True):
         out = model(pixels, decoder_input_ids=ids[:, :-1], output_attentions=True)
         attention = out.cross_attentions[-1]  # (B, heads, T, 1 + patches)
-        # Row t of the last cross-attention reaches only the logits of step t: one backward pass serves all.
+        # Row t of the last cross-attention affects only the logits of step t, so one backward pass is enough.
         chosen = out.logits.gather(-1, ids[:, 1:, None]).sum()
         gradient = torch.autograd.grad(chosen, attention)[0]
         maps = attention[..., 1:].unflatten(-1, grid(patch_of(model)))
         slope = gradient[..., 1:].unflatten(-1, grid(patch_of(model)))
         plain.append(maps.mean(1).detach())
         weighted.append((maps * slope).relu().mean(1).detach())
-        written = ids[:, 1:] > EOS
-        right.append((out.logits.argmax(-1) == ids[:, 1:])[written])
+        visible = ids[:, 1:] > EOS
+        right.append((out.logits.argmax(-1) == ids[:, 1:])[visible])
     return torch.cat(plain), torch.cat(weighted), torch.cat(right).float().mean().item()
 
 
 def own_box(maps: torch.Tensor, boxes: Sequence[np.ndarray]) -> list[list[bool]]:
-    """For each line and character: does the centre of the strongest patch lie in the character's box?"""
+    """For each line and character, whether the centre of the highest patch lies in the character's box."""
     rows, columns = maps.shape[-2:]
     hits = []
     for of_line, line_boxes in zip(maps, boxes, strict=True):
@@ -130,50 +132,50 @@ def own_box(maps: torch.Tensor, boxes: Sequence[np.ndarray]) -> list[list[bool]]
     return hits
 
 
-def _share(hits: Sequence[Sequence[bool]], texts: Sequence[str], blanks: bool = True) -> float:
-    """The share of hits among all characters, or among those that have ink."""
+def _share(hits: Sequence[Sequence[bool]], texts: Sequence[str], spaces: bool = True) -> float:
+    """Share of hits among all characters, or among all but spaces."""
     pairs = zip(hits, texts, strict=True)
-    flat = [hit for line, text in pairs for hit, c in zip(line, text, strict=True) if blanks or c != " "]
+    flat = [hit for line, text in pairs for hit, c in zip(line, text, strict=True) if spaces or c != " "]
     return sum(flat) / max(1, len(flat))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was read, and where the maps peak, line by line."""
+    """Generated texts and hits of the map peaks, by line."""
 
-    read: list[str]
+    recognised: list[str]
     attention: list[list[bool]]
     gradient: list[list[bool]]
-    accuracy: float  # share of characters that are right when those before are given
+    accuracy: float  # share of correct characters under teacher forcing
 
-    def figures(self, data: LineSet, rows: Sequence[int] | None = None) -> dict[str, float]:
-        """Character error rate and shares of peaks in the own box, of all lines or some; `_ink`: without blanks."""
-        rows = range(len(self.read)) if rows is None else rows
+    def rates(self, data: LineSet, rows: Sequence[int] | None = None) -> dict[str, float]:
+        """Character error rate, and shares of peaks in the character's box, of all or some lines; `_ink`: no spaces."""
+        rows = range(len(self.recognised)) if rows is None else rows
         texts = [data.texts[row] for row in rows]
-        figures = {"cer": character_errors([self.read[row] for row in rows], texts)}
+        rates = {"cer": character_errors([self.recognised[row] for row in rows], texts)}
         for name, hits in (("attention", self.attention), ("gradient", self.gradient)):
             chosen = [hits[row] for row in rows]
-            figures[name] = _share(chosen, texts)
-            figures[f"{name}_ink"] = _share(chosen, texts, blanks=False)
-        return figures
+            rates[name] = _share(chosen, texts)
+            rates[f"{name}_ink"] = _share(chosen, texts, spaces=False)
+        return rates
 
 
 def score(model: VisionEncoderDecoderModel, data: LineSet) -> Scores:
-    """Read the lines, and make both maps of every character."""
+    """Generate the texts of the lines, and score both maps of every character."""
     training = model.training
     model.eval()
     plain, weighted, accuracy = cross_maps(model, data)
-    scores = Scores(read(model, data.pixels), own_box(plain, data.boxes), own_box(weighted, data.boxes), accuracy)
+    scores = Scores(recognise(model, data.pixels), own_box(plain, data.boxes), own_box(weighted, data.boxes), accuracy)
     model.train(training)
     return scores
 
 
 def _height(label: dict[str, Any], side: int) -> float:
-    """Upper (1) or lower (3) edge of the line box, in pixels of the input."""
+    """Upper (`side` 1) or lower (3) edge of the line box, in pixels of the input."""
     return label["chars"][0][side] * INPUT_HEIGHT / label["height"]
 
 
-# Groups of lines that are scored apart; the last holds those that only one of the two rows of patches is centred in.
+# Groups of lines with separate scores; in the last, the centre of only one of the two rows of patches is in the line.
 GROUPS = {
     "all": lambda _: True,
     "seen faces": lambda label: not label["unseen_face"],
@@ -186,22 +188,27 @@ GROUPS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures of a split, group by group."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--model", type=Path, default=MODELS / "trocr")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="lines to score on")
+    parser.add_argument("--model", type=Path, default=MODELS / "trocr", help="folder of the model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the scores of a split for each group of lines."""
+    arguments = build_parser().parse_args(argv)
     model = VisionEncoderDecoderModel.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
     data = load_split(arguments.split, ViTImageProcessor.from_pretrained(arguments.model))
     scores = score(model, data)
     for name, belongs in GROUPS.items():
         rows = [row for row, label in enumerate(data.labels) if belongs(label)]
-        shown = {key: round(value, 4) for key, value in scores.figures(data, rows).items()}
+        shown = {key: round(value, 4) for key, value in scores.rates(data, rows).items()}
         print(f"{name:20s} {len(rows):4d} lines", json.dumps(shown))
-    for row, (text, truth) in enumerate(zip(scores.read, data.texts, strict=True)):
+    for row, (text, truth) in enumerate(zip(scores.recognised, data.texts, strict=True)):
         if text != truth:
-            print(f"{row:4d} {truth!r} read as {text!r} ({data.labels[row]['face']})")
+            print(f"{row:4d} {truth!r} recognised as {text!r} ({data.labels[row]['face']})")
     return 0
 
 

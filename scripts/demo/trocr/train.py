@@ -82,7 +82,7 @@ class CtcHead(nn.Module):
         self.head = nn.Linear(WIDTH, characters)
 
     def forward(self, patches: torch.Tensor, shape: tuple[int, int], labels: torch.Tensor) -> torch.Tensor:
-        """The CTC loss; `patches` (B, rows * columns, width), `labels` (B, T) with padding, which is also the blank."""
+        """The CTC loss of `patches` (B, rows * columns, width) and `labels` (B, T), whose padding is the CTC blank."""
         scores = self.head(patches).float().unflatten(1, shape).logsumexp(1)  # (B, columns, characters)
         visible = labels > EOS
         steps = torch.full((len(labels),), shape[1])
@@ -162,7 +162,7 @@ class LineTraining(Training):
     def validate(self) -> dict[str, float]:
         """Character error rate, pointing and token accuracy on the validation lines."""
         scores = score(self.model, self.data)
-        return {**scores.figures(self.data), "accuracy": scores.accuracy}
+        return {**scores.rates(self.data), "accuracy": scores.accuracy}
 
     def export(self) -> None:
         """Write the checkpoint."""
