@@ -11,7 +11,7 @@ from grounding import explain
 from grounding.demo import demo_model
 from tests.conftest import noise
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "data/demo/classes").glob("*.jpg"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-LINES = Path(__file__).resolve().parents[1] / "data/demo/lines"
+LINES = Path(__file__).resolve().parents[2] / "data/demo/lines"
 
 
 def labels(split):
