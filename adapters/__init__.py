@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapters._table import ADAPTERS
+from adapters.table import ADAPTERS
 
 if TYPE_CHECKING:
-    from grounding.adapter import Adapter
+    from grounding.adapter.base import Adapter
 
 __all__ = ["ADAPTERS", "load"]
 
@@ -22,7 +22,7 @@ def load(checkpoint: str | None = None, **options: Any) -> Adapter:
     checkpoint's own elsewhere), `revision`, `trust_remote_code` (needs a pinned `revision`), `local_files_only`.
     Raises ModelError, one line: unknown or unreachable id, unsupported architecture, unsafe weights.
     """
-    from adapters._loading import load as load_checkpoint
+    from adapters.loading import load as load_checkpoint
 
     return load_checkpoint(checkpoint, **options)
 

@@ -16,8 +16,8 @@ import json
 import os
 import sys
 
-from grounding import cli
-from grounding.tables import table
+from grounding.cli.main import run
+from grounding.explanation.text_table import table
 
 FAMILIES = ("clip", "trocr", "flava", "classifier", "batch")
 
@@ -72,7 +72,7 @@ def benchmark(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 with one line."""
-    return cli.run(benchmark, parser().parse_args(argv))
+    return run(benchmark, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli, cli_scores
+from grounding.cli import evaluate, options
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.model_options(made)
+    options.model_options(made)
     group = made.add_argument_group("data")
     group.add_argument("--data", metavar="DIR", help="like Flickr30k Entities, or lines with labels.jsonl")
     group.add_argument("--split", help="as in <split>.txt or <split>/labels.jsonl (default: test)")
     group.add_argument("--run", metavar="DIR", help="a run of ground_flickr30k.py: score its maps, without the model")
-    group.add_argument("--protocol", nargs="+", choices=cli_scores.PROTOCOLS, help="of a run (default: all it can)")
+    group.add_argument("--protocol", nargs="+", choices=evaluate.PROTOCOLS, help="of a run (default: all it can)")
     group.add_argument("--captions", choices=["first", "all"], help="whose phrases (default: first; with --run: all)")
     group.add_argument("--min-entities", type=int, metavar="N", help="boxed entities a picture needs (demo: 3; else 1)")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N pictures that qualify, or lines")
@@ -52,26 +53,26 @@ def parser() -> argparse.ArgumentParser:
 def score(args: argparse.Namespace) -> int:
     """Score, print, write; a picture that fails costs a warning, not the others' results."""
     from adapters import load
-    from grounding import evaluations, scorecard
-    from grounding.demo import demo_model
+    from grounding.core.demo import demo_model
+    from grounding.evaluation import kinds, report
 
     loading = {"device": args.device, "dtype": args.dtype, "revision": args.revision}
     adapter = load(args.model, **loading) if args.model and not args.data else None  # it decides which demo data
-    kind = evaluations.evaluation_of(args.data) if args.data else evaluations.suited(adapter)
-    rules = kind.rules_of({name: getattr(args, name) for name in evaluations.OPTIONS})
+    kind = kinds.evaluation_of(args.data) if args.data else kinds.suited(adapter)
+    rules = kind.rules_of({name: getattr(args, name) for name in kinds.OPTIONS})
     dataset = kind.open(args.data or kind.demo(), args.split)
-    path = scorecard.check_file(args.output) if args.output else None
-    how = cli.explain_keywords(args) | ({} if args.methods else {"methods": None})
+    path = report.check_file(args.output) if args.output else None
+    request = options.request_of(args)
     default = str(demo_model("trocr")) if kind.name == "lines" else None
     adapter = adapter or load(args.model or default, **loading)
-    document = kind.score(adapter, dataset, rules, progress=sys.stderr.isatty() and not args.quiet, **how)
-    return cli_scores.tell(args, document, [document], kind.markdown, path)
+    document = kind.score(adapter, dataset, rules, request, progress=sys.stderr.isatty() and not args.quiet)
+    return evaluate.tell(args, document, [document], kind.markdown, path)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option makes no sense, 130 interrupted."""
-    args = cli.parse(parser(), argv)
-    return cli.run(cli_scores.score_run if args.run or args.protocol else score, args)
+    args = parse(parser(), argv)
+    return run(evaluate.score_run if args.run or args.protocol else score, args)
 
 
 if __name__ == "__main__":

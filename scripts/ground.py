@@ -10,32 +10,34 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli, cli_report
+from grounding.cli import options
+from grounding.cli import report as cli_report
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--caption", metavar="TEXT", help="the text to ground (default: what the model writes, if any)")
-    cli.image_options(made)
-    cli.model_options(made)
-    cli.explain_options(made)
-    cli.figure_options(made)
-    cli.output_options(made)
+    options.image_options(made)
+    options.model_options(made)
+    options.explain_options(made)
+    options.figure_options(made)
+    options.output_options(made)
     return made
 
 
 def ground(args: argparse.Namespace) -> int:
     """Explain every picture; a failing one costs its own line and the exit code, never the others' results."""
     from adapters import load
-    from grounding.demo import demo_picture
-    from grounding.engine import explain
-    from grounding.errors import OptionError, TextError
-    from grounding.images import open_image
-    from grounding.layers import list_layers
-    from grounding.render import check_options
-    from grounding.tables import layer_table
-    from grounding.text import check_text
+    from grounding.core.demo import demo_image
+    from grounding.core.errors import OptionError, TextError
+    from grounding.core.images import open_image
+    from grounding.core.text import check_text
+    from grounding.engine.explain import explain_request
+    from grounding.engine.layers import list_layers
+    from grounding.explanation.figures.options import check_options
+    from grounding.explanation.text_table import layer_table
 
     if args.caption is None and not args.list_layers and not args.model:
         classes = ", or --model of a classifier" if args.target_class else ""
@@ -43,28 +45,28 @@ def ground(args: argparse.Namespace) -> int:
     caption = None if args.caption is None else check_text(args.caption)
     if args.revision and not args.model:
         raise OptionError("--revision belongs to --model, which was not given")
-    images = args.image or [str(demo_picture())]
-    folders = cli.output_folders(args, images)
-    keywords = cli.explain_keywords(args)
-    check_options(**cli.figure_keywords(args))
+    images = args.image or [str(demo_image())]
+    folders = options.output_folders(args, images)
+    request = options.request_of(args)
+    check_options(**options.figure_keywords(args))
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
-        print(layer_table(list_layers(adapter, images[0], caption, keywords["target"])))
+        print(layer_table(list_layers(adapter, images[0], caption, request.target)))
         return 0
     if caption is None and adapter.needs_text:
         raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
-            picture = open_image(image, **cli.image_keywords(args))
-            found = explain(adapter, picture, caption, **keywords)
-            report.add(found, folder, cli.inspected(args, adapter, picture, caption, **keywords))
+            opened = open_image(image, **options.image_keywords(args))
+            found = explain_request(adapter, opened, caption, request)
+            report.add(found, folder, options.inspected(args, adapter, opened, caption, request))
     return report.end()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
-    return cli.run(ground, cli.parse(parser(), argv))
+    return run(ground, parse(parser(), argv))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import sys
 from functools import partial
 from typing import Any
 
-from grounding import cli, cli_batch, cli_run
+from grounding.cli import batch
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli_batch.options(made)
+    batch.add_options(made)
     return made
 
 
@@ -35,7 +36,7 @@ def load(*args: Any, **options: Any) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option makes no sense or the folder holds another run, 3 done but some
     rows failed, 4 stopped as too much failed, 130 / 143 interrupted."""
-    return cli.run(partial(cli_run.ground, load=load), cli.parse(parser(), argv))
+    return run(partial(batch.ground, load=load), parse(parser(), argv))
 
 
 if __name__ == "__main__":

@@ -12,38 +12,40 @@ from __future__ import annotations
 import argparse
 import sys
 
-from grounding import cli, cli_reading, cli_report
+from grounding.cli import ocr, options
+from grounding.cli import report as cli_report
+from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli_reading.reading_options(made)
-    cli.image_options(made)
-    cli.model_options(made)
-    cli.explain_options(made)
-    cli.figure_options(made)
-    cli.output_options(made)
+    ocr.reading_options(made)
+    options.image_options(made)
+    options.model_options(made)
+    options.explain_options(made)
+    options.figure_options(made)
+    options.output_options(made)
     return made
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Read every picture; a failing one costs its own line and the exit code, never the others' results."""
     from adapters import load
-    from grounding.demo import demo_line, demo_model
-    from grounding.engine import explain
-    from grounding.errors import OptionError
-    from grounding.images import open_image
-    from grounding.layers import list_layers
-    from grounding.render import check_options
-    from grounding.tables import layer_table
+    from grounding.core.demo import demo_line, demo_model
+    from grounding.core.errors import OptionError
+    from grounding.core.images import open_image
+    from grounding.engine.explain import explain_request
+    from grounding.engine.layers import list_layers
+    from grounding.explanation.figures.options import check_options
+    from grounding.explanation.text_table import layer_table
 
     if args.revision and not args.model:
         raise OptionError("--revision belongs to --model, which was not given")
     images = args.image or [str(demo_line())]
-    folders = cli.output_folders(args, images, demo="demo-trocr")
-    keywords = cli_reading.reading_keywords(args, cli.explain_keywords(args))
-    check_options(**cli.figure_keywords(args))
+    folders = options.output_folders(args, images, demo="demo-trocr")
+    text, request = ocr.reading_request(args, options.request_of(args))
+    check_options(**options.figure_keywords(args))
     adapter = load(args.model or str(demo_model("trocr")), device=args.device, dtype=args.dtype, revision=args.revision)
     if not adapter.generates:
         raise OptionError(f"{adapter.info.type} writes no text: use scripts/ground.py with --caption")
@@ -53,14 +55,15 @@ def inspect(args: argparse.Namespace) -> int:
     report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=args.text is None):
-            picture = open_image(image, **cli.image_keywords(args))
-            report.add(explain(adapter, picture, **keywords), folder, cli.inspected(args, adapter, picture, **keywords))
+            opened = open_image(image, **options.image_keywords(args))
+            found = explain_request(adapter, opened, text, request)
+            report.add(found, folder, options.inspected(args, adapter, opened, text, request))
     return report.end()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
-    return cli.run(inspect, cli.parse(parser(), argv))
+    return run(inspect, parse(parser(), argv))
 
 
 if __name__ == "__main__":

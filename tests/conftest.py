@@ -7,38 +7,38 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401  the hook finds it by name
+import tests.support.typecheck  # noqa: F401  the hook finds it by name
 
-install_import_hook(["grounding", "adapters"], "tests.typecheck.check")
+install_import_hook(["grounding", "adapters"], "tests.support.typecheck.check")
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests import tiny
+from tests.support import models
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("GROUNDING_TEST_THREADS", "1")))
 
 
-@pytest.fixture(params=sorted(tiny.FACTORIES))
+@pytest.fixture(params=sorted(models.FACTORIES))
 def any_adapter(request):
     """Each architecture once, tiny, with random weights."""
-    return tiny.FACTORIES[request.param]()
+    return models.FACTORIES[request.param]()
 
 
 @pytest.fixture
 def clip():
-    return tiny.clip_adapter()
+    return models.clip_adapter()
 
 
 @pytest.fixture
 def trocr():
-    return tiny.trocr_adapter()
+    return models.trocr_adapter()
 
 
 @pytest.fixture
-def picture():
+def image():
     """A picture that is neither square nor flat."""
     return noise(90, 60)
 

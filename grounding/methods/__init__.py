@@ -1,6 +1,6 @@
 """All methods by name. To add one: a function in a file here (or an entry point `grounding.methods`) and one line."""
 
-from grounding.registry import Registry
+from grounding.core.registry import Registry
 
 METHODS = Registry(
     "method",
@@ -14,10 +14,9 @@ METHODS = Registry(
         "relevance": "grounding.methods.relevance:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",
         "attention": "grounding.methods.attention:raw_attention",
-        "attention_gradcam": "grounding.methods.cross:attention_gradcam",
-        "cross_attention": "grounding.methods.cross:cross_attention",
-        "gradient_x_cross_attention": "grounding.methods.cross:gradient_x_cross_attention",
+        "attention_gradcam": "grounding.methods.cross_attention:attention_gradcam",
+        "cross_attention": "grounding.methods.cross_attention:cross_attention",
+        "gradient_x_cross_attention": "grounding.methods.cross_attention:gradient_x_cross_attention",
     },
     group="grounding.methods",
 )
-DEFAULT_METHODS = ("gradcam", "rollout", "relevance")

@@ -16,25 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import LayerError
-from grounding.method import Fraction, Reading, method
-from grounding.methods.chains import through
-from grounding.trace import Trace
-from grounding.types import Sites
+from grounding.adapter.structure import ModelStructure
+from grounding.core.errors import LayerError
+from grounding.methods.base import Reading, method
+from grounding.methods.options import Fraction
+from grounding.methods.trace import Trace
 
 
-def _readout(sites: Sites) -> dict[str, Reading]:
+def _readout(structure: ModelStructure) -> dict[str, Reading]:
     """What the read-out's row is made of."""
     last = {"cross": Reading(slice(-1, None)), "fusion": Reading()}
-    return {sites.readout: last[sites.readout]} if sites.readout in last else {}
+    return {structure.pooling: last[structure.pooling]} if structure.pooling in last else {}
 
 
-def _all_blocks(_options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"vision": Reading(), **_readout(sites)}
+def _all_blocks(_options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"vision": Reading(), **_readout(structure)}
 
 
-def _all_gradients(_options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"vision": Reading(gradient=True), **_readout(sites)}
+def _all_gradients(_options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"vision": Reading(gradient=True), **_readout(structure)}
 
 
 @method("Attention rollout", {"attention"}, reads=_all_blocks)
@@ -48,10 +48,10 @@ def rollout(
     copied implementation forgets. Values in [0, 1], never negative. Cost: the forward pass alone; without a gradient
     the text can only enter through attention.
     """
-    row = trace.readout_row()
+    row = trace.pooling_row()
     for weights in reversed(trace.attentions()):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)
-        row = through(trace, row, _discard(fused, discard))
+        row = trace.through(row, _discard(fused, discard))
     return trace.patches(row)
 
 
@@ -61,31 +61,31 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
 
     Values in [0, 1]. Cost: one backward through the vision stack per target.
     """
-    row = trace.readout_row()
+    row = trace.pooling_row()
     for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
-        row = through(trace, row, (weights * gradient).clamp(min=0).mean(1))
+        row = trace.through(row, (weights * gradient).clamp(min=0).mean(1))
     return trace.patches(row)
 
 
-def _one(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    return {"vision": Reading(one_block("attention", options, sites, "vision")), **_readout(sites)}
+def _one(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    return {"vision": Reading(one_block("attention", options, structure, "vision")), **_readout(structure)}
 
 
 @method("Attention", {"attention"}, reads=_one)
 def raw_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
     """The read-out's attention row of one block (`layer`), one `head` or the mean over heads. Values in [0, 1]."""
     [weights] = trace.attentions(blocks=slice(layer, layer + 1 or None))
-    return trace.patches(trace.chain(trace.readout_row(), one_head("attention", weights, head)))
+    return trace.patches(trace.chain(trace.pooling_row(), one_head("attention", weights, head)))
 
 
-def one_block(name: str, options: Mapping[str, Any], sites: Sites, stack: str) -> slice:
+def one_block(name: str, options: Mapping[str, Any], structure: ModelStructure, stack: str) -> slice:
     """The block of a stack that the option `layer` of a method names, counted from the end where negative.
 
     Raises LayerError with the range.
     """
-    if not sites.attention(stack):
+    if not structure.attention(stack):
         return slice(None)
-    layer = index_of(options["layer"], len(sites.attention(stack)), f"{name}.layer")
+    layer = index_of(options["layer"], len(structure.attention(stack)), f"{name}.layer")
     return slice(layer, layer + 1)
 
 

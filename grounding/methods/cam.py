@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from grounding.method import NotNegative, method
-from grounding.recorder import LAYERNORM_RULE
-from grounding.trace import Trace
+from grounding.adapter.recorder import LAYERNORM_RULE
+from grounding.methods.base import method
+from grounding.methods.options import NotNegative
+from grounding.methods.trace import Trace
 
 
 @method("Grad-CAM", {"activations", "shift"}, signed=True)

@@ -10,15 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from grounding.trace import Trace
-
-
-def through(
-    trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
-) -> Float[Tensor, "k N"]:
-    """row times rownorm(matrix + I) of a block of a stack, without making that matrix."""
-    row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[trace.owner(stack)]
-    return row + trace.chain(row, matrix, stack)
+    from grounding.methods.trace import Trace
 
 
 def relevance_row(

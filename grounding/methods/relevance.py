@@ -9,21 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.errors import OptionError
-from grounding.method import Reading, method
+from grounding.adapter.structure import ModelStructure
+from grounding.core.errors import OptionError
 from grounding.methods.attention import index_of
-from grounding.methods.chains import normalised, normalised_relevance_row, relevance_row, through
-from grounding.trace import Trace
-from grounding.types import Sites
+from grounding.methods.base import Reading, method
+from grounding.methods.chains import normalised, normalised_relevance_row, relevance_row
+from grounding.methods.trace import Trace
 
 
-def _reads(options: Mapping[str, Any], sites: Sites) -> Mapping[str, Reading]:
-    count = len(sites.attention("vision"))
+def _reads(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
+    count = len(structure.attention("vision"))
     blocks = slice(index_of(options["start_layer"], count, "relevance.start_layer") if count else 0, None)
     led = Reading(gradient=True)
-    if sites.readout == "fusion":
+    if structure.pooling == "fusion":
         return {"fusion": led, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}
-    if sites.readout != "cross":
+    if structure.pooling != "cross":
         if options["encoder"] == "rollout":
             raise OptionError(
                 "option relevance.encoder: rollout is for vision stacks that are read through another one"
@@ -53,11 +53,11 @@ def relevance(
         if encoder == "relevance":
             return trace.patches(normalised_relevance_row(trace, row, _led(trace, "vision", blocks)))
     else:
-        row = _fusion_row(trace) if trace.has("fusion") else trace.readout_row()
+        row = _fusion_row(trace) if trace.has("fusion") else trace.pooling_row()
         if encoder != "rollout":
             return trace.patches(relevance_row(trace, row, _led(trace, "vision", blocks)))
     for weights in reversed(trace.attentions(blocks=blocks)):
-        row = through(trace, row, weights.mean(1))
+        row = trace.through(row, weights.mean(1))
     return trace.patches(row)
 
 
@@ -69,7 +69,7 @@ def _led(trace: Trace, stack: str, blocks: slice = slice(None)) -> list[Float[Te
 
 def _fusion_row(trace: Trace) -> Float[Tensor, "k N"]:
     """The target's row of R over the fusion sequence, its image tokens."""
-    return trace.picture_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
+    return trace.image_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
 
 
 def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:
@@ -77,8 +77,8 @@ def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:
     among, across = _led(trace, "decoder"), _led(trace, "cross")
     length = among[0].shape[-1]
     text = torch.eye(length, dtype=among[0].dtype, device=among[0].device).expand(len(among[0]), -1, -1)
-    picture = torch.zeros_like(across[0])
+    image = torch.zeros_like(across[0])
     for own, cross in zip(among, across, strict=True):
-        text, picture = text + own @ text, picture + own @ picture
-        picture = picture + normalised(text).mT @ cross
-    return trace.chain(trace.text_rows(), picture, "cross")
+        text, image = text + own @ text, image + own @ image
+        image = image + normalised(text).mT @ cross
+    return trace.chain(trace.text_rows(), image, "cross")

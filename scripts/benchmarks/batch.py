@@ -24,11 +24,11 @@ from PIL import Image
 
 from benchmarks import clip
 from benchmarks.meter import Peak, quietly, say
-from grounding.adapter import Adapter
-from grounding.batch_report import Watch
-from grounding.driver import drive
-from grounding.engines import Here
-from grounding.work import BATCH_SIZE, Work
+from grounding.adapter.base import Adapter
+from grounding.batch.config import BATCH_SIZE, RunConfig
+from grounding.batch.executors import LocalExecutor
+from grounding.batch.progress import Progress
+from grounding.batch.run import run_batch
 
 SIZES = "dataset"
 UNIT = "the bare image tower on the same pixels"
@@ -78,7 +78,7 @@ class Stopwatch:
         return timed
 
 
-class Growth(Watch):
+class Growth(Progress):
     """How much memory was held at most when the first `EARLY` pictures were done."""
 
     def __init__(self, peak: Peak) -> None:
@@ -104,16 +104,16 @@ def make_dataset(home: Path, count: int) -> None:
 
 
 def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[str, float]:
-    work = Work(str(home), threads=1)
+    work = RunConfig(str(home), threads=1)
     data = work.dataset()
     pixels = _pixels(adapter, data)
     before = _tower(adapter, pixels)
     stopwatch.seconds = 0.0
     cpu, wall = time.process_time(), time.perf_counter()
-    here = Here(lambda: adapter, work, lambda _rows, _pictures: None)
+    here = LocalExecutor(lambda: adapter, work, lambda _rows, _images: None)
     with Peak() as peak:
         growth = Growth(peak)
-        drive(output, work, data, data.ids, here, watch=growth)
+        run_batch(output, work, data, data.ids, here, watch=growth)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     tower = statistics.mean([before, _tower(adapter, pixels)]) * len(data.ids)
     stored = sum(path.stat().st_size for path in output.glob("part-*"))
@@ -129,9 +129,12 @@ def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[s
 
 def _pixels(adapter: Any, data: Any) -> list[torch.Tensor]:
     """The first pictures as the tower gets them, in batches."""
-    chosen = [data.read(name).picture for name in data.ids[:SAMPLE]]
+    chosen = [data.read(name).image for name in data.ids[:SAMPLE]]
     batches = [chosen[first : first + BATCH_SIZE] for first in range(0, len(chosen), BATCH_SIZE)]
-    return [adapter.see([io.BytesIO(path.read_bytes()) for path in batch]).tensors["pixel_values"] for batch in batches]
+    return [
+        adapter.prepare_images([io.BytesIO(path.read_bytes()) for path in batch]).tensors["pixel_values"]
+        for batch in batches
+    ]
 
 
 def _tower(adapter: Any, pixels: Sequence[torch.Tensor]) -> float:

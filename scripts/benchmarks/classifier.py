@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from adapters.classifier import ClassifierAdapter
+from adapters.classifier.adapter import ClassifierAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute, explain
-from grounding.plan import columns
-from grounding.text import Asked, Classes
-from grounding.tracing import look
+from grounding.core.text import Asked, Classes
+from grounding.engine.explain import compute, explain
+from grounding.engine.passes import look
+from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "images"
 UNIT = "one bare forward pass over the same pictures"
@@ -50,29 +51,29 @@ def measure(images: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 def _cases(
     adapter: ClassifierAdapter, count: int, repeats: int, tell: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    pictures = [_noise(seed) for seed in range(count)]
-    seen = adapter.see(pictures)
+    images = [_noise(seed) for seed in range(count)]
+    seen = adapter.prepare_images(images)
     forward = functools.partial(_forward, adapter, seen)
     works: list[tuple[str, str, int, Callable[[], object]]] = []
     for case, classes, layer, method in CASES:
         asked: list[list[Asked]] = [
             [Classes(tuple((7 * b + k) % len(adapter.labels) for k in range(classes)))] for b in range(count)
         ]
-        plan = columns(adapter, [method], [layer] if layer else [])
+        plan = plan_methods(adapter, Request([method], layers=[layer] if layer else []))
 
         def maps(asked: Any = asked, plan: Any = plan) -> object:
             # A memory of its own for every run, or all but the first would find the pass made already.
             inputs = replace(seen, memory={})
             if adapter.looks_first(asked):
                 look(adapter, inputs, plan)
-            inputs = adapter.read(inputs, asked)
+            inputs = adapter.prepare_texts(inputs, asked)
             targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
             return compute(adapter, inputs, targets, plan).maps
 
         works.append((case, method, max(1, classes), maps))
     known = [(7 * b) % len(adapter.labels) for b in range(count)]
     works.append(
-        ("end to end", "gradcam", 1, lambda: explain(adapter, pictures, known, methods=["gradcam"], batch_size=count))
+        ("end to end", "gradcam", 1, lambda: explain(adapter, images, known, methods=["gradcam"], batch_size=count))
     )
     for case, method, classes, work in works:
         yield _row(case, method, count, classes, ratio(work, forward, repeats, work), tell)
@@ -121,7 +122,7 @@ def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -
             out.retain_grad()
             kept.append(out)
 
-        handle = adapter.model.get_submodule(adapter.sites.tap).register_forward_hook(keep)
+        handle = adapter.model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
         adapter.model.zero_grad()
         adapter.model(pixel_values=pixels[None]).logits[0, index].backward()
         handle.remove()

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from adapters.clip import ClipAdapter
+from adapters.clip.adapter import ClipAdapter
 from benchmarks.meter import Cost, cost, quietly, say
-from grounding.engine import compute, explain
-from grounding.images import open_image
-from grounding.plan import columns
+from grounding.core.images import open_image
+from grounding.engine.explain import compute, explain
+from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "pictures"
 UNIT = "one bare image-tower forward pass on the same pictures"
@@ -41,13 +42,13 @@ NAIVE_TARGETS = 3
 BOS, EOS = 49406, 49407
 
 
-def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
+def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
     """All cases for each number of pictures."""
     torch.set_num_threads(1)
     adapter = make_adapter()
     tell = quietly if quiet else say
     cases = []
-    for count in pictures:
+    for count in counts:
         images = [open_image(_noise(seed)) for seed in range(count)]
         inputs = adapter.prepare(images, [captions()] * count)
         targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
@@ -60,7 +61,7 @@ def measure(pictures: Sequence[int], repeats: int, *, quiet: bool = False) -> li
                 continue
             naive = None if variant else loops.get(method)
             tell(f"{count} pictures: {method} {variant or ''}")
-            plan = columns(adapter, [method], options=options)
+            plan = plan_methods(adapter, Request([method], options=options))
             # A memory of its own for every run, or all but the first would find the pass made already.
             found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
@@ -138,7 +139,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
     """One full forward and backward pass, gradients of every parameter included, and the map of one target."""
     model, kept = adapter.model, []
-    layer = model.get_submodule(adapter.sites.tap)
+    layer = model.get_submodule(adapter.structure.layer)
 
     def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
         out.retain_grad()
@@ -164,7 +165,7 @@ def _case(
     case: str,
     method: str,
     variant: str | None,
-    pictures: int,
+    images: int,
     targets: int,
     found: Cost,
     bare: Cost,
@@ -175,7 +176,7 @@ def _case(
         "case": case,
         "method": method,
         "variant": variant,
-        "pictures": pictures,
+        "pictures": images,
         "targets": targets,
         "ratio_to_forward": round(ratio, 3),
         "naive_ratio": None if naive is None else round(naive, 1),

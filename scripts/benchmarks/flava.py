@@ -21,10 +21,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import FlavaConfig, FlavaForPreTraining, PreTrainedTokenizerFast
 from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
-from adapters.flava import FlavaAdapter
+from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute
-from grounding.plan import columns
+from grounding.engine.explain import compute
+from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "words"
 UNIT = "one bare forward pass of FlavaModel over the same picture and text"
@@ -57,7 +58,7 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str]
         aimed = adapter.aimed(target)
         targets = aimed.targets(inputs, [inputs.tokens[0].tokens()])
         assert len(targets) == count
-        plan = columns(aimed, [method], [layer] if layer else [])
+        plan = plan_methods(aimed, Request([method], layers=[layer] if layer else []))
 
         def maps(own: Any = aimed, goal: Any = targets, plan: Any = plan) -> np.ndarray:
             # A memory of its own for every run, or all but the first would find the pass made already.

@@ -28,12 +28,13 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from adapters.trocr import TrOcrAdapter
+from adapters.trocr.adapter import TrOcrAdapter
 from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine import compute, explain
-from grounding.images import open_image
-from grounding.plan import columns
-from grounding.text import Generate
+from grounding.core.images import open_image
+from grounding.core.text import Generate
+from grounding.engine.explain import compute, explain
+from grounding.engine.plan import plan_methods
+from grounding.engine.request import Request
 
 SIZES = "tokens"
 UNIT = "one bare forward pass of encoder and decoder over the same tokens"
@@ -69,20 +70,20 @@ def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 
 
 def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    picture = open_image(_noise())
-    inputs = adapter.read(adapter.see([picture]), [[sentence(count)]])
+    image = open_image(_noise())
+    inputs = adapter.prepare_texts(adapter.prepare_images([image]), [[sentence(count)]])
     targets = adapter.targets(inputs, [inputs.tokens[0].tokens(special=True)])
     assert len(targets) == count
     measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
 
     def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, np.ndarray]:
-        plan = columns(adapter, methods, [layer] if layer else [])
+        plan = plan_methods(adapter, Request(methods, layers=[layer] if layer else []))
         # A memory of its own for every run, or all but the first would find the pass made already.
         return compute(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
 
     def whole(size: int) -> object:
         adapter.model.generation_config.min_new_tokens = size
-        return explain(adapter, picture, Generate(max_length=size))
+        return explain(adapter, image, Generate(max_length=size))
 
     def case(method: str, found: Ratio, loop: Ratio | None = None, difference: float | None = None) -> dict[str, Any]:
         return {
@@ -183,11 +184,11 @@ def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
         kept.append(out[0] if isinstance(out, tuple) else out)
         kept[0].retain_grad()
 
-    handle = model.get_submodule(adapter.sites.tap).register_forward_hook(keep)
+    handle = model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
     ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
     logits = model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
     handle.remove()
     model.zero_grad()
     logits[0, row, inputs.tensors["target_ids"][0, row]].backward()
-    features, gradient = (t[0, adapter.sites.prefix :].detach() for t in (kept[0], kept[0].grad))
+    features, gradient = (t[0, adapter.structure.prefix :].detach() for t in (kept[0], kept[0].grad))
     return (features @ gradient.mean(0)).reshape(rows, across).numpy()

@@ -8,7 +8,7 @@ import torch
 
 import adapters
 from grounding import explain
-from grounding.demo import demo_model
+from grounding.core.demo import demo_model
 from tests.conftest import noise
 
 ROOT = Path(__file__).resolve().parents[2]

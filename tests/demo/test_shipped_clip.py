@@ -9,7 +9,7 @@ from PIL import Image
 
 from adapters import load
 from grounding import Selection, explain
-from grounding.demo import demo_folder, demo_picture
+from grounding.core.demo import demo_folder, demo_picture
 
 SCENES = demo_folder() / "scenes"
 PHRASE = re.compile(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]*)\]")

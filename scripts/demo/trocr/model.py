@@ -1,10 +1,14 @@
-"""The demo TrOCR: configuration, tokenizer, image processor, change of patch size, export."""
+"""The small TrOCR of the demo: configuration, tokenizer, image processor, the change of patch size, and the export."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from line_text import ALPHABET
+from lines import INPUT_HEIGHT, INPUT_WIDTH
+from shipping import replaced
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import (
@@ -15,10 +19,6 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
-
-from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH
-from scripts.demo.lines.text import ALPHABET
-from scripts.demo.training import replaced, set_json_value
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK}
@@ -31,7 +31,7 @@ POOLER = "encoder.pooler.dense"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per character, spaces included; decoding joins without spaces."""
+    """One id for every character; decoding joins without blanks, and a blank is a character like any other."""
     characters = {**SPECIAL, **{character: len(SPECIAL) + index for index, character in enumerate(ALPHABET)}}
     tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -51,7 +51,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_image_processor() -> ViTImageProcessor:
-    """Resize any image to 32 x 256 pixels (bilinear) and scale to -1 ... 1."""
+    """Squashes any picture to 32 x 256 pixels (bilinear) and scales to -1 ... 1."""
     half = [0.5, 0.5, 0.5]
     return ViTImageProcessor(size={"height": INPUT_HEIGHT, "width": INPUT_WIDTH}, image_mean=half, image_std=half)
 
@@ -59,7 +59,7 @@ def build_image_processor() -> ViTImageProcessor:
 def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
     """A TrOCR with random weights and patches of `patch` (height, width); the unused pooler of the encoder is zero.
 
-    The pooler must exist: `from_pretrained` would create one with random weights.
+    The pooler has to be there: `from_pretrained` builds one and would fill it at random.
     """
     encoder = ViTConfig(
         hidden_size=WIDTH,
@@ -89,7 +89,12 @@ def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder,
         decoder,
-        demo_world=True,  # the toolkit warns about images that are not from the demo world
+        # The toolkit shows the advice for images that are not below these paths of the demo folder.
+        demo_world={
+            "images": ["lines", "line.png"],
+            "advice": "this model is trained on rendered lines of text alone, maps of other images are meaningless: "
+            "use --model microsoft/trocr-base-printed",
+        },
         decoder_start_token_id=BOS,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -107,18 +112,18 @@ def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
 
 
 def change_patch(model: VisionEncoderDecoderModel, patch: tuple[int, int]) -> VisionEncoderDecoderModel:
-    """Copy the model with another patch size; patch kernel and position embeddings are resized."""
+    """The same model with another patch size: kernel and position embeddings are resized, all else is copied."""
     new = build_model(patch)
     state = model.state_dict()
     kernel = state[KERNEL]
     old = tuple(kernel.shape[-2:])
     size = functional.interpolate(kernel, size=patch, mode="bicubic", align_corners=False)
-    # A smaller kernel sums fewer pixels; the factor keeps the embedding of a constant image.
+    # Fewer pixels are summed, so each one weighs more: a constant picture keeps its embedding.
     state[KERNEL] = size * (old[0] * old[1] / (patch[0] * patch[1]))
     table = state[POSITIONS]
-    positions = table[:, 1:].mT.unflatten(2, grid(old))
-    positions = functional.interpolate(positions, size=grid(patch), mode="bicubic", align_corners=False)
-    state[POSITIONS] = torch.cat([table[:, :1], positions.flatten(2).mT], dim=1)
+    places = table[:, 1:].mT.unflatten(2, grid(old))
+    places = functional.interpolate(places, size=grid(patch), mode="bicubic", align_corners=False)
+    state[POSITIONS] = torch.cat([table[:, :1], places.flatten(2).mT], dim=1)
     new.load_state_dict(state)
     return new
 
@@ -135,13 +140,20 @@ def patch_of(model: VisionEncoderDecoderModel) -> tuple[int, int]:
 
 
 def export(model: VisionEncoderDecoderModel, folder: Path) -> None:
-    """Write model (fp16), tokenizer and processor; the folder is replaced atomically."""
+    """Write model (fp16), tokenizer and processor; the folder is replaced as a whole, never seen half written."""
     with replaced(folder) as fresh:
         half = build_model(patch_of(model))
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(fresh)
         build_tokenizer().save_pretrained(fresh)
         build_image_processor().save_pretrained(fresh)
-        # Class names that exist in transformers before 5.0 and with all image back ends.
-        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
-        set_json_value(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
+        # The class names that releases of transformers with other back ends and before 5.0 also know.
+        _set(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
+        _set(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
+
+
+def _set(file: Path, key: str, value: str) -> None:
+    """Change one entry of a JSON file."""
+    settings = json.loads(file.read_text())
+    settings[key] = value
+    file.write_text(json.dumps(settings, indent=2) + "\n")

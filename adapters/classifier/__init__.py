@@ -1,0 +1,5 @@
+"""Image classifiers of transformers."""
+
+from adapters.classifier.adapter import ClassifierAdapter
+
+__all__ = ["ClassifierAdapter"]

@@ -1,0 +1,5 @@
+"""Any torch module that scores classes."""
+
+from adapters.module.adapter import ModuleAdapter
+
+__all__ = ["ModuleAdapter"]

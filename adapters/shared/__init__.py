@@ -1,0 +1,1 @@
+"""What several architectures need: image processors, tokenization, targets, generation."""

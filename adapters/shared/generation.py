@@ -1,0 +1,217 @@
+"""Texts that a model writes, or is made to write: token ids with the characters each stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
+
+from adapters.shared.tokenization import tokenise
+from grounding.core.errors import ModelError, TextError
+from grounding.core.text import BLANK, Generate, Span, TokenizedText
+
+# Where a checkpoint sets no limit; transformers would stop at 20 tokens, in the middle of many a line.
+MOST_TOKENS = 64
+UNSET = (None, 20)
+# A text as tokens, and what the user must know of it.
+Written = tuple[TokenizedText, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextGenerator:
+    """The text side of an encoder-decoder: what it writes, what it can be made to write, which token is which."""
+
+    model: Any  # a VisionEncoderDecoderModel; its parts have no static types
+    tokenizer: Any
+
+    def write(self, encoded: Float[Tensor, "T N D"], how: Generate) -> list[Written]:
+        """What the model writes of the encoded pictures, the end token included where it came to it."""
+        config = self._generation(how)
+        outputs = BaseModelOutput(last_hidden_state=encoded)
+        with _quiet():  # a length beside the checkpoint's own would be remarked on, every time
+            sequences = self.model.generate(encoder_outputs=outputs, generation_config=config)
+        ends = set(_as_list(config.eos_token_id))
+        return [self._written(row, ends) for row in sequences[:, 1:].tolist()]
+
+    def force(self, text: str, encoded: Float[Tensor, "N D"]) -> Written:
+        """A text as the model would write it: with the special tokens before it that the model itself begins with."""
+        tokens, warnings = tokenise(self.tokenizer, text, self.limit)
+        if not tokens.special[-1]:  # nothing marks the end: it needs room of its own
+            tokens, warnings = tokenise(self.tokenizer, text, self.limit - 1)
+        before, after = tokens.visible[0], tokens.visible[-1] + 1
+        if before:
+            start = torch.tensor([[self.start]], device=encoded.device)
+            first = self.model(encoder_outputs=(encoded[None],), decoder_input_ids=start, use_cache=False).logits
+            before = 0 if int(first[0, -1].argmax()) == tokens.ids[0] else before
+        kept, end = slice(before, after), tokens.read
+        return (
+            TokenizedText(
+                text,
+                (*tokens.ids[kept], self.end),
+                (*tokens.offsets[kept], (end, end)),
+                (*tokens.special[kept], True),
+                tokens.dropped,
+            ),
+            warnings,
+        )
+
+    def named(self, tokens: TokenizedText, span: Span) -> Span:
+        """The span with the id of the token that is asked for in its place. Raises TextError."""
+        if not span.asked:
+            return span
+        known = span.asked_id
+        return replace(
+            span, token_id=self.token_id(span.asked, tokens.ids[span.positions[0]]) if known is None else known
+        )
+
+    def token_id(self, name: str, place: int) -> int:
+        """The id of the one token that is called `name`, in the form it has where token `place` stands: with a blank
+        before it or without. Raises TextError where it is several, with their names."""
+        tokenizer, name = self.tokenizer, " " if name == BLANK else name
+        begins = str(tokenizer.convert_ids_to_tokens(place)).startswith(("\u0120", "\u2581"))
+        unknown = tokenizer.unk_token_id
+        for text in (f" {name}", name) if begins else (name, f" {name}"):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) == 1 and (ids[0] != unknown or name == tokenizer.unk_token):
+                return int(ids[0])
+        known = tokenizer.get_vocab().get(name)
+        if known is not None:
+            return int(known)
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"])
+        if set(pieces) <= {tokenizer.unk_token}:
+            raise TextError(f"{name!r} is no token of this model")
+        raise TextError(f"{name!r} is {len(pieces)} tokens of this model ({', '.join(map(repr, pieces))}): ask for one")
+
+    def label_of(self, token: int) -> str:
+        """What a token looks like."""
+        return label_of(self.tokenizer, token)
+
+    @property
+    def start(self) -> int:
+        """The token that the decoder starts with. Raises ModelError where the checkpoint names none."""
+        config, generation = self.model.config, self.model.generation_config
+        asked = (
+            generation.decoder_start_token_id,
+            getattr(config, "decoder_start_token_id", None),
+            getattr(config.decoder, "decoder_start_token_id", None),
+            generation.bos_token_id,
+            getattr(config.decoder, "bos_token_id", None),
+            self.tokenizer.cls_token_id,
+        )
+        found = next((i for i in asked if i is not None), None)
+        if found is None:
+            raise ModelError("the checkpoint does not say with which token its decoder starts (decoder_start_token_id)")
+        return int(found)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a text. Raises ModelError where there is none."""
+        asked = (
+            *_as_list(self.model.generation_config.eos_token_id),
+            self.tokenizer.eos_token_id,
+            self.tokenizer.sep_token_id,
+        )
+        found = next((i for i in asked if i is not None), None)
+        if found is None:
+            raise ModelError("this model has no end token: a text cannot be forced on it")
+        return int(found)
+
+    @property
+    def pad(self) -> int:
+        """What fills the rows behind a text's end; nothing reads them."""
+        return self.start if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that the decoder can write."""
+        return int(self.model.config.decoder.max_position_embeddings)
+
+    def _written(self, row: list[int], ends: set[int]) -> Written:
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        tokens, warnings = tokens_of(self.tokenizer, row if end is None else row[: end + 1]), []
+        if end is None:
+            tokens = replace(tokens, stopped=True)
+            more = "it can write no more" if len(tokens) >= self.limit else "--max-length allows more"
+            warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
+        if not tokens.text.strip():
+            warnings.append("the model read no text in this picture")
+        return tokens, tuple(warnings)
+
+    def _generation(self, how: Generate) -> Any:
+        """The checkpoint's own settings of generation, never sampling, with the limits that were asked for."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.do_sample = False
+        config.temperature = config.top_k = config.top_p = None
+        config.num_return_sequences = 1
+        config.decoder_start_token_id = self.start
+        if how.beams is not None:
+            config.num_beams = how.beams
+        if config.num_beams in (None, 1):
+            config.early_stopping = config.length_penalty = None
+        if how.max_length is not None:
+            config.max_new_tokens, config.max_length = min(how.max_length, self.limit), None
+        elif config.max_new_tokens is None and config.max_length in UNSET:
+            config.max_new_tokens, config.max_length = min(MOST_TOKENS, self.limit), None
+        return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
+    """Tokens of ids that were written one by one, which need not be those the tokenizer would make of the text.
+
+    A token stands for the characters by which it makes the decoded text longer; bytes that are no sign by themselves
+    share the sign that they make together.
+    """
+    ids = list(ids)
+    frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - frame)
+
+    def decoded(count: int) -> str:
+        # Not `skip_special_tokens`: a sign that the model could not name is part of what it read.
+        return str(tokenizer.decode([i for i in ids[:count] if i not in hidden]))
+
+    whole = decoded(len(ids))
+    reach = [0]
+    for count in range(1, len(ids) + 1):
+        prefix = decoded(count)
+        same = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(prefix))
+        reach.append(max(reach[-1], min(same, len(whole))))
+    special = tuple(i in hidden for i in ids)
+    offsets: list[tuple[int, int]] = []
+    for i, flag in enumerate(special):
+        start, end = reach[i], reach[i + 1]
+        if start == end and not flag:  # a part of a sign: as far as the sign goes
+            end = next((r for r in reach[i + 1 :] if r > start), start)
+        blanks = len(whole[start:end]) - len(whole[start:end].lstrip())
+        start += blanks if blanks < end - start else 0
+        offsets.append((start, end))
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    marks = tuple("" if i in ends or not flag else label_of(tokenizer, i) for i, flag in zip(ids, special, strict=True))
+    return TokenizedText(whole, tuple(ids), tuple(offsets), special, marks=marks)
+
+
+def label_of(tokenizer: Any, token: int) -> str:
+    """What a token looks like: its text, or its name where it is no text by itself."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text.strip() or " "
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [int(i) for i in (ids if isinstance(ids, list | tuple) else torch.tensor([ids]))]

@@ -1,0 +1,71 @@
+"""What dual encoders have in common: a text is one direction in the joint embedding, and so is every part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adapters.shared.tokenization import pad, tokenise
+from grounding.adapter.inputs import Inputs
+from grounding.core.text import Asked, Span, TokenizedText, check_text
+
+Flat = Sequence[tuple[int, Span]]
+
+
+def read_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]], limit: int, pad_id: int) -> Inputs:
+    """The inputs with the texts of each picture: token ids and mask (T, L), padded to the longest text."""
+    found = [tokenise(tokenizer, check_text(text), limit) for own in texts for text in own]
+    ids, mask = pad([tokens.ids for tokens, _ in found], pad_id, inputs.tensors["pixel_values"].device)
+    return replace(
+        inputs,
+        tokens=tuple(tokens for tokens, _ in found),
+        text_image=tuple(b for b, own in enumerate(texts) for _ in own),
+        tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
+        text_warnings=tuple(warnings for _, warnings in found),
+        per_text=("input_ids", "attention_mask"),
+    )
+
+
+def text_directions(
+    flat: Flat,
+    token_target: str | None,
+    whole: Float[Tensor, "T E"],
+    alone: Callable[[Flat], Float[Tensor, "k E"]],
+    left_out: Callable[[Flat], Float[Tensor, "k E"]],
+) -> Float[Tensor, "K E"]:
+    """One direction per (text, span): of the whole text, of the span as a text of its own (`alone`), or what the text's
+    direction loses without it (`left_out`)."""
+    seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
+    groups: dict[str, list[int]] = {"whole": [], "alone": [], "left out": []}
+    for k, (_, span) in enumerate(flat):
+        groups[scored_as(span, token_target)].append(k)
+    for name, make in (("whole", lambda own: whole[[t for t, _ in own]]), ("alone", alone), ("left out", left_out)):
+        if groups[name]:
+            seeds[groups[name]] = make([flat[k] for k in groups[name]])
+    return seeds
+
+
+def scored_as(span: Span, token_target: str | None) -> str:
+    """How a span of a caption is scored: `whole`, `alone` or `left out`."""
+    if span.kind == "caption":
+        return "whole"
+    return "alone" if span.alone or token_target == "alone" else "left out"
+
+
+def span_ids(tokens: TokenizedText, span: Span) -> list[int]:
+    """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
+    first, last = tokens.visible[0], tokens.visible[-1]
+    return [*tokens.ids[:first], *(tokens.ids[i] for i in span.positions), *tokens.ids[last + 1 :]]
+
+
+def mask_without(mask: Int[Tensor, "T L"], flat: Flat) -> Int[Tensor, "k L"]:
+    """The masks of the texts with each span's tokens hidden."""
+    made = mask[[t for t, _ in flat]].clone()
+    for row, (_, span) in enumerate(flat):
+        made[row, list(span.positions)] = 0
+    return made

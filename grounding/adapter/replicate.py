@@ -1,0 +1,60 @@
+"""Inputs repeated: a picture per target (for shifts of a tap, the slow and right way), or versions of one picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from grounding.adapter.inputs import Inputs, Targets
+
+if TYPE_CHECKING:
+    pass
+
+
+def one_image_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Targets]:
+    """Inputs whose k-th picture and text are those of target k, and the targets so renumbered."""
+    image, text = targets.image.tolist(), targets.text.tolist()
+    per_text = set(inputs.per_text)
+    tensors = {
+        name: tensor[image] if name in inputs.per_image else tensor[text] if name in per_text else tensor
+        for name, tensor in inputs.tensors.items()
+    }
+    own = torch.arange(len(targets))
+    repeated = Inputs(
+        images=tuple(inputs.images[b] for b in image),
+        geometry=tuple(inputs.geometry[b] for b in image),
+        tokens=tuple(inputs.tokens[t] for t in text),
+        text_image=tuple(range(len(targets))),
+        tensors=tensors,
+        per_image=inputs.per_image,
+        per_text=inputs.per_text,
+    )
+    unit = None if targets.unit is None else own
+    return repeated, replace(targets, image=own, text=own, unit=unit, other=None)
+
+
+def repeat_image(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
+    """Inputs with `count` pictures in place of the one that there is, each with all texts, and K x count targets:
+    those of the first target on every picture, then those of the second."""
+    texts = range(len(inputs.tokens))
+    tensors = {
+        name: tensor[[0] * count] if name in inputs.per_image
+        else tensor.repeat_interleave(count, 0) if name in inputs.per_text
+        else tensor
+        for name, tensor in inputs.tensors.items()
+    }  # fmt: skip
+    repeated = Inputs(
+        images=inputs.images * count,
+        geometry=inputs.geometry * count,
+        tokens=tuple(inputs.tokens[t] for t in texts for _ in range(count)),
+        text_image=tuple(s for _ in texts for s in range(count)),
+        tensors=tensors,
+        per_image=inputs.per_image,
+        per_text=inputs.per_text,
+    )
+    every = targets.select([k for k in range(len(targets)) for _ in range(count)])
+    version = torch.arange(count).repeat(len(targets))
+    unit = None if every.unit is None else every.unit * count + version
+    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit, other=None)

@@ -1,0 +1,1 @@
+"""Resumable batch runs: decode, explain, shards, executors."""

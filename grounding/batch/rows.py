@@ -1,0 +1,326 @@
+"""Tables of a batch run: one row per picture-caption pair, in Parquet.
+
+A row always has `id`, `image`, `line`, `status`; a failed one also `error`, all others the fields of an explanation.
+Maps are stored per method in a struct column of the method's key:
+
+- `values`: raw signed maps divided by their `scales`, little-endian float16, (maps, rows, columns) in C order;
+- `scales`: float32 per map, its largest absolute value; raw = values * scale;
+- `status`, `reason`: per map, `ok` or `degenerate` and why.
+
+There is one map per entry. A method that does not see the text has one map per picture, stored in the first row of that
+picture that did not fail; in the others its column is null. `geometry` is as in `Geometry`, with the box `seen`
+(x0, y0, x1, y1), original pixels; characters [start, end) of an entry are those of the caption.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from grounding.core.errors import GroundingError
+from grounding.core.geometry import Geometry
+from grounding.core.images import Picture
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps
+from grounding.explanation.maps import Status
+from grounding.explanation.serialization import entry_json, to_builtin
+
+if TYPE_CHECKING:
+    from grounding.adapter.base import Adapter
+    from grounding.engine.plan import MethodCall
+
+# Where a table says who wrote it, in its metadata.
+ABOUT = b"grounding"
+Row = dict[str, Any]
+
+_ENTRY = pa.struct(
+    {
+        "label": pa.string(),
+        "kind": pa.string(),
+        "start": pa.int32(),
+        "end": pa.int32(),
+        "token_id": pa.int64(),
+        "score": pa.float64(),
+        "probability": pa.float64(),
+        "alternatives": pa.list_(
+            pa.struct({"label": pa.string(), "token_id": pa.int64(), "probability": pa.float64()})
+        ),
+    }
+)
+_GEOMETRY = pa.struct(
+    {
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "input_width": pa.int32(),
+        "input_height": pa.int32(),
+        "scale": pa.list_(pa.float64()),
+        "offset": pa.list_(pa.float64()),
+        "rows": pa.int32(),
+        "columns": pa.int32(),
+        "patch": pa.list_(pa.float64()),
+        "seen": pa.list_(pa.float64()),
+    }
+)
+_MAPS = pa.struct(
+    {
+        "values": pa.binary(),
+        "scales": pa.list_(pa.float32()),
+        "status": pa.list_(pa.string()),
+        "reason": pa.list_(pa.string()),
+    }
+)
+_FIELDS = {
+    "id": pa.string(),
+    "image": pa.string(),
+    "line": pa.int32(),
+    "caption": pa.string(),
+    "status": pa.string(),
+    "error": pa.string(),
+    "image_sha256": pa.string(),
+    "origin": pa.string(),
+    "truncated": pa.bool_(),
+    "score": pa.float64(),
+    "entries": pa.list_(_ENTRY),
+    "geometry": _GEOMETRY,
+    "warnings": pa.list_(pa.string()),
+}
+
+
+@dataclass(frozen=True)
+class RunMetadata:
+    """What all rows of a run share: per column key the method, and what was explained how. See `MethodMaps`."""
+
+    methods: Mapping[str, Mapping[str, Any]]
+    target: str
+    token_target: str | None
+    model: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, adapter: Adapter, plan: Sequence[MethodCall], target: str, token_target: str | None, seed: int
+    ) -> RunMetadata:
+        """What the explanations of a plan will have in common."""
+        # Here, as who only looks at a run needs no torch.
+        from grounding.engine.provenance import provenance_of
+        from grounding.explanation.serialization import to_builtin
+
+        methods = {
+            column.key: {
+                "method": column.name,
+                "title": column.method.title,
+                "layer": column.layer,
+                "options": to_builtin(column.options),
+                "signed": column.method.signed,
+                "text_conditioned": adapter.text_conditioned(target, column.method.reads_gradient),
+            }
+            for column in plan
+        }
+        model = {"id": adapter.info.id, "type": adapter.info.type}
+        return cls(methods, target, token_target, model, to_builtin(provenance_of(adapter, seed)))
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The columns whose maps do not see the text."""
+        return tuple(key for key, method in self.methods.items() if not method["text_conditioned"])
+
+    def to_json(self) -> str:
+        """One line of JSON, the same for the same content."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RunMetadata:
+        """The inverse. Raises GroundingError for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise GroundingError(f"not a table of a batch run: {error}") from None
+
+
+def schema(about: RunMetadata) -> pa.Schema:
+    """The columns of a run's tables."""
+    fields = _FIELDS | dict.fromkeys(about.methods, _MAPS)
+    return pa.schema(fields, metadata={ABOUT: about.to_json()})
+
+
+def to_table(rows: Sequence[Row], about: RunMetadata) -> pa.Table:
+    """Rows as a table; what a row does not have is null."""
+    return pa.Table.from_pylist(list(rows), schema=schema(about))
+
+
+def maps_bytes(rows: Sequence[Row], about: RunMetadata) -> int:
+    """What the maps of these rows take by themselves: two bytes a patch, and four for the scale of each map."""
+    stored = [maps for row in rows for key in about.methods if (maps := row.get(key)) is not None]
+    return sum(len(maps["values"]) + 4 * len(maps["scales"]) for maps in stored)
+
+
+def doubts_of(rows: Sequence[Row], about: RunMetadata) -> Counter[str]:
+    """Rows by warning, and by method that has no evidence for the caption; what else methods say stands in the rows."""
+    titles = tuple(f"{method['title']} " for method in about.methods.values())
+    said = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
+    for key, method in about.methods.items():
+        where = f" at {method['layer']}" if method["layer"] else ""
+        blank = sum(1 for row in rows if row.get(key) and row[key]["status"][0] != "ok")
+        said.update({f"{method['title']}{where} has no evidence for the caption": blank} if blank else {})
+    return said
+
+
+def about_of(table: pa.Table | pa.Schema) -> RunMetadata:
+    """What a table's rows have in common. Raises GroundingError for a table that is none of ours."""
+    metadata = (table if isinstance(table, pa.Schema) else table.schema).metadata or {}
+    if ABOUT not in metadata:
+        raise GroundingError("the table was not written by a batch run: it has no 'grounding' metadata")
+    return RunMetadata.from_json(metadata[ABOUT])
+
+
+OK, TRUNCATED, DEGENERATE = "ok", "ok_truncated", "degenerate"
+
+
+CRASHED, OUT_OF_MEMORY, MODEL, INPUT = "failed_crash", "failed_oom", "failed_model", "failed_input"
+
+
+STATUSES = (
+    OK,
+    TRUNCATED,
+    DEGENERATE,
+    "failed_read",
+    "failed_decode",
+    INPUT,
+    MODEL,
+    "failed_numeric",
+    OUT_OF_MEMORY,
+    CRASHED,
+)
+
+
+# Entries of this kind are texts of their own about a phrase, e.g. "image of two young guys".
+PROMPT = "prompt"
+
+
+def failed_row(sample: str, line: int, caption: str | None, status: str, error: str, name: str | None = None) -> Row:
+    """The row of a pair that could not be explained; `name` where it is not `sample#line`."""
+    return {
+        "id": name or f"{sample}#{line}",
+        "image": sample,
+        "line": line,
+        "caption": caption,
+        "status": status,
+        "error": error,
+    }
+
+
+def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[int, int], Explanation]) -> Row:
+    """The row of an explanation with, by characters [start, end) of its caption, those of its prompts."""
+    entries = [entry_json(entry) for entry in found.entries]
+    for (start, end), one in prompts.items():
+        entries.append(entry_json(one.entries[0]) | {"label": one.caption, "kind": PROMPT, "start": start, "end": end})
+    row = {
+        "id": f"{sample}#{line}",
+        "image": sample,
+        "line": line,
+        "caption": found.caption,
+        "status": status_of(found),
+        "image_sha256": found.image.sha256,
+        "origin": found.origin,
+        "truncated": found.truncated,
+        "score": to_builtin(found.score),
+        "entries": entries,
+        "geometry": found.geometry.to_dict() | {"seen": [float(v) for v in found.geometry.seen]},
+        "warnings": list(dict.fromkeys(w for one in (found, *prompts.values()) for w in one.warnings)),
+    }
+    for key, column in found.methods.items():
+        parts = [column] if column.shared else [column, *(one.methods[key] for one in prompts.values())]
+        maps = np.concatenate([part.maps for part in parts])
+        row[key] = _packed(maps, [status for part in parts for status in part.status])
+    return row
+
+
+def status_of(found: Explanation) -> str:
+    """`degenerate` where a method has no evidence for the caption (or the first entry), else whether it was cut."""
+    first = next((i for i, entry in enumerate(found.entries) if entry.kind == "caption"), 0)
+    if not all(column.status[column.index(first)] for column in found.methods.values()):
+        return DEGENERATE
+    return TRUNCATED if found.truncated else OK
+
+
+def deduplicate_shared_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
+    """Keep the maps that do not see the text in the first row of each picture that has them."""
+    for key in shared:
+        stored: set[str] = set()
+        for row in rows:
+            if row.get(key) is not None:
+                if row["image"] in stored:
+                    row[key] = None
+                stored.add(row["image"])
+
+
+def _packed(maps: np.ndarray, status: Sequence[Status]) -> Row:
+    """Scaled to [-1, 1] by the largest absolute value: float16 then has about three digits of every map."""
+    scales = np.abs(maps).max(axis=(1, 2)).astype(np.float32)
+    divisor = np.where(scales > 0, scales, np.float32(1))[:, None, None]
+    values = (maps / divisor).astype("<f2")
+    return {
+        "values": values.tobytes(),
+        "scales": [float(scale) for scale in scales],
+        "status": [one.status for one in status],
+        "reason": [one.reason for one in status],
+    }
+
+
+def from_row(
+    row: Row, about: RunMetadata, image: Picture, shared: Mapping[str, Row], *, prompts: bool = False
+) -> Explanation:
+    """The explanation of a row that did not fail; `shared` are the maps of its picture that do not see the text.
+
+    With `prompts` its entries of that kind are kept, too. Maps are as they were to float16. Raises GroundingError.
+    """
+    if row["entries"] is None:
+        raise GroundingError(f"row {row['id']!r} has no maps: {row['status']} ({row['error']})")
+    kept = [i for i, entry in enumerate(row["entries"]) if prompts or entry["kind"] != PROMPT]
+    geometry = Geometry.from_dict({k: v for k, v in row["geometry"].items() if k != "seen"})
+    columns = {}
+    for key, method in about.methods.items():
+        stored = row[key] if method["text_conditioned"] else shared[key]
+        maps, status = _unpacked(stored, geometry)
+        if method["text_conditioned"]:
+            maps, status = maps[kept], tuple(status[i] for i in kept)
+        columns[key] = MethodMaps(key=key, **method, maps=maps, status=status)
+    return Explanation(
+        image=image,
+        caption=row["caption"],
+        entries=tuple(_entry_of(row["entries"][i]) for i in kept),
+        methods=columns,
+        geometry=geometry,
+        target=about.target,
+        token_target=about.token_target,
+        model=about.model,
+        warnings=tuple(row["warnings"]),
+        provenance=about.provenance,
+        origin=row["origin"],
+        truncated=row["truncated"],
+    )
+
+
+def _unpacked(stored: Row, geometry: Geometry) -> tuple[np.ndarray, tuple[Status, ...]]:
+    scales = np.array(stored["scales"], np.float32)
+    values = np.frombuffer(stored["values"], "<f2").reshape(len(scales), geometry.rows, geometry.columns)
+    status = tuple(Status(s, r) for s, r in zip(stored["status"], stored["reason"], strict=True))
+    return values.astype(np.float32) * scales[:, None, None], status
+
+
+def _entry_of(item: Row) -> Entry:
+    others = tuple(
+        Alternative(one["label"], one["token_id"], _number(one["probability"])) for one in item["alternatives"]
+    )
+    return Entry(**{**item, "score": _number(item["score"]), "alternatives": others})
+
+
+def _number(value: float | None) -> float:
+    """A number that a table has as null where it was not finite."""
+    return float("nan") if value is None else value

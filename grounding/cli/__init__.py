@@ -1,0 +1,1 @@
+"""Options and reports of the commands; imports no torch."""

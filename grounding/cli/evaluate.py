@@ -1,0 +1,66 @@
+"""What `scripts/evaluate.py` says and writes, and what it does with a batch run: no model is loaded there, so options
+that are about one are refused. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grounding.batch.requests import PROTOCOLS
+from grounding.core.errors import OptionError
+from grounding.core.printable import escape
+from grounding.evaluation import report
+
+__all__ = ["PROTOCOLS", "score_run", "tell"]
+
+# Options that --run knows: those of its rules, and the others.
+RULES = ("captions", "peak", "min_entities", "threshold", "seed", "protocol")
+OTHERS = ("run", "data", "format", "output", "verbose", "quiet")
+Document = Mapping[str, Any]
+
+
+def score_run(args: argparse.Namespace) -> int:
+    """Score a run, print, write. Raises GroundingError; OptionError for options that need a model."""
+    given = _rules(args)
+    from grounding.batch.run_folder import RunFolder
+    from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
+
+    rules = RunScoreConfig(**given)
+    path = report.check_file(args.output) if args.output else None
+    run = RunFolder.open(args.run)
+    progress = sys.stderr.isatty() and not args.quiet
+    found = evaluate_run(run, run_dataset(run, args.data), rules, progress=progress)
+    parts = tuple(found.values())
+    return tell(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.phrase_markdown, path)
+
+
+def tell(
+    args: argparse.Namespace,
+    document: Document,
+    parts: Sequence[Document],
+    markdown: Callable[[Document], str],
+    path: Path | None,
+) -> int:
+    """Warnings to stderr, the document or a table for each of its parts to stdout, the document to `path`; then 0."""
+    warnings = dict.fromkeys(line for part in parts for line in report.warnings_of(part))
+    for line in () if args.quiet else warnings:
+        print(f"warning: {escape(line)}", file=sys.stderr)
+    print(report.as_json(document) if args.format == "json" else "\n\n".join(map(markdown, parts)))
+    if path is not None:
+        report.write_file(path, document)
+    return 0
+
+
+def _rules(args: argparse.Namespace) -> dict[str, Any]:
+    """The rules that were given, by name."""
+    if not args.run:
+        raise OptionError("--protocol is for --run; where a model is given, phrases are scored by mention-anybox")
+    for name, value in vars(args).items():
+        given = value is not None and value is not False and value not in ([], "auto")
+        if given and name not in (*RULES, *OTHERS):
+            raise OptionError(f"--{name.replace('_', '-')} needs a model; --run scores the maps that the run has")
+    rules = {name: getattr(args, name) for name in RULES if getattr(args, name) is not None}
+    return rules | {"protocol": tuple(dict.fromkeys(args.protocol or ()))}

@@ -1,0 +1,195 @@
+"""Data sets that are a list of pictures and captions: rows are grouped by picture, and each caption has a line.
+
+What a layout gives are entries; the formats of files are in `listing_files.py`, tables of `datasets` in `hub.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from grounding.core.errors import DataError, TextError
+from grounding.core.printable import quote
+from grounding.core.text import check_text
+from grounding.datasets.image_folder import image_path
+from grounding.datasets.records import Caption, Failure, Record
+
+# The split that is all of them.
+ALL = "all"
+
+
+class ListedRow(NamedTuple):
+    """What one row says: texts of a picture, as they stand there (anything: what is no caption is reported later).
+
+    `place` names the row for messages and is no other row's. `number` is the line of the first text, None: the next
+    one of its picture. `whole`: the row says all there is of its picture, so that it may have no second one.
+    """
+
+    place: str
+    image: str
+    texts: tuple[object, ...] = ()
+    number: int | None = None
+    split: str = ""
+    whole: bool = False
+
+
+@dataclass
+class ParsedListing:
+    """What a file gave: entries, rows that belong to no picture (name and reason), and what else to tell."""
+
+    layout: str
+    entries: list[ListedRow] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Where a listing's pictures are."""
+
+    @property
+    def root(self) -> Path | None:
+        """Their folder, an absolute path; None where they are no files."""
+
+    def image(self, name: str) -> Path | bytes:
+        """The file of a picture that is listed, or its bytes. Raises DataError."""
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Pictures that are files below `root`, by their names."""
+
+    root: Path
+
+    def image(self, name: str) -> Path:
+        """The path, whether or not there is a file. Raises DataError for one that leaves `root`."""
+        return image_path(self.root, name)
+
+
+class _Group:
+    """The texts of one picture, by line."""
+
+    __slots__ = ("lines", "place", "split", "whole")
+
+    def __init__(self, entry: ListedRow) -> None:
+        self.place, self.split, self.whole = entry.place, entry.split, entry.whole
+        self.lines: dict[int, object] = {}
+
+
+class Listing:
+    """A data set of pictures with captions, without boxes. See `records.Dataset`."""
+
+    heldout: frozenset[str] | None = None
+    boxes = False
+    broken: Mapping[str, str]
+
+    def __init__(self, folder: Path, split: str | None, found: ParsedListing, images: Images, digest: str) -> None:
+        """`digest` is the sha256 of what `found` was read from. Raises DataError where there is no such split."""
+        self.layout, self.folder, self._images, self._digest = found.layout, folder, images, digest
+        self.root = images.root
+        groups, repeated = grouped(found.entries)
+        self.broken = found.broken | repeated
+        self.problems = tuple(found.problems)
+        if not groups:
+            why = next((f": {place}: {reason}" for place, reason in self.broken.items()), "")
+            raise DataError(f"{quote(folder)} lists no pictures{why}")
+        self.split, self._groups = _selected(groups, split, folder)
+        self.ids = tuple(self._groups)
+
+    def read(self, name: str) -> Record:
+        """The record of a picture, without the picture where that would lie elsewhere.
+
+        Raises DataError for one that is not listed.
+        """
+        if name not in self._groups:
+            raise DataError(f"{quote(name)} is not listed in {quote(self.folder)}")
+        try:
+            image = self._images.image(name)
+        except DataError as error:
+            lines = sorted(self._groups[name].lines.items()) or [(0, "")]
+            return Record(
+                name, None, (), failures=tuple(Failure(line, str(error), _shown(text)) for line, text in lines)
+            )
+        captions, failures = [], []
+        for line, text in sorted(self._groups[name].lines.items()):
+            try:
+                captions.append(Caption(check_text(text), line))
+            except TextError as error:
+                failures.append(Failure(line, str(error), _shown(text)))
+        return Record(name, image, tuple(captions), failures=tuple(failures))
+
+    def digest(self) -> str:
+        """sha256 of the bytes that the listing was read from (of ids and captions, for tables of `datasets`)."""
+        return self._digest
+
+
+def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, str]]:
+    """(groups by picture, in order of first appearance; rows that cannot join one, with the reason)."""
+    groups: dict[str, _Group] = {}
+    broken: dict[str, str] = {}
+    bare: list[ListedRow] = []
+    for entry in entries:
+        if not entry.image or not _is_unicode(entry.image):
+            broken[entry.place] = "its name is not valid Unicode" if entry.image else "it names no picture"
+            continue
+        group = groups.get(entry.image)
+        if group is None:
+            group = groups[entry.image] = _Group(entry)
+        elif reason := _misfit(group, entry):
+            broken[entry.place] = reason
+            continue
+        first = entry.number if entry.number is not None else len(group.lines)
+        group.lines.update(enumerate(entry.texts, first))
+        bare += [] if entry.texts else [entry]
+    # A picture that has no caption at all is a row of its own.
+    broken |= {entry.place: f"no caption of {quote(entry.image)}" for entry in bare if groups[entry.image].lines}
+    return groups, broken
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON and file names may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: object) -> str:
+    """What there is of a caption that cannot be used, as text that can be written."""
+    return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else ""
+
+
+def _misfit(group: _Group, entry: ListedRow) -> str | None:
+    if group.whole or entry.whole:
+        return f"{quote(entry.image)} is listed already ({group.place})"
+    if group.split != entry.split:
+        return f"{quote(entry.image)} is listed already, in split {group.split!r} ({group.place})"
+    if entry.number in group.lines:
+        return f"{quote(entry.image)} has a caption number {entry.number} already ({group.place} or later)"
+    return None
+
+
+def _selected(groups: dict[str, _Group], split: str | None, folder: Path) -> tuple[str, dict[str, _Group]]:
+    """(name, groups) of a split. With None a listing that has just one split answers by its name."""
+    known = tuple(dict.fromkeys(group.split for group in groups.values()))
+    if split is None or split == ALL:
+        return (known[0] if split is None and len(known) == 1 and known[0] else ALL), groups
+    chosen = {name: group for name, group in groups.items() if group.split == split}
+    if not split or not chosen:
+        named = ", ".join(filter(None, known))
+        there = f"there are: {named}; or {ALL}" if named else f"it has no splits: leave it out, or say {ALL}"
+        raise DataError(f"no split {split!r} in {quote(folder)} ({there})")
+    return split, chosen
+
+
+def sha256(parts: Iterable[bytes]) -> str:
+    """The digest of several parts; where one ends counts."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return state.hexdigest()

@@ -1,0 +1,236 @@
+"""Tables of the library `datasets`: Parquet files, what `save_to_disk` wrote, and names on the Hugging Face hub.
+
+Pictures stay encoded: a record has the bytes that the table holds. A table may have one split that holds everything
+and a column `split` besides; the column counts. No code that comes with a data set is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grounding.core.errors import DataError
+from grounding.core.printable import one_line, quote
+from grounding.datasets.caption_files import CAPTIONS, captions_of
+from grounding.datasets.caption_lists import ListedRow, Listing, ParsedListing, sha256
+from grounding.datasets.image_folder import image_path
+
+PREFIX = "hf:"
+# `owner/name`, or with a revision `owner/name@refs/convert/parquet`.
+NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
+SAVED = ("dataset_dict.json", "state.json")
+IMAGES = ("image", "img", "picture")
+IDS = ("filename", "file_name", "img_id", "image_id")
+# `test-00000-of-00009.parquet`
+SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}(-\w+)?")
+SPLITS = ("train", "val", "validation", "dev", "test")
+UNNAMED = "rows"
+PATIENCE = 5.0  # seconds
+NO_SCRIPTS = "Dataset scripts are no longer supported"
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file or folder holds a table: `.parquet`, or what `save_to_disk` wrote."""
+    if path.is_file():
+        return path.suffix == ".parquet"
+    return any((path / name).is_file() for name in SAVED) or bool(_parquet(path))
+
+
+def open_local(path: Path, split: str | None) -> Listing:
+    """A split of a table on this machine (None: all). Raises DataError.
+
+    Parquet files are copied once into the cache of `datasets` (HF_DATASETS_CACHE), where rows can be read at random.
+    """
+    home = path if path.is_dir() else path.parent
+    with _as_data_error(quote(path)):
+        import datasets
+
+        if any((path / name).is_file() for name in SAVED):
+            tables = datasets.load_from_disk(str(path))
+            tables = tables if isinstance(tables, dict) else {"": tables}
+        else:
+            files = _by_split([path] if path.is_file() else _parquet(path))
+            # The library has no split without a name.
+            named = {split or UNNAMED: [glob.escape(str(file)) for file in own] for split, own in files.items()}
+            tables = datasets.load_dataset("parquet", data_files=named)
+            tables = {split: tables[split or UNNAMED] for split in files}
+        return _listing(tables, path, home.absolute(), split)
+
+
+def _parquet(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, or of `data/` in it. Others below may belong to something else."""
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+
+
+def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
+    """Parquet files by the split that their names tell; the empty name for those that tell none."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        shard = SHARD.fullmatch(path.stem)
+        found.setdefault(shard[1] if shard else path.stem if path.stem in SPLITS else "", []).append(path)
+    # As the library orders them, not by the alphabet.
+    return dict(sorted(found.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
+
+
+def open_hub(name: str, split: str | None) -> Listing:
+    """A split of a data set on the hub (None: all), `owner/name` or `owner/name@revision`. Raises DataError.
+
+    Without an answer of the hub only what is in the cache of `datasets` can be opened.
+    """
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise DataError(
+            f"{quote(name)} is no name on the hub: expected {PREFIX}owner/name or {PREFIX}owner/name@revision"
+        )
+    with _as_data_error(f"data set {quote(name)}"), _no_waiting():
+        import datasets
+
+        tables = datasets.load_dataset(match[1], revision=match[2])
+        return _listing(tables, Path(f"{PREFIX}{name}"), None, split)
+
+
+# ---------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """Pictures in a column of tables; `rows` gives table and row of each. `home`: where those lie that are only paths
+    in the table; `root` is the same, or None where the tables hold the pictures themselves."""
+
+    rows: Mapping[str, tuple[Any, int]]
+    column: str
+    home: Path | None
+    root: Path | None
+
+    def image(self, name: str) -> Path | bytes:
+        """The bytes of a picture, or its path below `home`. Raises DataError where there is neither."""
+        table, row = self.rows[name]
+        try:
+            cell = table[row][self.column] or {}
+        except (OSError, ValueError) as error:  # the table was cut or removed since
+            raise DataError(f"the picture {quote(name)} cannot be read from its table ({one_line(error)})") from None
+        if cell.get("bytes") is not None:
+            return bytes(cell["bytes"])
+        if not cell.get("path"):
+            raise DataError(f"{quote(name)} has no picture in its table")
+        if self.home is None:
+            raise DataError(f"{quote(name)} has no picture in its table, only the path {quote(cell['path'])}")
+        return image_path(self.home, cell["path"])
+
+
+def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: str | None) -> Listing:
+    found, root = ParsedListing("datasets"), None
+    rows: dict[str, tuple[Any, int]] = {}
+    for key, table in tables.items():
+        column = _image_column(table)
+        images = _encoded(table, column)
+        if len(table) and (images[0][column] or {}).get("bytes") is None:
+            root = home
+        entries = _entries(table, key, len(tables) > 1)
+        found.entries += entries
+        for row, entry in enumerate(entries):
+            rows.setdefault(entry.image, (images, row))
+        if _first(table, CAPTIONS) is None:
+            found.problems.append(f"no captions: the columns are {', '.join(table.column_names)}")
+    digest = sha256(json.dumps([e.image, e.split, e.texts], default=str).encode() for e in found.entries)
+    return Listing(folder, split, found, TableImages(rows, column, home, root), digest)
+
+
+def _entries(table: Any, key: str, several: bool) -> list[ListedRow]:
+    caption, name, split = _first(table, CAPTIONS), _first(table, IDS), _first(table, ("split",))
+    kept = [part for part in (caption, name, split) if part]
+    cells = table.select_columns(kept)[:] if kept else {}
+    entries = []
+    for row in range(len(table)):
+        own = {part: cells[part][row] for part in kept}
+        # Numbers of rows are the same whichever split is asked for.
+        image = own[name] if name else f"{key}-{row}" if several else row
+        texts = captions_of(own[caption]) if caption else ()
+        whole = caption is None or isinstance(own[caption], list)
+        place = f"{key} row {row}".strip()
+        own_split = own[split] if split and own[split] else key
+        entries.append(ListedRow(place, "" if image is None else str(image), texts, None, str(own_split), whole))
+    return entries
+
+
+def _image_column(table: Any) -> str:
+    import datasets
+
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    column = next(iter(typed), None) or _first(table, IMAGES)
+    if column is None:
+        raise DataError(f"it has no column of pictures (there are: {', '.join(table.column_names)})")
+    return column
+
+
+def _encoded(table: Any, column: str) -> Any:
+    """The column of pictures alone, as it is stored."""
+    import datasets
+
+    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _first(table: Any, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in table.column_names), None)
+
+
+# ---------------------------------------------------------------- the library
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Without an answer of the hub its client is off line: what is cached loads, the rest fails now, not after
+    minutes of retries."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # noqa: BLE001  (of every kind: offline mode, name look-up, proxy, time-out)
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def _as_data_error(name: str) -> Iterator[None]:
+    """Errors of many kinds as one DataError; the library prints nothing meanwhile, and bars only on a terminal."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{name}: the library datasets cannot be imported ({one_line(error)})") from None
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith(("no split", name)) else f"{name}: {error}") from None
+    except Exception as error:
+        raise DataError(f"{name} cannot be opened: {_reason(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in the user's words where it is a known one."""
+    text = one_line(error)
+    if NO_SCRIPTS in text:
+        return "it is a script, and scripts are not run; add @refs/convert/parquet for its Parquet revision"
+    if "OfflineModeIsEnabled" in text or "LocalEntryNotFoundError" in text or "Couldn't reach" in text:
+        return "no answer from the hub, and it is not in the cache"
+    cause = error.__cause__
+    return f"{text} ({one_line(cause)})" if cause is not None and one_line(cause) not in text else text

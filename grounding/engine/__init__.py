@@ -1,0 +1,1 @@
+"""Run models and compute the maps: plan, forward passes, explanations, layers."""

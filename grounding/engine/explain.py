@@ -1,0 +1,338 @@
+"""Explain images and texts: run one forward pass per batch and compute all requested maps from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, TypeVar, Unpack, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grounding.adapter.base import Adapter, TokenProbability
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.recorder import random_state
+from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
+from grounding.core.images import Picture
+from grounding.core.text import Generate, Span
+from grounding.engine.arguments import flatten, selections_of
+from grounding.engine.passes import look, run_passes
+from grounding.engine.plan import MethodCall, for_target, plan_methods
+from grounding.engine.provenance import provenance_of
+from grounding.engine.request import BATCH_SIZE, SEED, Request
+from grounding.engine.selection import Selection
+from grounding.engine.warnings import ROUNDING, map_warnings, orthogonal_warnings, text_independent_warnings
+from grounding.explanation.explanation import Entry, Explanation, MethodMaps
+from grounding.explanation.maps import Status, diagnose
+
+R = TypeVar("R")
+# Checks a request against an adapter and lists its method calls.
+PlanMethods = Callable[[Adapter, Request], Sequence[MethodCall]]
+
+
+class ExplainKeywords(TypedDict, total=False):
+    """Keyword arguments of `explain`, for its overloads."""
+
+    methods: str | Sequence[str] | None
+    select: Selection | Sequence[Any] | None
+    target: Any
+    token_target: str | None
+    layers: str | int | Sequence[str | int]
+    average_layers: bool
+    options: Mapping[str, Any] | None
+    batch_size: int
+    seed: int
+
+
+@overload
+def explain(
+    adapter: Adapter,
+    images: list[Any] | tuple[Any, ...],
+    texts: Sequence[list[Any] | tuple[Any, ...]],
+    **keywords: Unpack[ExplainKeywords],
+) -> list[list[Explanation]]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: list[Any] | tuple[Any, ...],
+    texts: Sequence[str | Generate | None] | None = None,
+    **keywords: Unpack[ExplainKeywords],
+) -> list[Explanation]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: str | Picture | Any,
+    texts: list[Any] | tuple[Any, ...],
+    **keywords: Unpack[ExplainKeywords],
+) -> list[Explanation]: ...
+@overload
+def explain(
+    adapter: Adapter,
+    images: str | Picture | Any,
+    texts: str | Generate | None = None,
+    **keywords: Unpack[ExplainKeywords],
+) -> Explanation: ...
+def explain(
+    adapter: Adapter,
+    images: Any,
+    texts: Any = None,
+    *,
+    methods: str | Sequence[str] | None = None,
+    select: Selection | Sequence[Any] | None = None,
+    target: Any = None,
+    token_target: str | None = None,
+    layers: str | int | Sequence[str | int] = (),
+    average_layers: bool = False,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = SEED,
+) -> Any:
+    """Explain which parts of images a model connects with texts.
+
+    Parameters
+    ----------
+    adapter: a model and its processor, e.g. `grounding.load("openai/clip-vit-base-patch16")`.
+    images: one image (path, PIL image, array, file object, opened `Picture`) or a list of images; or images that were
+        prepared once (`adapter.prepare_images([...])`), whose forward pass is reused for all later texts.
+    texts: for one image a text or a list of texts; for a list of images one item of that kind per image. A model that
+        generates text is forced to generate the given text; with None or `Generate(...)` it generates its own. A
+        classifier takes names of classes, each of which gets an Explanation of its own; prefer `target` for them.
+    methods: names in `grounding.METHODS`; default `adapter.default_methods`, which the name "default" stands for.
+    select: entries of a text that are explained; default the caption and each token. One `Selection` for all texts, or
+        one list per image with a Selection per text.
+    target: the scalar that is explained, one of `adapter.kinds`; for a classifier also a class by name or index, or a
+        list of classes, which share one Explanation (default: the predicted class).
+    token_target: how a part of a caption is scored, one of `adapter.token_targets`; default the first.
+    layers: layers of the methods that are computed at one, as `Adapter.resolve` takes them; several give one map each,
+        or with `average_layers` one joint map.
+    options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option" where there are any.
+    batch_size: images per forward pass.
+    seed: seed of torch's random state during the call; the caller's state is restored.
+
+    Returns
+    -------
+    One Explanation for one image and one text; a list for one image with a list of texts, or for a list of images; a
+    list of lists for a list of images with a list of texts each.
+
+    Raises
+    ------
+    GroundingError (a ValueError, one line): unusable image, text, layer, option or target; a dead layer; NaN or Inf.
+
+    Example
+    -------
+    >>> import grounding
+    >>> model = grounding.load()  # the embedded demo model
+    >>> explanation = grounding.explain(model, "photo.jpg", "man in red jacket")  # doctest: +SKIP
+    >>> explanation["jacket"].peak  # (x, y) in original pixels  # doctest: +SKIP
+    """
+    one = select if isinstance(select, Selection) else Selection()
+    listed = [layers] if isinstance(layers, int) else layers
+    request = Request(methods, one, target, token_target, listed, average_layers, options or {}, seed)
+    many = None if select is None or isinstance(select, Selection) else select
+    return explain_request(adapter, images, texts, request, selections=many, batch_size=batch_size)
+
+
+def explain_request(
+    adapter: Adapter,
+    images: Any,
+    texts: Any,
+    request: Request,
+    *,
+    selections: Sequence[Sequence[Selection]] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Any:
+    """`explain` with its settings as a Request; `selections` override `request.select`, one list per image with one
+    Selection per text. Raises as `explain`."""
+    return run_request(adapter, images, texts, request, plan_methods, explanations, selections, batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class ComputedBatch:
+    """A batch of images and texts with the raw maps of all targets, before they are assembled into results."""
+
+    adapter: Adapter
+    request: Request
+    calls: Sequence[MethodCall]
+    inputs: Inputs
+    targets: Targets
+    raw: RawMaps
+    probabilities: Sequence[TokenProbability | None]
+
+
+def run_request(
+    adapter: Adapter,
+    images: Any,
+    texts: Any,
+    request: Request,
+    plan: PlanMethods,
+    assemble: Callable[[ComputedBatch], list[list[R]]],
+    selections: Sequence[Sequence[Selection]] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Any:
+    """Run a request batch by batch. `plan` lists its method calls, `assemble` makes the results of a batch: one list
+    per image, one item per text. Returns them nested as `images` and `texts` are. Raises as `explain`."""
+    if not isinstance(adapter, Adapter):
+        raise GroundingError(
+            f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
+        )
+    kind, texts = adapter.asked_by(request.target, texts)
+    adapter, request = for_target(adapter, replace(request, target=kind))
+    listed, captions, rebuild = flatten(images, texts, adapter.asked)
+    if batch_size < 1:
+        raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
+    calls = plan(adapter, request)
+    chosen = selections_of(request.select if selections is None else selections, captions)
+    if any(s.where or s.contrast for own in chosen for s in own) and not adapter.generates:
+        raise OptionError(
+            f"where and contrast are about tokens that a model could generate; {adapter.info.type} generates no text"
+        )
+    results: list[list[R]] = []
+    # The model's own precision, whatever context the caller is in: gradients of autocast are of mixed types.
+    with (
+        torch.inference_mode(False),
+        torch.autocast(adapter.device.type, enabled=False),
+        random_state(adapter.model, request.seed),
+    ):
+        for prepared, part in _batches(adapter, images, listed, batch_size):
+            if adapter.looks_first(captions[part]):
+                look(adapter, prepared, calls)
+            inputs = adapter.prepare_texts(prepared, captions[part])
+            own = [selection for per_image in chosen[part] for selection in per_image]
+            results += assemble(_compute_batch(adapter, request, calls, inputs, own))
+    return rebuild(results)
+
+
+def _batches(adapter: Adapter, images: Any, listed: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+    """Prepared images and their places, `batch_size` at a time; images that came prepared stay together."""
+    if isinstance(images, Inputs):
+        yield images, slice(None)
+        return
+    for first in range(0, len(listed), batch_size):
+        part = slice(first, first + batch_size)
+        yield adapter.prepare_images(listed[part]), part
+
+
+def _compute_batch(
+    adapter: Adapter, request: Request, calls: Sequence[MethodCall], inputs: Inputs, select: Sequence[Selection]
+) -> ComputedBatch:
+    spans = [one.spans(tokens) for one, tokens in zip(select, inputs.tokens, strict=True)]
+    for tokens, chosen in zip(inputs.tokens, spans, strict=True):
+        if not chosen:
+            raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
+    targets = adapter.targets(inputs, spans, request.target, request.token_target)
+    raw = compute_maps(adapter, inputs, targets, calls)
+    return ComputedBatch(adapter, request, calls, inputs, targets, raw, adapter.alternatives(inputs, targets))
+
+
+def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
+    """One list of explanations per image of a batch, one per text."""
+    inputs, targets, adapter = batch.inputs, batch.targets, batch.adapter
+    provenance = provenance_of(adapter, batch.request.seed)
+    results: list[list[Explanation]] = [[] for _ in inputs.images]
+    by_text: dict[int, list[int]] = defaultdict(list)
+    for k, text in enumerate(targets.text.tolist()):
+        by_text[text].append(k)
+    for text, members in by_text.items():
+        image = inputs.text_image[text]
+        entries = tuple(entry_of(targets.spans[k], float(batch.raw.scores[k]), batch.probabilities[k]) for k in members)
+        made = {call.key: method_maps(batch, call, image, members) for call in batch.calls}
+        warnings = (
+            *inputs.warnings[image],
+            *inputs.text_warnings[text],
+            *orthogonal_warnings(batch.calls, batch.raw.orthogonal),
+            *text_independent_warnings(batch.calls, entries),
+            *map_warnings(made, entries),
+        )
+        results[image].append(
+            Explanation(
+                image=inputs.images[image],
+                caption=inputs.tokens[text].text,
+                entries=entries,
+                methods=made,
+                geometry=inputs.geometry[image],
+                target=targets.kind,
+                token_target=targets.token_target,
+                model={"id": adapter.info.id, "type": adapter.info.type},
+                warnings=warnings,
+                provenance=provenance,
+                origin=inputs.origins[text] if inputs.origins else "given",
+                truncated=bool(inputs.tokens[text].dropped) or inputs.tokens[text].stopped,
+            )
+        )
+    return results
+
+
+def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: list[int]) -> MethodMaps:
+    """The maps of one text's entries (`members` of the K targets) by one method call.
+
+    Raises NumericError where a method gave NaN.
+    """
+    method, maps = call.method, batch.raw.maps[call.key]
+    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_gradient)
+    chosen = maps[members] if conditioned else maps[[image]]
+    if not np.isfinite(chosen).all():
+        raise NumericError(f"{method.title} gives NaN or Inf: the model's numbers cannot be explained")
+    seen = batch.inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
+    status = tuple(diagnose(raw, seen, signed=method.signed) for raw in chosen)
+    if method.inner and method.rule is None and call.paths and set(call.paths) <= set(batch.raw.orthogonal):
+        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
+    return MethodMaps(
+        call.key, call.name, method.title, call.layer, call.options, method.signed, conditioned, chosen, status
+    )
+
+
+def entry_of(span: Span, score: float, probability: TokenProbability | None) -> Entry:
+    """The entry of a scored span, with the probability of its token where it has one."""
+    own, others = probability or (None, ())
+    return Entry(span.label, span.kind, span.start, span.end, score, span.token_id, own, others)
+
+
+@dataclass(frozen=True, eq=False)
+class RawMaps:
+    """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
+
+    `orthogonal`: the taps whose gradient is at right angles to their features, to rounding.
+    """
+
+    scores: Tensor
+    maps: dict[str, np.ndarray]
+    orthogonal: frozenset[str]
+
+
+def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[MethodCall]) -> RawMaps:
+    """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
+    static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+    made: dict[str, np.ndarray] = {}
+    sizes: dict[str, float] = defaultdict(float)
+    scores, orthogonal = torch.zeros(0), frozenset[str]()
+    # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
+    with contextlib.closing(run_passes(adapter, inputs, targets, plan)) as chunks:
+        for chunk in chunks:
+            scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
+            for column in chunk.columns:
+                # No text can change a static one: the first chunk, which has a target of every picture, says it all.
+                if column in static and column.key in made:
+                    continue
+                maps = column.maps(chunk.trace)
+                count = len(inputs.images) if column in static else len(targets)
+                places = chunk.trace.targets.image.tolist() if column in static else chunk.members
+                made.setdefault(column.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
+            for path, size in chunk.trace.gradient_sizes().items():
+                sizes[path] = max(sizes[path], size)
+    _refuse_dead_layers(adapter, sizes)
+    return RawMaps(scores, made, orthogonal)
+
+
+def _refuse_dead_layers(adapter: Adapter, sizes: Mapping[str, float]) -> None:
+    """A layer whose patches no score depends on gives blank maps: an error that names a live one."""
+    for path, size in sizes.items():
+        if size == 0:
+            known = getattr(adapter, "live_layer", adapter.structure.layer)
+            live = "" if path == known else f"use {known!r}, or "
+            raise LayerError(
+                f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "
+                f"maps would be blank; {live}see --list-layers for the live ones"
+            )

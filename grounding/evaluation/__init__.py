@@ -1,0 +1,1 @@
+"""Scores of maps: pointing game, OCR, deletion and insertion, protocols, reports."""

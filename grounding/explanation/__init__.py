@@ -1,0 +1,1 @@
+"""The result: entries and maps, their files and tables; `figures` draws it."""

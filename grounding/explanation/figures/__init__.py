@@ -1,0 +1,1 @@
+"""Figures of explanations: overlays, comparisons, reading strips, inspections."""

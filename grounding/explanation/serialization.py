@@ -1,0 +1,214 @@
+"""An explanation as plain JSON, and back. The key names are the same in every file and on the command line.
+
+Coordinates: original pixels, (x, y), origin top-left; boxes (x0, y0, x1, y1), half-open.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from grounding.core.errors import GroundingError
+from grounding.core.files import FORMAT
+from grounding.core.geometry import Geometry
+from grounding.core.images import Picture
+from grounding.core.printable import escape
+from grounding.core.text import Alternative
+from grounding.explanation.explanation import SCHEMA_VERSION, Entry, Explanation, MethodMaps, PatchMap
+from grounding.explanation.maps import Status
+
+
+def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the maps' values, in types that `json` knows. Numbers that are not finite become null.
+
+    `files` names what was written beside it.
+    """
+    geometry, image = explanation.geometry, explanation.image
+    shared = {key: _map(explanation.map(0, key)) for key, c in explanation.methods.items() if c.shared}
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "image": {
+            "path": image.path,
+            "width": geometry.width,
+            "height": geometry.height,
+            "seen": [float(edge) for edge in geometry.seen],
+            "sha256": image.sha256,
+            "warnings": list(image.warnings),
+            "crop": to_builtin(image.crop),
+        },
+        "model": {"id": None, "type": None} | to_builtin(explanation.model),
+        "caption": explanation.caption,
+        "origin": explanation.origin,
+        "truncated": explanation.truncated,
+        "target": explanation.target,
+        "token_target": explanation.token_target,
+        "score": to_builtin(explanation.score),
+        "entries": [
+            entry_json(entry)
+            | {"maps": {key: shared.get(key) or _map(explanation.map(i, key)) for key in explanation.methods}}
+            for i, entry in enumerate(explanation.entries)
+        ],
+        "methods": {
+            key: {
+                "method": column.method,
+                "title": column.title,
+                "layer": column.layer,
+                "options": to_builtin(column.options),
+                "signed": column.signed,
+                "text_conditioned": column.text_conditioned,
+                **_own_grid(column, geometry),
+            }
+            for key, column in explanation.methods.items()
+        },
+        "geometry": geometry.to_dict(),
+        "warnings": list(explanation.warnings),
+        "provenance": to_builtin(explanation.provenance),
+        "files": to_builtin(files or {}),
+    }
+
+
+def _own_grid(column: MethodMaps, geometry: Geometry) -> dict[str, Any]:
+    """Rows and columns of maps whose layer has another grid than the geometry."""
+    rows, columns = column.maps.shape[1:]
+    return {} if (rows, columns) == (geometry.rows, geometry.columns) else {"grid": [rows, columns]}
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """An entry without its maps, in types that `json` knows."""
+    return {
+        "label": entry.label,
+        "kind": entry.kind,
+        "start": entry.start,
+        "end": entry.end,
+        "token_id": entry.token_id,
+        "score": to_builtin(entry.score),
+        "probability": to_builtin(entry.probability),
+        "alternatives": [to_builtin(vars(one)) for one in entry.alternatives],
+    }
+
+
+def dumps(value: Any) -> str:
+    """JSON text in ASCII: no text can break a line, colour a terminal or fail to encode; NaN is refused."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=1) + "\n"
+
+
+def _map(found: PatchMap) -> dict[str, Any]:
+    low, high = found.range
+    peak, box = found.peak, found.box
+    return {
+        "peak": None if peak is None else [float(v) for v in peak],
+        "box": None if box is None else [int(v) for v in box],
+        "min": to_builtin(low),
+        "max": to_builtin(high),
+        "status": found.status.status,
+        "reason": found.status.reason,
+        "layer": found.method.layer,
+        "text_conditioned": found.method.text_conditioned,
+    }
+
+
+def to_builtin(value: Any) -> Any:
+    """`value` in JSON's types: NumPy scalars, tuples and mappings converted, numbers that are not finite null."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_builtin(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | np.ndarray):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
+        return [to_builtin(item) for item in items]
+    return str(value)
+
+
+def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], image: Picture) -> Explanation:
+    """The inverse of `to_json`, given the maps of a method's key. Raises GroundingError for what does not fit."""
+    geometry = Geometry.from_dict(content["geometry"])
+    entries = tuple(_entry(item) for item in content["entries"])
+    columns = {
+        key: _column(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
+        for key, about in content["methods"].items()
+    }
+    return Explanation(
+        image=image,
+        caption=content["caption"],
+        entries=entries,
+        methods=columns,
+        geometry=geometry,
+        target=content["target"],
+        token_target=content["token_target"],
+        model=content["model"],
+        warnings=tuple(content["warnings"]),
+        provenance=content["provenance"],
+        origin=content.get("origin", "given"),
+        truncated=content.get("truncated", False),
+    )
+
+
+def _entry(item: Mapping[str, Any]) -> Entry:
+    # Results of earlier versions have no probabilities.
+    probability = item.get("probability")
+    return Entry(
+        label=item["label"],
+        kind=item["kind"],
+        start=item["start"],
+        end=item["end"],
+        score=_finite(item["score"]),
+        token_id=item["token_id"],
+        probability=None if probability is None else float(probability),
+        alternatives=tuple(
+            Alternative(one["label"], one["token_id"], _finite(one["probability"]))
+            for one in item.get("alternatives", ())
+        ),
+    )
+
+
+def _finite(value: Any) -> float:
+    """A number that JSON has as null where it was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def _column(
+    key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
+) -> MethodMaps:
+    stored = of_entries if about["text_conditioned"] else of_entries[:1]
+    wanted = (len(stored), *about.get("grid", (geometry.rows, geometry.columns)))
+    if maps.shape != wanted or maps.dtype.kind != "f":
+        raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
+    return MethodMaps(
+        key=key,
+        method=about["method"],
+        title=about["title"],
+        layer=about["layer"],
+        options=about["options"],
+        signed=about["signed"],
+        text_conditioned=about["text_conditioned"],
+        maps=maps,
+        status=tuple(Status(item["status"], item["reason"]) for item in stored),
+    )
+
+
+def parse(data: bytes, path: Path) -> dict[str, Any]:
+    """What a JSON file of ours holds. Raises GroundingError for one that is damaged, foreign or newer."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise GroundingError(f"{escape(path)} is damaged: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise GroundingError(f"{escape(path)} was not written by grounding")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "; a newer version of grounding wrote it" if newer else ""
+        raise GroundingError(
+            f"{escape(path)} has schema version {version!r}, this version reads {SCHEMA_VERSION}{advice}"
+        )
+    return cast(dict[str, Any], content)

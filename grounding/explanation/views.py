@@ -1,0 +1,14 @@
+"""Views of an explanation by name: what draws, stores and loads it, imported when first used."""
+
+from grounding.core.registry import Registry
+
+VIEWS = Registry(
+    "view",
+    {
+        "figure": "grounding.explanation.figures.comparison:figure",
+        "strip": "grounding.explanation.figures.reading_strip:strip",
+        "inspection": "grounding.explanation.figures.inspection:figure",
+        "save": "grounding.explanation.storage:save",
+        "load": "grounding.explanation.storage:load",
+    },
+)

@@ -1,0 +1,64 @@
+"""Options of methods: declared by annotations, converted from the text of a command line."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+# The option of methods by which a signed map is shown from there upwards, as a fraction of its maximum: 0 is the ReLU
+# of the CAM papers.
+THRESHOLD = "threshold"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Values an option may take, in an annotation: `Annotated[float, Interval(0, 1)]` is 0 <= value < 1."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.low:g} or more" if self.high == math.inf else f"a fraction in [{self.low:g}, {self.high:g})"
+
+
+Fraction = Annotated[float, Interval(0, 1)]
+
+
+NotNegative = Annotated[float, Interval(0)]
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` (perhaps a text from a command line) as the annotated type. Raises ValueError saying what is wanted."""
+    if typing.get_origin(hint) is Annotated:
+        hint, limits = typing.get_args(hint)
+        value = convert(value, hint)
+        if not limits.low <= value < limits.high:
+            raise ValueError(f"expected {limits}, got {value}")
+        return value
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None or str(value).lower() == "none":
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{value!r} is none of {', '.join(typing.get_args(hint))}")
+        return value
+    if hint is bool:
+        return _boolean(value)
+    try:
+        converted = hint(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {hint.__name__}, got {value!r}") from None
+    if converted != converted or (hint is int and converted != float(value)):
+        raise ValueError(f"expected {hint.__name__}, got {value!r}")
+    return converted
+
+
+def _boolean(value: Any) -> bool:
+    named = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in named:
+        raise ValueError(f"expected true or false, got {value!r}")
+    return named[str(value).lower()]

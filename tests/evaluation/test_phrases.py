@@ -1,0 +1,480 @@
+"""A whole evaluation: maps whose scores are known, faults that are counted, the command, and faithfulness on paper."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError, TargetError, UnknownNameError
+from grounding.datasets.open import open_dataset
+from grounding.evaluation import faithfulness as believing
+from grounding.evaluation import phrases as evaluation
+from grounding.evaluation.deletion import CONTROL, Case, areas, cell_numbers, order_of
+from grounding.evaluation.faithfulness import EVERYTHING, cascade, faithfulness, text_sensitivity
+from grounding.evaluation.phrases import evaluate
+from grounding.evaluation.report import as_json, markdown, warnings_of
+from tests.cli.test_ground import ROOT, answer, script
+from tests.conftest import noise
+from tests.support import models
+from tests.support.explanations import column, explanation, whole
+from tests.support.linear import COLUMNS, ROWS, LinearAdapter
+
+CELLS = ROWS * COLUMNS
+METHOD_KEYS = {
+    "pointing",
+    "ci",
+    "energy",
+    "energy_ci",
+    "entity",
+    "iou50",
+    "area",
+    "swap",
+    "by_type",
+    "caption_swap_correlation",
+}
+
+
+def write_data(folder, images, split="test"):
+    """A data set; `images`: name -> phrase -> box (x0, y0, x1, y1), half-open, of a picture of 80 x 80 pixels."""
+    for part in ("Images", "Sentences", "Annotations"):
+        (folder / part).mkdir(exist_ok=True, parents=True)
+    (folder / f"{split}.txt").write_text("\n".join(images))
+    for seed, (name, phrases) in enumerate(images.items()):
+        noise(80, 80, seed).save(folder / "Images" / f"{name}.png")
+        marks = [f"[/EN#{i}/people {phrase}]" for i, phrase in enumerate(phrases, 1)]
+        (folder / "Sentences" / f"{name}.txt").write_text(" and ".join(marks) + "\n" + " or ".join(marks) + "\n")
+        objects = "".join(
+            f"<object><name>{i}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for i, (x0, y0, x1, y1) in enumerate(phrases.values(), 1)
+        )
+        size = "<size><width>80</width><height>80</height></size>"
+        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+
+
+PICTURES = {
+    "first": {"A red car": (0, 0, 40, 40), "the man": (40, 40, 80, 80)},
+    "second": {"dogs": (20, 20, 60, 60), "a bus": (0, 0, 20, 20), "the man": (60, 60, 80, 80)},
+    "third": {"a hat": (0, 20, 20, 40), "a dog": (40, 0, 80, 20)},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data(tmp_path / "data", PICTURES)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def clip():
+    return models.clip_adapter(dtype=torch.float32)
+
+
+@pytest.fixture
+def perfect(monkeypatch):
+    """`explain` gives maps that are the boxes themselves; pictures are opened, so broken ones fail as ever."""
+    asked = []
+
+    def explain(adapter, images, texts, **how):
+        [opened], [texts] = [evaluation_open(image) for image in images], texts
+        asked.append((Path(images[0]).stem, tuple(texts), how))
+        geometry = whole(80, 80)
+        boxes = {phrase.lower(): box for phrase, box in PICTURES[Path(images[0]).stem].items()}
+        made = []
+        for text in texts:
+            raw = np.zeros((4, 4))
+            x0, y0, x1, y1 = (value // 20 for value in boxes[text])
+            raw[y0:y1, x0:x1] = 1
+            columns = [column(key, [raw], geometry) for key in ("gradcam", "relevance")]
+            made.append(explanation(opened.pil, labels=(text,), geometry=geometry, columns=columns))
+        return [made]
+
+    def evaluation_open(path):
+        from grounding.core.images import open_image
+
+        return open_image(path)
+
+    monkeypatch.setattr(evaluation, "explain", explain)
+    return asked
+
+
+PERFECT = {"methods": ["gradcam", "relevance"], "seed": 0}
+
+
+def test_perfect_maps_score_one_and_the_document_is_complete(folder, clip, perfect):
+    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    assert (found["protocol"], found["split"], found["pictures"], found["phrases"]) == ("mention-anybox", "test", 3, 7)
+    assert set(found["methods"]) == {"gradcam", "relevance", "centre", "random"}
+    for name, scores in found["methods"].items():
+        assert set(scores) >= METHOD_KEYS
+        wanted = None if name in ("centre", "random") else 1
+        assert [scores[key] for key in ("entity", "iou50")] == [wanted, wanted]
+    assert found["methods"]["gradcam"]["pointing"] == found["methods"]["gradcam"]["swap"] == 1
+    assert found["methods"]["gradcam"]["ci"] == (1, 1)
+    assert found["methods"]["gradcam"]["by_type"]["people"]["phrases"] == 7
+    # The centre of the picture lies inside "dogs" alone: on the edge of the other boxes is no hit.
+    assert found["methods"]["centre"]["pointing"] == pytest.approx(1 / 7)
+    cells = [4, 4, 4, 1, 1, 1, 2]
+    assert found["methods"]["random"]["pointing"] == pytest.approx(sum(cells) / 16 / 7)
+    assert found["skipped"] == {}
+    assert found["rules"]["min_entities"] == 1
+    # One call a picture, all its phrases as captions of their own, in lower case.
+    assert perfect[0][:2] == ("first", ("a red car", "the man"))
+    assert len(perfect) == 3
+
+
+def test_all_captions_mention_more_and_explain_no_more(folder, clip, perfect):
+    found = evaluate(clip, open_dataset(folder), Rules(captions="all"), **PERFECT)
+    assert found["phrases"] == 14
+    assert found["methods"]["gradcam"]["swap_pairs"] == 1 + 3 + 1
+    assert [len(texts) for _, texts, _ in perfect] == [2, 3, 2]
+
+
+def test_selection_of_images(folder, clip, perfect):
+    few = evaluate(clip, open_dataset(folder), Rules(min_entities=3), **PERFECT)
+    assert (few["pictures"], few["phrases"]) == (1, 3)
+    assert (few["skipped"], few["skipped_pictures"]) == ({"min_entities": 4}, {"min_entities": 2})
+    first = evaluate(clip, open_dataset(folder), Rules(limit=2), **PERFECT)
+    assert (first["pictures"], first["phrases"], first["skipped"]) == (2, 5, {})
+
+
+def test_a_failing_image_is_counted_and_named(folder, clip, perfect):
+    (folder / "Images" / "first.png").write_bytes(b"")
+    (folder / "Annotations" / "third.xml").write_text("<annotation>")
+    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    assert found["pictures"] == 1
+    assert found["skipped"] == {"failed_decode": 2, "failed_input": 0}
+    assert found["skipped_pictures"] == {"failed_decode": 1, "failed_input": 1}
+    assert [p.split(":")[0].split("/")[-1] for p in found["problems"]] == [
+        "first.png'",
+        "third.xml' is no XML that can be read (no element found",
+    ]
+    (folder / "Images" / "second.png").unlink()
+    with pytest.raises(GroundingError, match=r"not one phrase .*1 pictures failed_decode; 1 pictures failed_read"):
+        evaluate(clip, open_dataset(folder), **PERFECT)
+
+
+def test_phrases_without_boxes_are_counted_by_reason(folder, clip, perfect):
+    path = folder / "Annotations" / "second.xml"
+    boxless = path.read_text().replace("<name>2</name><bndbox>", "<name>2</name><nobndbox>1</nobndbox><other>")
+    path.write_text(boxless.replace("</bndbox></object><object><name>3", "</other></object><object><name>3"))
+    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    assert (found["phrases"], found["skipped"]) == (6, {"nobndbox": 1})
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ({"methods": ["gradcan"]}, UnknownNameError),
+        ({"options": {"gradcam.nothing": 1}}, OptionError),
+        ({"layers": ["nowhere"]}, LayerError),
+        ({"target": "logit"}, TargetError),
+        ({"layers": ["-1"], "methods": ["gradcam"]}, LayerError),  # dead: known after the first picture
+    ],
+)
+def test_what_is_wrong_for_every_image_ends_at_once(folder, clip, how, error):
+    with pytest.raises(error):
+        evaluate(clip, open_dataset(folder), **how)
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"min_entities": 0}, {"threshold": 0.0}, {"threshold": 1.5}])
+def test_rules_that_mean_nothing(wrong):
+    with pytest.raises(OptionError):
+        Rules(**wrong)
+
+
+def test_images_inside_tables_have_no_boxes_to_score(folder, clip, monkeypatch):
+    data = open_dataset(folder, "test")
+    real = data.read
+    monkeypatch.setattr(data, "read", lambda name: dataclasses.replace(real(name), image=b"..."))
+    with pytest.raises(GroundingError, match=r"not one phrase .*3 pictures failed_input.*first: a picture inside a"):
+        evaluate(clip, data, methods=["rollout"])
+
+
+def test_a_image_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
+    real = evaluation.explain
+
+    def explain(adapter, images, texts, **how):
+        if "first" in images[0]:
+            raise NumericError("NaN")
+        return real(adapter, images, texts, **how)
+
+    monkeypatch.setattr(evaluation, "explain", explain)
+    assert evaluate(clip, open_dataset(folder), methods=["rollout"])["skipped"] == {"failed_numeric": 2}
+
+
+def test_thresholds_are_tuned_on_the_validation_split(folder, clip, perfect):
+    write_data(folder, PICTURES, split="val")
+    with pytest.raises(OptionError, match="none of it"):  # all: the validation split, too
+        evaluate(clip, open_dataset(folder), Rules(tune_threshold=True), **PERFECT)
+    found = evaluate(clip, open_dataset(folder, "test"), Rules(tune_threshold=True), **PERFECT)
+    assert found["rules"]["threshold"] == "tuned on val"
+    assert found["methods"]["gradcam"]["threshold"] in evaluation.TUNING
+    assert found["methods"]["gradcam"]["iou50"] == 1
+    assert "tuned on val (gradcam 0." in markdown(found)
+    fixed = evaluate(clip, open_dataset(folder), Rules(threshold=0.9), **PERFECT)
+    assert fixed["methods"]["gradcam"]["iou50"] < 1
+
+
+def test_real_maps_of_a_text_blind_method_are_one_and_the_same(folder, clip):
+    found = evaluate(clip, open_dataset(folder), methods=["gradcam", "rollout"])["methods"]
+    assert found["rollout"]["caption_swap_correlation"] == 1.0
+    assert found["rollout"]["swap"] == 0
+    assert found["gradcam"]["caption_swap_correlation"] < 0.999
+
+
+# ---------------------------------------------------------------- deletion and insertion, a linear model
+
+
+@pytest.fixture
+def white(tmp_path):
+    path = tmp_path / "white.png"
+    Image.new("RGB", (100, 80), "white").save(path)
+    return path
+
+
+def linear_case(path, maps, adapter, captions=("a",)):
+    seen = adapter.prepare([str(path)], [["a"]]).geometry[0].seen_cells
+    texts = tuple(dict.fromkeys(text for own in maps.values() for text in own))
+    return Case(
+        path, texts, {key: {t: np.asarray(m) for t, m in own.items()} for key, own in maps.items()}, seen, captions
+    )
+
+
+def one_hot(cell=7):
+    return np.eye(CELLS)[cell].reshape(ROWS, COLUMNS)
+
+
+def by_hand(weights, order):
+    """Trapezoids under a linear score: the patch at place j falls in the step from j / n to (j + 1) / n."""
+    weights = np.ravel(weights)[order]
+    places = (np.arange(len(order)) + 0.5) / len(order)
+    return float((weights * places).sum()), float((weights * (1 - places)).sum())
+
+
+def test_areas_of_a_linear_model_in_closed_form(white):
+    weights = np.random.default_rng(0).uniform(-0.2, 1, (ROWS, COLUMNS))
+    other = np.random.default_rng(1).uniform(0, 1, (ROWS, COLUMNS))
+    adapter = LinearAdapter({"a": weights, "b": other})
+    case = linear_case(white, {"true": {"a": weights, "b": other}, "shared": {"a": other, "b": other}}, adapter)
+    found = areas(adapter, case, "black", None, seed=3)
+    for key, maps in case.maps.items():
+        expected = [by_hand(w, order_of(maps[t], case.seen)) for t, w in (("a", weights), ("b", other))]
+        assert found.deletion[key] == pytest.approx(sum(deletion for deletion, _ in expected))
+        assert found.insertion[key] == pytest.approx(sum(insertion for _, insertion in expected))
+    assert found.full == pytest.approx(weights.sum() + other.sum())
+    assert found.empty == pytest.approx(0)
+    assert found.deletion["true"] < found.deletion[CONTROL] < found.insertion["true"]
+
+
+@pytest.mark.parametrize(("weights", "deletion"), [(one_hot(), 0.5 / CELLS), (np.ones((ROWS, COLUMNS)), 0.5)])
+def test_scores_of_the_best_and_of_any_order(white, weights, deletion, monkeypatch):
+    adapter = LinearAdapter({"a": weights})
+    monkeypatch.setattr(believing, "randomisation", lambda *_, **__: ([], {"true": []}))
+    monkeypatch.setattr(believing, "text_sensitivity", lambda *_: {"true": {}})
+    case = linear_case(white, {"true": {"a": weights}}, adapter)
+    found = faithfulness(adapter, [case, case], {}, "black")
+    assert found["methods"]["true"]["deletion"]["auc"] == pytest.approx(deletion)
+    assert found["methods"]["true"]["insertion"]["auc"] == pytest.approx(1 - deletion)
+    control = found["methods"][CONTROL]["deletion"]["auc"]
+    assert found["methods"]["true"]["deletion"]["minus_random"] == pytest.approx(deletion - control)
+    assert found["score"] == {"whole": pytest.approx(weights.sum()), "nothing": pytest.approx(0)}
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_is_no_image_is_never_touched(white):
+    """Two columns are padding, with weights of their own: they add to every score alike."""
+    weights = np.arange(CELLS, dtype=float).reshape(ROWS, COLUMNS)
+    adapter = LinearAdapter({"a": weights}, shown=3)
+    case = linear_case(white, {"true": {"a": weights}}, adapter)
+    found = areas(adapter, case, "black", None, seed=0)
+    padding = weights[:, 3:].sum()
+    assert (found.full, found.empty) == (pytest.approx(weights.sum()), pytest.approx(padding))
+    deletion, _ = by_hand(weights, order_of(weights, case.seen))
+    # 12 patches in 20 steps: the curve has plateaus, so the area is that of whole patches only roughly.
+    assert found.deletion["true"] == pytest.approx(deletion, rel=0.05)
+
+
+@pytest.mark.parametrize("baseline", ["blur", "mean"])
+def test_nothing_can_be_said_where_the_baseline_is_the_image(white, baseline, monkeypatch):
+    adapter = LinearAdapter({"a": one_hot()})
+    monkeypatch.setattr(believing, "randomisation", lambda *_, **__: ([], {"true": []}))
+    monkeypatch.setattr(believing, "text_sensitivity", lambda *_: {"true": {}})
+    case = linear_case(white, {"true": {"a": one_hot()}}, adapter)
+    found = faithfulness(adapter, [case], {}, baseline)
+    assert found["methods"]["true"]["deletion"]["auc"] is None
+
+
+def test_faults_in_faithfulness(white):
+    adapter = LinearAdapter({"a": one_hot() * np.nan})
+    case = linear_case(white, {"true": {"a": one_hot()}}, adapter)
+    with pytest.raises(NumericError, match="NaN or Inf"):
+        faithfulness(adapter, [case], {}, "black")
+    with pytest.raises(GroundingError, match="no case"):
+        faithfulness(adapter, [], {}, "black")
+
+
+def test_cells_of_pixels():
+    geometry = whole(80, 80).with_grid(2, 3, (5.0, 4.0))
+    numbers = cell_numbers(geometry, 9, 16)
+    assert numbers[0, 0] == 0
+    assert numbers[7, 14] == 5
+    assert (numbers[8] == 6).all()  # a rest that no patch reads
+    assert (numbers[:, 15] == 6).all()
+    assert [int((numbers == cell).sum()) for cell in range(6)] == [20] * 6
+
+
+# ---------------------------------------------------------------- what maps depend on
+
+
+def clip_cases(folder, clip, how):
+    return evaluation._tally(
+        clip, open_dataset(folder), Rules(min_entities=1), [0.5], how, False, keep_cases=True
+    ).cases
+
+
+def test_text_sensitivity_and_faithfulness_of_a_real_model(folder, clip):
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    found = evaluate(
+        clip, open_dataset(folder), Rules(faithfulness=True, limit=2), methods=["gradcam", "rollout"], seed=0
+    )
+    document = found["faithfulness"]
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
+    methods = document["methods"]
+    assert set(methods) == {"gradcam", "rollout", "random"}
+    assert methods["rollout"]["text_sensitivity"] == methods["rollout"]["foreign_text"] == 1.0
+    assert methods["gradcam"]["foreign_text"] < 0.999
+    assert document["randomised"][-1] == EVERYTHING
+    assert len(methods["gradcam"]["randomisation"]) == len(document["randomised"]) == 4
+    assert all(-1 <= value < 0.9999 for value in methods["gradcam"]["randomisation"])
+    for table in ("Faithfulness: 2 pictures, 5 texts", "| down to | gradcam | rollout |", "| every parameter | "):
+        assert table in markdown(found)
+    json.loads(as_json(found))
+
+
+def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
+    before = copy.deepcopy(clip.model.state_dict())
+    changed = []
+    for name, redrawn in cascade(clip, seed=0):
+        state = redrawn.model.state_dict()
+        changed.append((name, {key for key, value in state.items() if not torch.equal(value, before[key])}))
+    blocks = clip.structure.stacks["vision"].blocks
+    assert [name for name, _ in changed] == [*reversed(blocks), EVERYTHING]
+    assert all(key.startswith(blocks[-1]) for key in changed[0][1])
+    assert {key.startswith(tuple(blocks[-2:])) for key in changed[1][1]} == {True}
+    assert changed[0][1] < changed[1][1] < changed[-1][1]
+    assert any("text_model" in key for key in changed[-1][1])
+    assert all(torch.equal(value, before[key]) for key, value in clip.model.state_dict().items())
+    again = [redrawn.model.state_dict()[f"{blocks[-1]}.mlp.fc1.weight"].clone() for _, redrawn in cascade(clip, seed=0)]
+    other = [redrawn.model.state_dict()[f"{blocks[-1]}.mlp.fc1.weight"].clone() for _, redrawn in cascade(clip, seed=1)]
+    assert not torch.equal(again[0], other[0])
+    old = before[f"{blocks[-1]}.mlp.fc1.weight"]
+    assert float(again[0].std() / old.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_image_with_one_caption_is_held_against_another_ones(folder, clip):
+    how = {"methods": ["rollout"], "select": evaluation.WHOLE}
+    cases = clip_cases(folder, clip, how)
+    single = [Case(case.image, case.texts, case.maps, case.seen, case.captions[:1]) for case in cases]
+    found = text_sensitivity(clip, single, how)["rollout"]
+    assert found == {"text_sensitivity": [[]] * 3, "foreign_text": [[1.0]] * 3}
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder: exit code, stdout, stderr."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    module = script(ROOT / "scripts" / "evaluate.py")
+
+    def run(*argv):
+        return answer(module, argv, capsys)
+
+    return run
+
+
+def test_the_command_on_the_demo_world(command):
+    code, out, err = command("--limit", "4", "--device", "cpu", "--output", "scores.json")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("Protocol mention-anybox")
+    assert "pictures with at least 3 entities" in out
+    assert "| map | pointing % |" in out
+    document = json.loads(Path("scores.json").read_text())
+    assert (document["model"], document["data"]) == ("demo-clip", "demo scenes")
+    assert list(document["methods"]) == ["gradcam", "rollout", "relevance", "centre", "random"]
+    assert document["methods"]["rollout"]["caption_swap_correlation"] == 1.0
+    assert document["methods"]["relevance"]["pointing"] > 2 * document["methods"]["random"]["pointing"]
+    assert sorted(p.name for p in Path().iterdir()) == ["scores.json"]
+    # The same numbers again, on stdout, replacing a file of ours.
+    argv = ("--limit", "4", "--device", "cpu", "--format", "json", "--output", "scores.json")
+    assert json.loads(command(*argv)[1]) == document
+
+
+def test_choices_reach_the_document(command):
+    layers = ("--methods", "gradcam", "--layer", "-1.in", "--layer", "-2", "--option", "gradcam.threshold=0.1")
+    rules = ("--peak", "pixel", "--captions", "all", "--min-entities", 4, "--split", "val", "--threshold", 0.4)
+    code, out, _ = command("--limit", 2, *layers, *rules, "--format", "json", "--device", "cpu")
+    document = json.loads(out)
+    assert code == 0
+    assert list(document["methods"]) == ["gradcam@-1.in", "gradcam@-2", "centre", "random"]
+    assert (document["split"], document["rules"]["peak"], document["rules"]["captions"]) == ("val", "pixel", "all")
+    assert document["rules"]["interpolation"] == "bilinear"
+    assert document["phrases"] > 2 * 4
+    assert document["methods"]["gradcam@-2"]["threshold"] == 0.4
+    assert document["rules"]["options"] == {"gradcam.threshold": "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--split", "nothing"], 1, "there are: test, val"),
+        (["--data", "nowhere"], 1, "there is no such folder"),
+        (["--limit", "0"], 2, "at least 1 picture"),
+        (["--limit", "1", "--methods", "gradcan"], 2, "did you mean 'gradcam'"),
+        (["--limit", "1", "--target", "logit"], 2, "no target 'logit'"),
+        (["--limit", "1", "--layer", "-1"], 2, "dead"),
+        (["--output", "."], 1, "is a folder"),
+        (["--output", "no/scores.json"], 1, "no folder that can be written into"),
+        (["--output", "precious.txt"], 1, "was not written by this command"),
+        (["--min-entities", "9"], 1, "not one phrase of split 'test' could be scored"),
+    ],
+)
+def test_bad_requests_cost_one_line(command, argv, code, words):
+    Path("precious.txt").write_text("mine")
+    found, out, err = command(*argv, "--device", "cpu")
+    assert (found, out) == (code, "")
+    assert err.strip().splitlines()[-1].startswith("error: ")
+    assert words in err
+    assert [p.name for p in Path().iterdir()] == ["precious.txt"]
+
+
+def evaluation_warnings(counted):
+    return warnings_of({"problems": [], "warnings": counted})
+
+
+def test_a_broken_image_warns_and_the_rest_counts(command, folder):
+    (folder / "Images" / "first.png").write_bytes(b"no picture")
+    argv = ("--data", folder, "--methods", "rollout", "--device", "cpu")
+    code, out, err = command(*argv)
+    assert code == 0
+    assert "first.png" in err.splitlines()[0]
+    assert "does not know: 'bus'" in err
+    assert "phrases skipped: failed_decode 2" in out
+    assert command(*argv, "-q")[2] == ""
+    words = evaluation_warnings({"demo advice": 5})
+    assert words == ["demo advice (5 of the texts)"]
+    assert len(evaluation_warnings({f"unknown {i}": 1 for i in range(9)})) == 6
+    for name in ("second", "third"):
+        (folder / "Images" / f"{name}.png").unlink()
+    code, out, err = command(*argv)
+    assert (code, out) == (1, "")
+    assert "failed_read" in err

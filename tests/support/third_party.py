@@ -1,0 +1,127 @@
+"""An architecture that the project does not know: what a stranger would write from the Adapter's requirements."""
+
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grounding.adapter.base import Adapter, ModelInfo
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.structure import ModelStructure, Stack
+from grounding.core.geometry import Geometry
+from grounding.core.images import open_image
+from grounding.core.text import TokenizedText, word_spans
+
+WIDTH, HEADS, PATCH, ROWS, COLUMNS = 16, 2, 8, 3, 5
+
+
+class Config:
+    _attn_implementation = "sdpa"
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=HEADS)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return self.out(attend(self, q, k, v, None, scaling=(WIDTH // HEADS) ** -0.5, is_causal=False)[0].flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm, self.attend = nn.LayerNorm(WIDTH), Attention(config)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm(x))
+        return (x + self.mlp(x),)
+
+
+class MeanModel(nn.Module):
+    """Patches by convolution, two blocks that return tuples, the mean over patches; texts as bags of words."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = Config()
+        self.stem = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.blocks = nn.ModuleList([Block(self.config), Block(self.config)])
+        self.words = nn.EmbeddingBag(97, WIDTH, mode="sum")
+
+    def forward(self, pixels):
+        x = rearrange(self.stem(pixels), "b d r c -> b (r c) d")
+        for block in self.blocks:
+            (x,) = block(x)
+        return x.mean(1)
+
+
+class MeanAdapter(Adapter):
+    kinds = ("similarity", "norm")
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.model = MeanModel().double().eval()
+        self.info = ModelInfo(id="mean", type="mean")
+
+    @cached_property
+    def structure(self):
+        blocks = tuple(f"blocks.{i}" for i in range(2))
+        stack = Stack(blocks, tuple(f"{b}.norm" for b in blocks), tuple(f"{b}.attend" for b in blocks))
+        return ModelStructure(stacks={"vision": stack}, layer="blocks.1", pooling="mean", prefix=0)
+
+    def prepare_images(self, images):
+        opened = tuple(open_image(image) for image in images)
+        size = (COLUMNS * PATCH, ROWS * PATCH)
+        pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
+        pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
+        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in opened)
+        return Inputs(opened, geometry, (), (), {"pixel_values": pixels}, ((),) * len(opened))
+
+    def prepare_texts(self, inputs, texts):
+        tokens = []
+        for text in (text for own in texts for text in own):
+            spans = word_spans(text)
+            ids = tuple(sum(map(ord, text[a:b].lower())) % 97 for a, b in spans)
+            tokens.append(TokenizedText(text, ids, spans, (False,) * len(ids)))
+        owner = tuple(b for b, own in enumerate(texts) for _ in own)
+        return replace(inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(tokens))
+
+    def targets(self, inputs, spans, kind=None, token_target=None):
+        kind, token_target = self.check_kind(kind, token_target)
+        flat = [(t, span) for t, chosen in enumerate(spans) for span in chosen]
+        seeds = []
+        for t, span in flat:
+            ids = inputs.tokens[t].ids
+            rest = [ids[i] for i in range(len(ids)) if i not in span.positions]
+            whole = self._embed(ids)
+            alone = span.kind == "caption" or span.alone or token_target == "alone"
+            seeds.append(self._embed([ids[i] for i in span.positions]) if alone else whole - self._embed(rest))
+        owner = torch.tensor([t for t, _ in flat])
+        return Targets(
+            kind,
+            torch.tensor(inputs.text_image)[owner],
+            owner,
+            tuple(s for _, s in flat),
+            {"seeds": torch.stack(seeds)},
+            token_target,
+        )
+
+    def encode_images(self, inputs):
+        return self.model(inputs.tensors["pixel_values"])
+
+    def score(self, inputs, encoded, targets):
+        if targets.kind == "norm":
+            return encoded.norm(dim=-1)[targets.image]
+        return (F.normalize(encoded, dim=-1)[targets.image] * targets.data["seeds"]).sum(-1)
+
+    def _embed(self, ids):
+        with torch.no_grad():
+            return F.normalize(self.model.words(torch.tensor([list(ids)], dtype=torch.long))[0], dim=-1)
