@@ -9,7 +9,7 @@ from PIL import Image
 
 from adapters import load
 from grounding import Selection, explain
-from grounding.core.demo import demo_folder, demo_picture
+from grounding.core.demo import demo_folder, demo_image
 
 SCENES = demo_folder() / "scenes"
 PHRASE = re.compile(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]*)\]")
@@ -46,7 +46,7 @@ def default_boxes():
 
 def test_the_default_picture_is_a_test_scene():
     original = demo_folder() / (demo_folder() / "default.txt").read_text().strip()
-    with Image.open(original) as scene, Image.open(demo_picture()) as shown:  # the same, compressed less
+    with Image.open(original) as scene, Image.open(demo_image()) as shown:  # the same, compressed less
         assert scene.size == shown.size
         assert np.abs(np.asarray(scene, float) - np.asarray(shown, float)).mean() < 4
 
@@ -55,7 +55,7 @@ def test_the_default_picture_is_a_test_scene():
 @pytest.mark.parametrize("who", ["man in red jacket", "woman in red jacket"])
 def test_the_peak_follows_the_caption(adapter, method, who):
     boxes = default_boxes()
-    found = explain(adapter, demo_picture(), who, methods=[method], select=Selection(tokens=False))[0]
+    found = explain(adapter, demo_image(), who, methods=[method], select=Selection(tokens=False))[0]
     assert inside(found.peak, boxes[who]), (found.peak, boxes)
     others = [box for phrase, box in boxes.items() if box != boxes[who]]
     assert not any(inside(found.peak, box) for box in others)
