@@ -31,7 +31,7 @@ def test_every_shipped_image_gets_its_class_and_a_peak(adapter):
 
 def test_other_pictures_are_warned_about(adapter):
     [warning] = explain(adapter, noise(90, 60)).warnings
-    assert "knows only single objects of its cartoon world" in warning
+    assert "trained on single objects of a cartoon world alone" in warning
     assert "--model microsoft/resnet-34" in warning
 
 
