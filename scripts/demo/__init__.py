@@ -1,0 +1,1 @@
+"""Programs that render the demo data and train the demo models."""

@@ -1,0 +1,1 @@
+"""The demo classifier: images, training and scores."""

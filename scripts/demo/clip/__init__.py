@@ -1,0 +1,1 @@
+"""The demo CLIP: model, training and scores."""

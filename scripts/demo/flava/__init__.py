@@ -1,0 +1,1 @@
+"""The demo FLAVA: model, training and scores."""

@@ -1,0 +1,1 @@
+"""Rendered lines of text with a box for every character."""

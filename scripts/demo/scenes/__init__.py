@@ -1,0 +1,1 @@
+"""Rendered scenes with exact boxes: vocabulary, drawing, phrases and splits."""

@@ -1,0 +1,1 @@
+"""The demo TrOCR: model, training and scores."""
