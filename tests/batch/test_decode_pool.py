@@ -15,7 +15,7 @@ from grounding.batch.decode_pool import Decoders, Opening
 from grounding.core.errors import CrashError, GroundingError, ImageError
 from grounding.core.images import Picture
 from tests.conftest import noise
-from tests.support.deadly import Deadly, Faulty, Stuck, Unloadable
+from tests.support.deadly import Deadly, DeadlyResult, Faulty, Stuck, Unloadable
 from tests.support.tolerances import COMMAND, SOON, WORKER
 
 
@@ -80,6 +80,17 @@ def test_a_image_that_kills_its_workers_is_given_up_and_the_others_are_unharmed(
     assert crashed.status == "failed_crash"
     assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes that decoded it died or did not come back"
     assert all(isinstance(one, Picture) for one in found.values())
+
+
+def test_a_worker_killed_while_it_sends_blocks_no_other(tmp_path):
+    """With one pipe and one lock for all workers the lock is never released and all wait."""
+    names = [*(f"{i}.png" for i in range(5)), "deadly.png", *(f"{i}.png" for i in range(5, 10))]
+    started = time.monotonic()
+    with Decoders(DeadlyResult(), 2, 4) as decoders:
+        found = dict(decoders.opened(iter(write(tmp_path, *names))))
+    assert time.monotonic() - started < SOON
+    assert list(found) == names
+    assert [name for name, opened in found.items() if not isinstance(opened, Picture)] == ["deadly.png"]
 
 
 def test_random_kills_of_workers_cost_nothing(tmp_path):
@@ -182,7 +193,7 @@ def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, signal, time\nfrom pathlib import Path\n"
-        "from grounding.batch.decode_pool import Decoders\nfrom tests.deadly import Stuck\n"
+        "from grounding.batch.decode_pool import Decoders\nfrom tests.support.deadly import Stuck\n"
         "if __name__ == '__main__':\n"
         "    decoders = Decoders(Stuck(), 1, 1)\n"
         f"    decoders._submit(Path({str(path)!r}))\n"

@@ -255,28 +255,28 @@ import functools, sys, threading
 from pathlib import Path
 import ray.cluster_utils
 import adapters
-from grounding.driver import drive
-from grounding.engines import Cluster
-from tests import batches
+from grounding.batch.run import run_batch
+from grounding.batch.ray import RayExecutor
+from tests.support import batch
 
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     machines = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     leaving = machines.add_node(num_cpus=1)
 
-    class Watch(batches.Watch):
+    class Watch(batch.Progress):
         done = 0
 
-        def shard(self, said):
+        def shard(self, sidecar):
             Watch.done += 1
             if Watch.done == 1:
                 threading.Timer(0.2, machines.remove_node, [leaving]).start()
 
-    what = batches.work(batches.data(home / "data", 240), threads=1)
+    what = batch.work(batch.data(home / "data", 240), threads=1)
     data = what.dataset()
     load = functools.partial(adapters.load, None, device="cpu")
-    with Cluster(load, what, machines.address) as cluster:
-        run = drive(home / "run", what, data, data.ids, cluster, watch=Watch())
+    with RayExecutor(load, what, machines.address) as cluster:
+        run = run_batch(home / "run", what, data, data.ids, cluster, watch=Watch())
     print("rows", run.counts().total(), "machines", len(machines.list_all_nodes()))
     machines.shutdown()
 """

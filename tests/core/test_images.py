@@ -66,10 +66,19 @@ def test_all_orientations_give_the_upright_image(kind, orientation):
     assert np.abs(np.asarray(image.pil).astype(int) - upright).mean() < 3
 
 
+@pytest.mark.parametrize("field", ["010e 000c", "a005 0001", "014a 0001"])
+def test_a_broken_exif_field_leaves_the_orientation(field):
+    """`ImageOps.exif_transpose` writes all fields again: it raises AttributeError, or the image is not rotated."""
+    tag, kind = map(bytes.fromhex, field.split())
+    fields = sorted([tag + kind + b"\0\0\0\1" + b"\0\0\0\x26", b"\x01\x12\0\3\0\0\0\1\0\6\0\0"])
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + b"".join(fields) + bytes(4) + b"\xff" * 8
+    assert open_bytes(encode(noise(), "JPEG", exif=exif)).pil.size == (60, 80)
+
+
 def test_a_pil_image_is_made_upright_too():
     image = Image.new("RGB", (20, 10))
     image.getexif()[0x0112] = 6
-    assert open_image(image).image.size == (10, 20)
+    assert open_image(image).pil.size == (10, 20)
     assert image.size == (20, 10), "the caller's picture stays as it is"
 
 
@@ -147,7 +156,7 @@ def test_an_animation_whose_end_is_missing():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
 def test_points_and_strips(size):
-    assert open_bytes(encode(Image.new("RGB", size))).image.size == size
+    assert open_bytes(encode(Image.new("RGB", size))).pil.size == size
 
 
 def test_arrays():

@@ -57,16 +57,12 @@ def build_model() -> ResNetForImageClassification:
             layer_type="basic",
             id2label=dict(enumerate(KINDS)),
             label2id={kind: index for index, kind in enumerate(KINDS)},
-<<<<<<< ours
-            demo_world=True,  # the toolkit warns about images that are not from the demo world
-=======
             # The toolkit shows the advice for images that are not below these paths of the demo folder.
             demo_world={
                 "images": ["classes"],
-                "advice": "this model is trained on single objects of a cartoon world alone, maps of other images are meaningless: "
-                "use --model microsoft/resnet-34",
+                "advice": "this model is trained on single objects of a cartoon world alone, maps of other images are "
+                "meaningless: use --model microsoft/resnet-34",
             },
->>>>>>> theirs
         )
     )
 
