@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from adapters.shared.tokenization import check_tokenizer
 from adapters.table import ADAPTERS, ENDINGS, MODEL_TYPES
 from grounding.adapter.base import Adapter, ModelInfo
 from grounding.core.demo import demo_folder, demo_model
 from grounding.core.errors import ModelError
+from grounding.core.hub import hub_answers, quiet
 from grounding.core.printable import escape, one_line
 
-HUB_PATIENCE = 5.0  # seconds
+LOGGERS = ("transformers", "huggingface_hub", "huggingface_hub.utils._http", "httpx")
 UNREACHABLE = "no hub could be reached and it is not in the local cache; give the folder of a checkpoint instead"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -139,8 +137,8 @@ def load(
         local_files_only=local_files_only,
     )
     _check_folder(source.id)
-    if not (local_files_only or Path(source.id).is_dir() or _hub_answers()):
-        source = replace(source, local_files_only=True)  # what is cached loads; the rest fails now, not after retries
+    if not (local_files_only or Path(source.id).is_dir() or hub_answers()):
+        source = replace(source, local_files_only=True)  # else the client retries for minutes
     adapter_class = find_adapter(source.config(), source.id)
     return adapter_class.from_checkpoint(source)
 
@@ -193,33 +191,16 @@ def _check_folder(name: str) -> None:
         raise ModelError(f"model folder {escape(name)!r} holds no config.json")
 
 
-def _hub_answers() -> bool:
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
-    except Exception:  # noqa: BLE001  (of every kind: offline mode, name look-up, proxy, time-out)
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _as_model_error(name: str, part: str) -> Iterator[None]:
-    """Loading errors of many kinds as one ModelError; the hub client's retries do not chatter meanwhile."""
-    loggers = [logging.getLogger(n) for n in ("huggingface_hub", "huggingface_hub.utils._http", "httpx")]
-    levels = [logger.level for logger in loggers]
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"cannot load the {part} of {escape(name)!r}: {_reason(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Raise any loading error as a ModelError of one line, and silence the loggers of transformers and the hub."""
+    with quiet(*LOGGERS):
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"cannot load the {part} of {escape(name)!r}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

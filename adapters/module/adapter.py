@@ -56,7 +56,6 @@ class ModuleAdapter(ClassAdapter):
     Raises ModelError, LayerError.
     """
 
-
     def __init__(
         self,
         model: Any,

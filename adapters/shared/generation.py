@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import logging as transformers_logging
 
 from adapters.shared.tokenization import tokenise
 from grounding.core.errors import ModelError, TextError
+from grounding.core.hub import quiet
 from grounding.core.text import BLANK, Generate, Span, TokenizedText
 
 # Where a checkpoint sets no limit; transformers would stop at 20 tokens, in the middle of many a line.
@@ -36,7 +35,7 @@ class TextGenerator:
         """What the model writes of the encoded pictures, the end token included where it came to it."""
         config = self._generation(how)
         outputs = BaseModelOutput(last_hidden_state=encoded)
-        with _quiet():  # a length beside the checkpoint's own would be remarked on, every time
+        with quiet("transformers"):  # it warns of every length that is not the checkpoint's own
             sequences = self.model.generate(encoder_outputs=outputs, generation_config=config)
         ends = set(_as_list(config.eos_token_id))
         return [self._written(row, ends) for row in sequences[:, 1:].tolist()]
@@ -158,16 +157,6 @@ class TextGenerator:
         elif config.max_new_tokens is None and config.max_length in UNSET:
             config.max_new_tokens, config.max_length = min(MOST_TOKENS, self.limit), None
         return config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:

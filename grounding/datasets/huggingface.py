@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grounding.core.errors import DataError
+from grounding.core.hub import hub_answers, quiet
 from grounding.core.printable import one_line, quote
 from grounding.datasets.caption_files import CAPTIONS, captions_of
 from grounding.datasets.caption_lists import ListedRow, Listing, ParsedListing, sha256
@@ -33,7 +34,7 @@ IDS = ("filename", "file_name", "img_id", "image_id")
 SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}(-\w+)?")
 SPLITS = ("train", "val", "validation", "dev", "test")
 UNNAMED = "rows"
-PATIENCE = 5.0  # seconds
+
 NO_SCRIPTS = "Dataset scripts are no longer supported"
 
 
@@ -189,13 +190,10 @@ def _first(table: Any, names: tuple[str, ...]) -> str | None:
 def _no_waiting() -> Iterator[None]:
     """Without an answer of the hub its client is off line: what is cached loads, the rest fails now, not after
     minutes of retries."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # noqa: BLE001  (of every kind: offline mode, name look-up, proxy, time-out)
-        constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = before or not hub_answers()
     try:
         yield
     finally:
@@ -209,18 +207,17 @@ def _as_data_error(name: str) -> Iterator[None]:
         import datasets
     except ImportError as error:
         raise DataError(f"{name}: the library datasets cannot be imported ({one_line(error)})") from None
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)
+    bars = datasets.are_progress_bars_disabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        yield
+        with quiet("datasets", level=logging.CRITICAL):
+            yield
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(("no split", name)) else f"{name}: {error}") from None
     except Exception as error:
         raise DataError(f"{name} cannot be opened: {_reason(error)}") from error
     finally:
-        datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
 

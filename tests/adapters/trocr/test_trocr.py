@@ -443,7 +443,7 @@ def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, image):
 
 def test_what_was_not_written_is_no_question_for_models_that_compare(clip, image):
     for select in (Selection(where="blue", tokens=["red"]), Selection(contrast=("red", "blue"))):
-        with pytest.raises(OptionError, match="clip writes no text"):
+        with pytest.raises(OptionError, match="clip generates no text"):
             explain(clip, image, TEXT, select=select)
     with pytest.raises(OptionError, match="not with words or phrases"):
         Selection(where="blue", words=True)
