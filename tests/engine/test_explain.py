@@ -19,6 +19,7 @@ from grounding.core.errors import GroundingError, LayerError, ModelError, Option
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import disjoint_groups
 from grounding.engine.plan import available
+from grounding.engine.request import Request
 from grounding.explanation.figures.overlays import overlay
 from grounding.methods.base import Method
 from tests.conftest import noise
@@ -63,15 +64,15 @@ def test_scores_equal_the_engines(any_adapter):
 
 def test_activations_and_attentions_are_uniform(any_adapter):
     inputs, _ = prepared(any_adapter)
-    rows, columns_ = any_adapter.grid(inputs)
-    assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns_)
+    rows, columns = any_adapter.grid(inputs)
+    assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns)
     if not any_adapter.structure.attention("vision"):
         with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
             any_adapter.attentions(inputs)
         return
     attentions = any_adapter.attentions(inputs)
     assert len(attentions) == len(any_adapter.structure.stacks["vision"].blocks)
-    tokens = any_adapter.structure.prefix + rows * columns_
+    tokens = any_adapter.structure.prefix + rows * columns
     for weights in attentions:
         assert weights.shape[2:] == (tokens, tokens)
         assert weights.sum(-1).numpy() == pytest.approx(1)
@@ -105,7 +106,7 @@ def test_shift_gradient_equals_score_from(any_adapter):
     inputs, targets = prepared(any_adapter)
     for layer in (None, "0", "-1.in" if any_adapter.structure.stacks["vision"].inputs else "-1"):
         layer = any_adapter.resolve(layer)
-        plan = columns(any_adapter, ["gradcam"], [layer])
+        plan = plan_methods(any_adapter, Request(["gradcam"], layers=[layer]))
         shift = torch.zeros(len(targets), any_adapter.activations(inputs, layer).shape[-1], dtype=torch.float64)
         shift.requires_grad_(True)
         scores = any_adapter.score_from(layer, inputs, targets, shift)
@@ -315,7 +316,7 @@ def test_layers_are_refused_where_no_method_reads_them(clip, image):
     with pytest.raises(OptionError, match="at least two different layers, got 1"):
         explain(clip, image, CAPTION, layers=["-1.in", "2.in"], average_layers=True)
     twice = explain(clip, image, CAPTION, methods=["gradcam"], layers=["-1.in", "2.in"])
-    assert list(twice.columns) == ["gradcam"]
+    assert list(twice.methods) == ["gradcam"]
 
 
 def test_a_text_alone_stands_for_a_list_of_one(clip, image):
@@ -358,7 +359,7 @@ def test_shift_gradient_equals_finite_differences(any_adapter):
         slope = (
             any_adapter.score_from(layer, inputs, targets, step) - any_adapter.score_from(layer, inputs, targets, -step)
         ) / 2e-5
-    plan = columns(any_adapter, ["gradcam"])
+    plan = plan_methods(any_adapter, Request(["gradcam"]))
     found = torch.cat(
         [
             chunk.trace.at(layer, frozenset({"shift"})).shift() @ direction
