@@ -48,9 +48,7 @@ class TrOcrAdapter(Adapter):
     token_targets = ()
     default_methods = ("gradcam", "gradcam_ln", "rollout", "gradient_x_cross_attention")
     generates = True
-    demo_parts = ("lines", "line.png")
-    demo_advice = "this model knows only the rendered lines of its demo world"
-    example = "microsoft/trocr-base-printed"
+
     model: VisionEncoderDecoderModel
 
     def __init__(
@@ -104,7 +102,7 @@ class TrOcrAdapter(Adapter):
         """Pixel values (B, 3, H, W)."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
         warnings = tuple((*own, *_page(p.width, p.height)) for own, p in zip(found.warnings, found.images, strict=True))
-        return Inputs(found.images, found.geometry, (), (), {"pixel_values": found.pixel_values}, warnings)
+        return replace(found, warnings=warnings)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
         """Token ids (T, L) that each row of the decoder gets and writes, padded to the longest text."""
