@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from grounding.core.demo import demo_image, demo_line
-from tests.cli.test_ground import SCRIPT
+from tests.support.commands import SCRIPT
 from tests.support.tolerances import COMMAND, HUB
 
 

@@ -20,11 +20,11 @@ from grounding.batch.run_folder import RunFolder
 from grounding.core.demo import demo_lines, demo_scenes
 from grounding.datasets.open import open_dataset
 from grounding.datasets.subset import picked
-from tests.cli.test_ground import answer, script
 from tests.conftest import noise
 from tests.support import batch
 from tests.support import models as tiny
 from tests.support.batch import data
+from tests.support.commands import answer, script
 from tests.support.forked import SCRIPT
 from tests.support.tolerances import HALF_BATCH, TUTORIAL, close, close_each
 
@@ -164,7 +164,7 @@ def test_folders_that_are_not_ours_end_with_1_before_the_model_loads(command, tm
     [
         (["--output", ""], 2, "--output is empty: name a folder"),
         (["--output", " "], 2, "--output is empty: name a folder"),
-        (["--limit", "0"], 2, "limit must be at least 1 picture, got 0"),
+        (["--limit", "0"], 2, "limit must be at least 1 image, got 0"),
         (["--limit", "1", "--random", "1"], 2, "choose one"),
         (["--batch-size", "0"], 2, "batch_size must be at least 1"),
         (["--status", "--merge"], 2, "--status or --merge: choose one"),

@@ -20,8 +20,8 @@ from grounding.core.errors import BudgetError, DataError, DifferentRunError, Lay
 from grounding.datasets.open import open_dataset
 from grounding.engine.selection import Selection
 from tests.conftest import noise
-from tests.evaluation.test_phrases import PICTURES, write_data
 from tests.support import batch, models
+from tests.support.annotations import IMAGES, write_data
 from tests.support.batch import CAPTIONS, Counting, Heard, data, listing, run, statuses, work
 from tests.support.tolerances import HALF, close, close_each
 
@@ -58,7 +58,7 @@ def test_rows_of_a_run_equal_explain_one_by_one(tmp_path, kind):
 
 
 def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path):
-    write_data(tmp_path / "data", PICTURES)
+    write_data(tmp_path / "data", IMAGES)
     what, load = work(tmp_path / "data", select=Selection(tokens=False)), Counting()
     rows = batch.rows(run(tmp_path / "run", what, load))
     entries = [(e["kind"], e["label"], e["start"], e["end"]) for e in rows[0]["entries"]]

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.cli.test_ground import ROOT, script
 from tests.support import models
+from tests.support.commands import ROOT, script
 from tests.support.tolerances import TUTORIAL, within
 
 

@@ -12,7 +12,6 @@ from grounding import Explanation, explain
 from grounding.core.errors import OptionError
 from grounding.core.images import open_image
 from grounding.explanation.figures.class_comparison import figure
-from tests.cli.test_ground import ground, photo  # noqa: F401  (fixtures)
 from tests.conftest import noise
 from tests.explanation.figures.test_wording import said
 from tests.support import models
@@ -28,7 +27,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_predicted_class_and_the_five_most_probable(ground, photo, checkpoint, tmp_path):  # noqa: F811
+def test_the_predicted_class_and_the_five_most_probable(ground, photo, checkpoint, tmp_path):
     code, out, err = ground("--image", photo, "--model", checkpoint)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -49,7 +48,7 @@ def test_the_predicted_class_and_the_five_most_probable(ground, photo, checkpoin
     assert chances == sorted(chances, reverse=True)
 
 
-def test_classes_by_name_and_index(ground, photo, checkpoint):  # noqa: F811
+def test_classes_by_name_and_index(ground, photo, checkpoint):
     code, out, _ = ground(
         "--image", photo, "--model", checkpoint, "--target-class", "white shark", "--target-class", "1", "--write"
     )
@@ -75,26 +74,26 @@ def test_classes_by_name_and_index(ground, photo, checkpoint):  # noqa: F811
         (["--crop", "a,b,c,d"], "expected four whole numbers X0,Y0,X1,Y1, got 'a,b,c,d'"),
     ],
 )
-def test_what_does_not_exist_ends_with_2_and_one_line(ground, photo, checkpoint, argv, words):  # noqa: F811
+def test_what_does_not_exist_ends_with_2_and_one_line(ground, photo, checkpoint, argv, words):
     code, out, err = ground("--image", photo, "--model", checkpoint, *argv)
     assert (code, out) == (2, "")
     assert words in err.splitlines()[-1]
 
 
-def test_classes_are_asked_of_classifiers_alone(ground, photo):  # noqa: F811
+def test_classes_are_asked_of_classifiers_alone(ground, photo):
     code, _, err = ground("--image", photo, "--caption", "a dog", "--target-class", "dog")
     assert code == 2
     assert "clip has targets similarity and no classes, got ['dog']" in err
 
 
-def test_layers_of_a_classifier(ground, photo, checkpoint):  # noqa: F811
+def test_layers_of_a_classifier(ground, photo, checkpoint):
     code, out, _ = ground("--image", photo, "--model", checkpoint, "--list-layers")
     assert code == 0
     assert "resnet.encoder.stages.2" in out
     assert "1 x 16 x 4 x 6" in out
 
 
-def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):  # noqa: F811
+def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):
     for number, size in enumerate([(120, 80), (60, 100)]):
         noise(*size, number).save(tmp_path / f"{number}.png")
     argv = ["--image", tmp_path / "0.png", tmp_path / "1.png", "--model", checkpoint, "--target-class", "1"]
@@ -108,7 +107,7 @@ def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):  # no
     assert "together" not in out
 
 
-def test_a_crop_is_the_image(ground, tmp_path, photo, checkpoint):  # noqa: F811
+def test_a_crop_is_the_image(ground, tmp_path, photo, checkpoint):
     """Model, overlay and positions are those of the crop, and the result says so and can be drawn again."""
     code, _, err = ground(
         "--image", photo, "--model", checkpoint, "--target-class", "1", "--crop", "30,10,90,70", "--output", "out"
@@ -147,7 +146,7 @@ def test_the_joint_figure_says_what_is_where():
         figure(both, colour="red")
 
 
-def test_a_crop_that_one_image_does_not_have_costs_that_image(ground, photo, checkpoint, tmp_path):  # noqa: F811
+def test_a_crop_that_one_image_does_not_have_costs_that_image(ground, photo, checkpoint, tmp_path):
     small = tmp_path / "small.png"
     noise(30, 30).save(small)
     argv = ["--image", small, photo, "--model", checkpoint, "--crop", "0,0,60,60", "--format", "json", "--write"]

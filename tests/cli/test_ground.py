@@ -1,6 +1,5 @@
 """The command as a user meets it: results, exit codes, one line per failure, no traceback."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,47 +15,10 @@ import adapters
 from grounding import Explanation
 from grounding.core.demo import demo_image
 from tests.conftest import noise
+from tests.support.commands import SCRIPT
 from tests.support.tolerances import COMMAND
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "ground.py"
 CAPTION = "man in red jacket"
-
-
-def script(path=SCRIPT):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def answer(module, argv, capsys):
-    """Exit code, stdout and stderr of a script's main; never a traceback."""
-    try:
-        code = module.main([str(a) for a in argv])
-    except SystemExit as error:  # argparse
-        code = error.code
-    out = capsys.readouterr()
-    assert "Traceback" not in out.err
-    return code, out.out, out.err
-
-
-@pytest.fixture
-def ground(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        return answer(script(), argv, capsys)
-
-    return run
-
-
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "photo.png"
-    noise(120, 80).save(path)
-    return path
 
 
 def run_process(*argv, **options):

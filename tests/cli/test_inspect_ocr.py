@@ -9,8 +9,8 @@ from PIL import Image
 
 from grounding import Explanation
 from grounding.core.demo import demo_line, demo_model
-from tests.cli.test_ground import ROOT, script
 from tests.conftest import noise
+from tests.support.commands import ROOT, script
 
 TEXT = "Total $12.50"
 

@@ -28,7 +28,6 @@ from grounding.evaluation.ocr_scoring import (
 from grounding.evaluation.report import as_json, warnings_of
 from grounding.explanation.explanation import Entry
 from tests.conftest import noise
-from tests.evaluation.test_phrases import command  # noqa: F401
 from tests.support.explanations import column, explanation, whole
 from tests.support.linear import LinearAdapter
 from tests.support.painted import PaintedAdapter, cell_boxes, painted
@@ -112,7 +111,7 @@ MALFORMED = {
     "no width": (lambda own: own | {"chars": [[2, 0, 2, 1]] * 4}, "ends before it begins"),
     "face": (lambda own: own | {"unseen_face": 1}, "unseen_face must be true or false, got 1"),
     "polarity": (lambda own: own | {"polarity": "grey"}, "polarity must be one of dark, light, got 'grey'"),
-    "file is no name": (lambda own: own | {"file": 3}, "file must be the name of a picture"),
+    "file is no name": (lambda own: own | {"file": 3}, "file must be the name of an image"),
     "outside": (lambda own: own | {"file": "../../secret.png"}, "lies outside of"),
     "absolute": (lambda own: own | {"file": "/etc/passwd"}, "lies outside of"),
     "twice": (lambda own: own | {"file": "0.png"}, "the file '0.png' stands in line 1, too"),
@@ -377,7 +376,7 @@ def test_only_models_that_write_read_lines(folder):
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_on_the_demo_lines(command):  # noqa: F811
+def test_the_command_on_the_demo_lines(command):
     argv = ("--data", demo_lines(), "--limit", 3, "--device", "cpu", "--methods", "cross_attention", "gradcam")
     code, out, err = command(*argv, "--output", "lines.json")
     assert code == 0
@@ -405,7 +404,7 @@ def test_the_command_on_the_demo_lines(command):  # noqa: F811
         (["--limit", "1", "--target", "similarity"], 2, "no target 'similarity'"),
     ],
 )
-def test_options_that_make_no_sense_for_lines(command, folder, argv, code, words):  # noqa: F811
+def test_options_that_make_no_sense_for_lines(command, folder, argv, code, words):
     found, out, err = command("--data", folder, *argv, "--device", "cpu")
     assert (found, out) == (code, "")
     assert err.startswith("error: ")
@@ -413,6 +412,6 @@ def test_options_that_make_no_sense_for_lines(command, folder, argv, code, words
     assert words in err
 
 
-def test_aimed_questions_are_for_lines(command):  # noqa: F811
+def test_aimed_questions_are_for_lines(command):
     code, _, err = command("--aimed")
     assert (code, "--aimed is for lines of text with character boxes" in err) == (2, True)

@@ -18,9 +18,8 @@ from grounding.evaluation.deletion import CONTROL, Case, areas, cell_numbers, or
 from grounding.evaluation.faithfulness import EVERYTHING, cascade, faithfulness, text_sensitivity
 from grounding.evaluation.phrases import evaluate
 from grounding.evaluation.report import as_json, markdown, warnings_of
-from tests.cli.test_ground import ROOT, answer, script
-from tests.conftest import noise
 from tests.support import models
+from tests.support.annotations import IMAGES, write_data
 from tests.support.explanations import column, explanation, whole
 from tests.support.linear import COLUMNS, ROWS, LinearAdapter
 
@@ -39,34 +38,9 @@ METHOD_KEYS = {
 }
 
 
-def write_data(folder, images, split="test"):
-    """A data set; `images`: name -> phrase -> box (x0, y0, x1, y1), half-open, of a picture of 80 x 80 pixels."""
-    for part in ("Images", "Sentences", "Annotations"):
-        (folder / part).mkdir(exist_ok=True, parents=True)
-    (folder / f"{split}.txt").write_text("\n".join(images))
-    for seed, (name, phrases) in enumerate(images.items()):
-        noise(80, 80, seed).save(folder / "Images" / f"{name}.png")
-        marks = [f"[/EN#{i}/people {phrase}]" for i, phrase in enumerate(phrases, 1)]
-        (folder / "Sentences" / f"{name}.txt").write_text(" and ".join(marks) + "\n" + " or ".join(marks) + "\n")
-        objects = "".join(
-            f"<object><name>{i}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
-            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
-            for i, (x0, y0, x1, y1) in enumerate(phrases.values(), 1)
-        )
-        size = "<size><width>80</width><height>80</height></size>"
-        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-
-
-PICTURES = {
-    "first": {"A red car": (0, 0, 40, 40), "the man": (40, 40, 80, 80)},
-    "second": {"dogs": (20, 20, 60, 60), "a bus": (0, 0, 20, 20), "the man": (60, 60, 80, 80)},
-    "third": {"a hat": (0, 20, 20, 40), "a dog": (40, 0, 80, 20)},
-}
-
-
 @pytest.fixture
 def folder(tmp_path):
-    write_data(tmp_path / "data", PICTURES)
+    write_data(tmp_path / "data", IMAGES)
     return tmp_path / "data"
 
 
@@ -84,7 +58,7 @@ def perfect(monkeypatch):
         [opened], [texts] = [evaluation_open(image) for image in images], texts
         asked.append((Path(images[0]).stem, tuple(texts), how))
         geometry = whole(80, 80)
-        boxes = {phrase.lower(): box for phrase, box in PICTURES[Path(images[0]).stem].items()}
+        boxes = {phrase.lower(): box for phrase, box in IMAGES[Path(images[0]).stem].items()}
         made = []
         for text in texts:
             raw = np.zeros((4, 4))
@@ -209,7 +183,7 @@ def test_a_image_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
 
 
 def test_thresholds_are_tuned_on_the_validation_split(folder, clip, perfect):
-    write_data(folder, PICTURES, split="val")
+    write_data(folder, IMAGES, split="val")
     with pytest.raises(OptionError, match="none of it"):  # all: the validation split, too
         evaluate(clip, open_dataset(folder), Rules(tune_threshold=True), **PERFECT)
     found = evaluate(clip, open_dataset(folder, "test"), Rules(tune_threshold=True), **PERFECT)
@@ -388,19 +362,6 @@ def test_a_image_with_one_caption_is_held_against_another_ones(folder, clip):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder: exit code, stdout, stderr."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    module = script(ROOT / "scripts" / "evaluate.py")
-
-    def run(*argv):
-        return answer(module, argv, capsys)
-
-    return run
-
-
 def test_the_command_on_the_demo_world(command):
     code, out, err = command("--limit", "4", "--device", "cpu", "--output", "scores.json")
     assert (code, err) == (0, "")
@@ -438,7 +399,7 @@ def test_choices_reach_the_document(command):
     [
         (["--split", "nothing"], 1, "there are: test, val"),
         (["--data", "nowhere"], 1, "there is no such folder"),
-        (["--limit", "0"], 2, "at least 1 picture"),
+        (["--limit", "0"], 2, "at least 1 image"),
         (["--limit", "1", "--methods", "gradcan"], 2, "did you mean 'gradcam'"),
         (["--limit", "1", "--target", "logit"], 2, "no target 'logit'"),
         (["--limit", "1", "--layer", "-1"], 2, "dead"),

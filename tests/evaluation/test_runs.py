@@ -21,7 +21,6 @@ from grounding.evaluation.phrases import evaluate
 from grounding.evaluation.protocols import around, average
 from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
 from grounding.explanation.explanation import Entry
-from tests.evaluation.test_phrases import command  # noqa: F401  (fixture)
 from tests.support.explanations import column, explanation, noise, whole
 from tests.support.tolerances import HALF_ENERGY, close
 
@@ -470,7 +469,7 @@ def test_a_run_scores_as_the_model_does(tmp_path, several):
 # ---------------------------------------------------------------- the command
 
 
-def test_two_protocols_are_two_tables(tmp_path, data, command):  # noqa: F811
+def test_two_protocols_are_two_tables(tmp_path, data, command):
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     code, out, err = command("--run", tmp_path / "run", "--output", "scores.json")
     assert (code, err) == (0, "")
@@ -490,7 +489,7 @@ def test_two_protocols_are_two_tables(tmp_path, data, command):  # noqa: F811
     assert one == document[UNION]
 
 
-def test_choices_reach_the_document(tmp_path, data, command):  # noqa: F811
+def test_choices_reach_the_document(tmp_path, data, command):
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     moved = data.folder.rename(tmp_path / "moved")
     choices = ("--captions", "first", "--peak", "pixel", "--threshold", 0.4, "--min-entities", 2, "--data", moved)
@@ -521,7 +520,7 @@ def test_choices_reach_the_document(tmp_path, data, command):  # noqa: F811
         (["--run", "RUN", "--min-entities", "9"], 1, "scored nothing"),
     ],
 )
-def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):  # noqa: F811
+def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):
     run_of(tmp_path, data, delta((0, 1)), delta((2, 1)))
     done, out, err = command(*[tmp_path / "run" if word == "RUN" else word for word in argv])
     assert (done, out) == (code, "")
@@ -529,7 +528,7 @@ def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):
     assert words in err
 
 
-def test_warnings_are_said_once(tmp_path, several, command):  # noqa: F811
+def test_warnings_are_said_once(tmp_path, several, command):
     write_run(tmp_path / "run", several, several_rows(several), shards=[0, 2])
     code, _, err = command("--run", tmp_path / "run")
     assert code == 0
