@@ -9,26 +9,27 @@ from grounding.adapter.inputs import Inputs
 from grounding.core.errors import GroundingError, OptionError
 from grounding.core.text import Asked
 from grounding.engine.selection import Selection
-from grounding.explanation.explanation import Explanation
 
 
 def selections_of(
     select: Selection | Sequence[Sequence[Selection]] | None, texts: Sequence[Sequence[Any]]
 ) -> list[list[Selection]]:
-    """One selection per text of each picture, from one for all (None: the default) or from as many."""
+    """One selection per text of each image, from one for all (None: the default) or from as many.
+
+    Raises OptionError where the numbers differ.
+    """
     if select is None or isinstance(select, Selection):
         return [[select or Selection()] * len(own) for own in texts]
     if [len(own) for own in select] != [len(own) for own in texts]:
-        raise OptionError("select must be one Selection, or one list per picture with a Selection per text")
+        raise OptionError("select must be one Selection, or one list per image with a Selection per text")
     return [list(own) for own in select]
 
 
 def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[list[Any], list[list[Asked]], Any]:
-    """Pictures, the texts of each, and how to give results back in the shape the user's arguments had.
+    """Images, the texts of each, and a function that nests results as the arguments are nested.
 
-    `asked` checks a text, or what the architecture takes in its place; no texts at all are None for every picture.
-
-    Pictures that were seen already (`Adapter.prepare_images`) stand for their list, or for one picture where there is one.
+    `asked` checks a text, or what the architecture takes in its place; None for all texts means None for every image.
+    Prepared images (`Adapter.prepare_images`) mean their list, or the one image that there is. Raises GroundingError.
     """
     if isinstance(images, Inputs):
         images = list(images.images) if len(images.images) > 1 else images.images[0]
@@ -39,16 +40,16 @@ def flatten(images: Any, texts: Any, asked: Callable[[Any], Asked]) -> tuple[lis
     shared = texts is None or isinstance(texts, Asked)
     per_image = list(texts) if many and not shared else [texts] * len(listed)
     if not listed:
-        raise GroundingError("no picture was given")
+        raise GroundingError("no image was given")
     if len(per_image) != len(listed):
-        raise GroundingError(f"{len(listed)} images but {len(per_image)} texts: give one item of texts per picture")
+        raise GroundingError(f"{len(listed)} images but {len(per_image)} texts: give one item of texts per image")
     single = [not isinstance(item, (list, tuple)) for item in per_image]
 
     captions = [[asked(t) for t in ([item] if one else item)] for item, one in zip(per_image, single, strict=True)]
     if not all(captions):
-        raise GroundingError("a picture has an empty list of texts")
+        raise GroundingError("an image has an empty list of texts")
 
-    def rebuild(results: list[list[Explanation]]) -> Any:
+    def rebuild(results: list[list[Any]]) -> Any:
         shaped = [found[0] if one else found for found, one in zip(results, single, strict=True)]
         return shaped if many else shaped[0]
 

@@ -292,9 +292,9 @@ def entry_of(span: Span, score: float, probability: TokenProbability | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class RawMaps:
-    """Scores (K,) and, per column, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
+    """Scores (K,) and, per method call, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
 
-    `orthogonal`: the taps whose gradient is at right angles to their features, to rounding.
+    `orthogonal`: the layers whose gradient is orthogonal to their features, to rounding.
     """
 
     scores: Tensor
@@ -302,24 +302,24 @@ class RawMaps:
     orthogonal: frozenset[str]
 
 
-def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[MethodCall]) -> RawMaps:
-    """Run the plan. Raises LayerError for a dead tap, NumericError for NaN or Inf."""
-    static = [c for c in plan if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, calls: Sequence[MethodCall]) -> RawMaps:
+    """Compute the raw maps of all targets. Raises LayerError for a dead layer, NumericError for NaN or Inf."""
+    static = [c for c in calls if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
     made: dict[str, np.ndarray] = {}
     sizes: dict[str, float] = defaultdict(float)
     scores, orthogonal = torch.zeros(0), frozenset[str]()
-    # Closed at once also after an error in a method: the model must be as before while the user reads the traceback.
-    with contextlib.closing(run_passes(adapter, inputs, targets, plan)) as chunks:
+    # Closed at once also after an error in a method: the model must be unchanged while the user reads the traceback.
+    with contextlib.closing(run_passes(adapter, inputs, targets, calls)) as chunks:
         for chunk in chunks:
             scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
-            for column in chunk.columns:
-                # No text can change a static one: the first chunk, which has a target of every picture, says it all.
-                if column in static and column.key in made:
+            for call in chunk.calls:
+                # No text can change a static map: the first chunk, which has a target of every image, is enough.
+                if call in static and call.key in made:
                     continue
-                maps = column.maps(chunk.trace)
-                count = len(inputs.images) if column in static else len(targets)
-                places = chunk.trace.targets.image.tolist() if column in static else chunk.members
-                made.setdefault(column.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
+                maps = call.maps(chunk.trace)
+                count = len(inputs.images) if call in static else len(targets)
+                places = chunk.trace.targets.image.tolist() if call in static else chunk.members
+                made.setdefault(call.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
     _refuse_dead_layers(adapter, sizes)
@@ -327,7 +327,7 @@ def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Seque
 
 
 def _refuse_dead_layers(adapter: Adapter, sizes: Mapping[str, float]) -> None:
-    """A layer whose patches no score depends on gives blank maps: an error that names a live one."""
+    """Raise LayerError, naming a live layer, for layers whose patches no score depends on."""
     for path, size in sizes.items():
         if size == 0:
             known = getattr(adapter, "live_layer", adapter.structure.layer)

@@ -1,4 +1,4 @@
-"""Which layers can be tapped: found by running the model once, not by believing its names."""
+"""List the layers of a model whose output is a patch grid, found by running it once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from grounding.methods.base import Method
 
 
 def list_layers(adapter: Adapter, image: Any, text: Any = None, target: Any = None) -> tuple[Layer, ...]:
-    """All layers whose output folds to a patch grid, in the order they run, tried on one picture, one text (none: any)
-    and one kind of target."""
+    """All layers whose output is a patch grid, in the order they run, tried on one image, one text (None: any) and one
+    kind of target. Raises GroundingError for an unusable image, text or target."""
     target, text = adapter.asked_by(target, text)
     adapter = adapter.aimed(target)
     inputs = adapter.prepare([image], [[adapter.sample_text if text is None else adapter.asked(text)]])
     targets = adapter.targets(inputs, [[inputs.tokens[0].caption()]], target)
     shapes = _foldable(adapter, inputs, targets)
     recording = Method("", frozenset({"patch_gradient"}), True, lambda trace: trace.patch_gradient())
-    column = MethodCall("", "", recording, {}, paths=tuple(shapes))
-    [chunk] = run_passes(adapter, inputs, targets, [column])
+    call = MethodCall("", "", recording, {}, paths=tuple(shapes))
+    [chunk] = run_passes(adapter, inputs, targets, [call])
     aliases = adapter.structure.aliases()
     grid = adapter.grid(inputs)
     return tuple(

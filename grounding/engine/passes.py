@@ -1,9 +1,9 @@
-"""The middle of the engine: forward passes, and chunks of targets with the signals their methods need.
+"""Run forward and backward passes and record, for chunks of targets, the signals that methods read.
 
-The vision stack runs once for all that needs no gradient inside it, and is remembered for later texts. A method at a
-fast tap (`Adapter.fast_taps`) needs no graph through the model: the scores are recomputed from the tap onwards with one
-shift vector per target. Everything else takes the slow, right way: one graph, one backward per group of targets that do
-not get into each other's way. A method with a backward rule gets a pass of its own on the slow way.
+The vision stack runs once for everything that needs no gradient inside it; its features are cached for later texts.
+Methods at a layer with a fast path (`Adapter.fast_taps`) need no graph through the model: the scores are recomputed
+from that layer on, with one vector per target added to all patches. All other cases use the general path: one graph,
+one backward pass per group of targets whose gradients do not overlap. A backward rule needs a general pass of its own.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from grounding.adapter.vision_cache import ENCODED, finite, keep, remembered
 from grounding.engine.plan import MethodCall, wanted_signals
 from grounding.methods.trace import Trace, precise
 
-# Numbers that the fast way may hold at once per target: rows of attention and hidden features; about 0.25 GB.
+# Numbers that the fast path may hold at once, over all targets of a chunk; about 0.25 GB.
 FAST_BUDGET = 60_000_000
-# A layer that is read through a LayerNorm alone has |<features, gradient>| below this part of the product of lengths.
-RIGHT_ANGLE = 1e-3
-# Stacks of whose last block each row is read from its own attention row alone.
+# For a layer that is read through a LayerNorm alone, |<features, gradient>| is below this fraction of |features|
+# |gradient|.
+ORTHOGONAL = 1e-3
+# Stacks in whose last block each position depends on its own attention row alone.
 READ_BY_ROWS = ("cross", "decoder", "fusion")
 
 
 @dataclass(frozen=True, eq=False)
 class TraceChunk:
-    """The columns that can be computed from a trace, and which of the K targets it is about.
+    """A trace, the method calls that can be computed from it, and its targets (`members` of the K).
 
-    `orthogonal` are the taps at which the gradient of one target per picture is at right angles to the features.
+    `orthogonal` are the layers where the gradient of one target per image is orthogonal to the features.
     """
 
-    columns: tuple[MethodCall, ...]
+    calls: tuple[MethodCall, ...]
     trace: Trace
     members: list[int]
     scores: Tensor
@@ -48,22 +49,22 @@ def run_passes(
 ) -> Generator[TraceChunk, None, None]:
     """Run the model as often as the plan needs (mostly once) and yield every chunk of targets.
 
-    The first chunk has a target of every picture. Raises NumericError for NaN or Inf, LayerError, ModelError.
+    The first chunk has a target of every image. Raises NumericError for NaN or Inf, LayerError, ModelError.
     """
-    fast = [column for column in plan if is_fast(adapter, targets, column)]
-    rules = dict.fromkeys(column.method.rule for column in plan if column not in fast)
+    fast = [call for call in plan if is_fast(adapter, targets, call)]
+    rules = dict.fromkeys(call.method.rule for call in plan if call not in fast)
     for rule in dict.fromkeys([None, *rules]):
-        slow = [column for column in plan if column not in fast and column.method.rule == rule]
+        slow = [call for call in plan if call not in fast and call.method.rule == rule]
         if slow or (fast and rule is None):
             yield from _one_pass(adapter, inputs, targets, slow, fast if rule is None else [], rule)
 
 
-def is_fast(adapter: Adapter, targets: Targets, column: MethodCall) -> bool:
-    """Whether a column needs no more than shifts at fast taps."""
+def is_fast(adapter: Adapter, targets: Targets, call: MethodCall) -> bool:
+    """Whether a method call needs only the pooled gradient at a layer with a fast path."""
     layers = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
-    needs = column.method.needs
+    needs = call.method.needs
     shift_alone = "shift" in needs and needs <= {"activations", "shift"} and targets.other is None
-    return shift_alone and len(column.paths) == 1 and column.paths[0] in layers
+    return shift_alone and len(call.paths) == 1 and call.paths[0] in layers
 
 
 def _one_pass(
@@ -104,15 +105,15 @@ def _one_pass(
         )
         if slow:
             yield from _slow_chunks(record, slow, layers, attention, scores, rule)
-    with Recorder(adapter.model):  # without the taps: parts of the model run again
-        for layer, wanted_rule in dict.fromkeys((column.paths[0], column.method.rule) for column in fast):
-            columns = tuple(c for c in fast if c.paths == (layer,) and c.method.rule == wanted_rule)
-            yield from _fast_chunks(record, columns, inputs, scores)
+    with Recorder(adapter.model):  # records nothing: parts of the model run again
+        for layer, wanted_rule in dict.fromkeys((call.paths[0], call.method.rule) for call in fast):
+            calls = tuple(c for c in fast if c.paths == (layer,) and c.method.rule == wanted_rule)
+            yield from _fast_chunks(record, calls, inputs, scores)
 
 
 def _starts(adapter: Adapter, fast: Sequence[MethodCall]) -> dict[str, bool]:
-    """What the fast columns start from, none of it with a gradient."""
-    return {path: False for column in fast for layer in column.paths for path in (layer, *adapter.fast_taps[layer])}
+    """Modules whose outputs the fast path starts from, none of them with a gradient."""
+    return {path: False for call in fast for layer in call.paths for path in (layer, *adapter.fast_taps[layer])}
 
 
 def _of_images(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
@@ -124,66 +125,71 @@ def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str,
 
 
 def look(adapter: Adapter, inputs: Inputs, plan: Sequence[MethodCall]) -> None:
-    """Run the vision stack once and remember what a plan needs of it, before the model writes texts from it."""
+    """Run the vision stack once and cache what the plan needs of it, before the model generates texts from it."""
     layers, attention = wanted_signals(adapter, plan)
     starts = {
         path: False for layer, others in adapter.fast_taps.items() if layer in layers for path in (layer, *others)
     }
     own = (_of_images(adapter, {**layers, **starts}), _of_images(adapter, attention))
-    # What is wanted with a gradient needs a pass of its own later on.
+    # Signals with a gradient need a pass of their own later.
     remembered(adapter, inputs, *({path: False for path, gradient in paths.items() if not gradient} for paths in own))
 
 
 def _slow_chunks(
     record: Trace,
-    columns: Sequence[MethodCall],
+    calls: Sequence[MethodCall],
     layers: Mapping[str, bool],
     attention: Mapping[str, bool],
     scores: Tensor,
     rule: str | None,
 ) -> Iterator[TraceChunk]:
-    """One backward per group of targets that do not get into each other's way: their sum gives each its gradient."""
-    wanted_taps = [path for path, gradient in layers.items() if gradient]
+    """One backward pass per group of targets whose gradients do not overlap: their sum's gradient holds each."""
+    wanted_layers = [path for path, gradient in layers.items() if gradient]
     wanted_attention = [path for path, gradient in attention.items() if gradient]
-    leaves = [record.outputs[p] for p in wanted_taps] + [record.weights[p] for p in wanted_attention]
-    groups = _groups(record, [*wanted_taps, *wanted_attention])
+    leaves = [record.outputs[p] for p in wanted_layers] + [record.weights[p] for p in wanted_attention]
+    groups = _groups(record, [*wanted_layers, *wanted_attention])
     if not record.adapter.text_conditioned(record.targets.kind, gradient=bool(leaves)):
-        groups = groups[:1]  # nothing depends on the target: one per picture says it all
+        groups = groups[:1]  # nothing depends on the target: one per image is enough
     own: dict[int, Tensor] = {}
     for number, members in enumerate(groups):
         gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
-        if _shares_sequences(record, [*wanted_taps, *wanted_attention]):
+        if _shares_sequences(record, [*wanted_layers, *wanted_attention]):
             gradients = [_with_own(own, i, g, record.targets.units) for i, g in enumerate(gradients)]
-        named = dict(zip([*wanted_taps, *wanted_attention], gradients, strict=True))
+        named = dict(zip([*wanted_layers, *wanted_attention], gradients, strict=True))
         for path, gradient in named.items():
             finite(gradient, f"gradient at {path}")
         chunk = record.of(
             members,
-            gradients={path: named[path] for path in wanted_taps},
+            gradients={path: named[path] for path in wanted_layers},
             weight_gradients={path: named[path] for path in wanted_attention},
         )
         flat = _orthogonal(chunk) if number == 0 and rule is None else frozenset()
-        yield TraceChunk(tuple(columns), chunk, members, scores.detach(), flat)
+        yield TraceChunk(tuple(calls), chunk, members, scores.detach(), flat)
 
 
 def _shares_sequences(record: Trace, leaves: Sequence[str]) -> bool:
-    """Whether targets are differences of what single sequences score, at leaves that have the sequences first: all
-    targets of a sequence then have one gradient there, and those that it is compared with are theirs alone."""
+    """Whether targets are differences of the scores of two sequences, at leaves whose leading axis counts sequences.
+
+    All targets of a sequence then share one gradient there, and the sequences they are compared with belong to one
+    target each.
+    """
     return record.targets.other is not None and all(record.adapter.structure.axis(path) == "text" for path in leaves)
 
 
 def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, units: Tensor) -> Tensor:
-    """A gradient in which the targets' own sequences have what the first backward gave them, not a sum over targets."""
+    """The gradient with the rows of the targets' own sequences taken from the first backward pass, not summed over
+    targets."""
     rows = units.unique().to(gradient.device)
     kept = own.setdefault(leaf, gradient[rows])
     return gradient.index_copy(0, rows, kept)
 
 
 def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
-    """Targets that may share a backward. At a leaf with the pictures first each picture may have one of them, with
-    the texts first each text; in the last block of a text stack each position, as it is read from its own row alone.
+    """Groups of targets that can share a backward pass.
 
-    Without leaves, and the text in the attention alone, all of them.
+    At a leaf whose leading axis counts images a group has one target per image; at one that counts texts, one per text;
+    in the last block of a text stack, one per position, as each depends on its own row alone. Without leaves, and with
+    the text in the attention alone, all targets are one group.
     """
     adapter, targets = record.adapter, record.targets
     image, text = targets.image.tolist(), targets.units.tolist()
@@ -203,23 +209,23 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
 
 
 def _orthogonal(chunk: Trace) -> frozenset[str]:
-    """Taps whose every patch has a gradient at right angles to its features, to rounding."""
+    """Layers where the gradient of every patch is orthogonal to its features, to rounding."""
     found = set()
     for path, gradient in chunk.gradients.items():
         grid = [chunk.adapter.to_grid(precise(t), chunk.grid, path) for t in (chunk.outputs[path], gradient)]
-        if at_right_angles(*grid):
+        if are_orthogonal(*grid):
             found.add(path)
     return frozenset(found)
 
 
-def at_right_angles(features: Tensor, gradient: Tensor) -> bool:
-    """Whether <features, gradient> is nothing beside |features| |gradient|, patch by patch."""
+def are_orthogonal(features: Tensor, gradient: Tensor) -> bool:
+    """Whether <features, gradient> is negligible beside |features| |gradient|, summed over patches."""
     size = (features.norm(dim=-1) * gradient.norm(dim=-1)).sum()
-    return bool(size > 0 and (features * gradient).sum(-1).abs().sum() < RIGHT_ANGLE * size)
+    return bool(size > 0 and (features * gradient).sum(-1).abs().sum() < ORTHOGONAL * size)
 
 
 def _orthogonal_fast(record: Trace, inputs: Inputs, layer: str) -> bool:
-    """As `_orthogonal`, for a fast tap that is read through a LayerNorm alone, on one target per picture."""
+    """As `_orthogonal`, for a layer on the fast path, for one target per image."""
     leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
         encoded = record.adapter.from_tap(layer, leaf)
@@ -228,14 +234,12 @@ def _orthogonal_fast(record: Trace, inputs: Inputs, layer: str) -> bool:
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]
         total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return at_right_angles(*(record.adapter.to_grid(precise(t), record.grid, layer) for t in (leaf, gradient)))
+    return are_orthogonal(*(record.adapter.to_grid(precise(t), record.grid, layer) for t in (leaf, gradient)))
 
 
-def _fast_chunks(
-    record: Trace, columns: tuple[MethodCall, ...], inputs: Inputs, scores: Tensor
-) -> Iterator[TraceChunk]:
-    """All targets at once, or as many as fit: gradients with respect to one shift vector per target, at one tap."""
-    [layer], rule = columns[0].paths, columns[0].method.rule
+def _fast_chunks(record: Trace, calls: tuple[MethodCall, ...], inputs: Inputs, scores: Tensor) -> Iterator[TraceChunk]:
+    """All targets at once, or as many as fit in memory: the pooled gradient of each target at one layer."""
+    [layer], rule = calls[0].paths, calls[0].method.rule
     features = record.outputs[layer].detach()
     size = max(1, FAST_BUDGET // max(1, features[0].numel() // 4))
     flat = rule is None and _orthogonal_fast(record, inputs, layer)
@@ -244,20 +248,20 @@ def _fast_chunks(
         gradient = record.adapter.shifts(layer, inputs, record.targets.select(members), record.outputs, rule)
         finite(gradient, f"gradient at {layer}")
         chunk = record.of(members, shifts={layer: gradient})
-        yield TraceChunk(columns, chunk, members, scores.detach(), frozenset([layer]) if flat else frozenset())
+        yield TraceChunk(calls, chunk, members, scores.detach(), frozenset([layer]) if flat else frozenset())
 
 
 def disjoint_groups(claims: Sequence[Collection[Hashable]]) -> list[list[int]]:
-    """Indices in groups in which nothing is claimed twice: the first group that has room takes each in turn."""
+    """Indices in groups without overlapping claims; each index joins the first group where it fits."""
     groups: list[list[int]] = []
     taken: list[set[Hashable]] = []
     for k, claim in enumerate(claims):
-        home = next((i for i, claimed in enumerate(taken) if claimed.isdisjoint(claim)), len(groups))
-        if home == len(groups):
+        place = next((i for i, claimed in enumerate(taken) if claimed.isdisjoint(claim)), len(groups))
+        if place == len(groups):
             groups.append([])
             taken.append(set())
-        groups[home].append(k)
-        taken[home].update(claim)
+        groups[place].append(k)
+        taken[place].update(claim)
     return groups
 
 

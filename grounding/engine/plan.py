@@ -19,7 +19,7 @@ from grounding.methods.trace import LAYER_SIGNALS, Trace
 
 @dataclass(frozen=True)
 class MethodCall:
-    """One method with its options at its layers: one column of the figure, one key in every file."""
+    """One method with its options at its layers: one column of a figure, one key in every file."""
 
     key: str
     name: str
@@ -96,15 +96,15 @@ def _paths_of(adapter: Adapter, layers: Sequence[str | int]) -> dict[str, str]:
     return paths
 
 
-def wanted_signals(adapter: Adapter, plan: Sequence[MethodCall]) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Taps and attention modules to record -> whether their gradient is needed: the union over all columns."""
+def wanted_signals(adapter: Adapter, calls: Sequence[MethodCall]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Layers and attention modules to record -> whether their gradient is needed: the union over all method calls."""
     layers: dict[str, bool] = {}
     attention: dict[str, bool] = {}
-    for column in plan:
-        needs = column.method.needs
+    for call in calls:
+        needs = call.method.needs
         gradient = bool(needs & (LAYER_SIGNALS - {"activations"}))
-        layers |= {path: layers.get(path, False) or gradient for path in column.paths}
-        for stack, reading in column.method.reads(column.options, adapter.structure).items():
+        layers |= {path: layers.get(path, False) or gradient for path in call.paths}
+        for stack, reading in call.method.reads(call.options, adapter.structure).items():
             for path in adapter.structure.stack(stack).attention[reading.blocks]:
                 attention[path] = attention.get(path, False) or reading.gradient
     return layers, attention
@@ -121,11 +121,11 @@ def _missing(adapter: Adapter, method: Method, options: Mapping[str, Any]) -> li
 
 def _check_stacks(adapter: Adapter, made: Sequence[MethodCall]) -> None:
     """Raises OptionError for a method that reads attention the architecture does not have."""
-    for column in made:
-        if missing := _missing(adapter, column.method, column.options):
+    for call in made:
+        if missing := _missing(adapter, call.method, call.options):
             why = f": {adapter.structure.unrecorded}" if missing[0] in adapter.structure.stacks else ""
             raise OptionError(
-                f"method {column.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have{why} "
+                f"method {call.name!r} reads {missing[0]} attention, which {adapter.info.type} does not have{why} "
                 f"(methods it has: {', '.join(available(adapter))})"
             )
 

@@ -12,10 +12,11 @@ from grounding.explanation.explanation import SCHEMA_VERSION
 
 
 def provenance_of(adapter: Adapter, seed: int) -> dict[str, Any]:
-    """Everything needed to make the same maps again."""
+    """Everything needed to compute the same maps again."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "versions": {"grounding": distribution_version()} | {name: version(name) for name in ("torch", "transformers")}
+        "versions": {"grounding": distribution_version()}
+        | {name: version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
         "model": adapter.info.id,
         "revision": adapter.info.revision,

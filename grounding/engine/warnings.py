@@ -1,4 +1,4 @@
-"""Around the engine: the user's nested lists in, Explanations with their doubts and provenance out."""
+"""Warnings about computed maps: orthogonal gradients, maps that do not depend on the text, maps without evidence."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ import numpy as np
 from grounding.engine.plan import MethodCall
 from grounding.explanation.explanation import Entry, MethodMaps
 
-# Why such a map is no evidence; the warning of `orthogonal_warnings` says it once for all entries.
+# Reason of the status of such maps; `orthogonal_warnings` warns once for all entries.
 ROUNDING = "rounding: <activation, gradient> is 0 at every patch"
 
 
-def orthogonal_warnings(plan: Sequence[MethodCall], orthogonal: Collection[str]) -> Iterator[str]:
-    """What to say of class activation maps at taps whose gradient is at right angles to their features."""
-    for column in plan:
-        paths = [path for path in column.paths if path in orthogonal]
-        if paths and column.method.rule is None:
+def orthogonal_warnings(calls: Sequence[MethodCall], orthogonal: Collection[str]) -> Iterator[str]:
+    """Warnings about class activation maps at layers whose gradient is orthogonal to their features."""
+    for call in calls:
+        paths = [path for path in call.paths if path in orthogonal]
+        if paths and call.method.rule is None:
             what = (
                 "ranks rounding: the layer is read through a LayerNorm alone, so its map, <activation, gradient>, is 0 "
                 "at every patch (zero to rounding) and shows nothing; use gradcam_ln"
-                if column.method.inner
+                if call.method.inner
                 else "is weak evidence: the layer is read through a LayerNorm alone, so <activation, gradient> = 0 at "
                 "every patch (zero to rounding) and the evidence along the features is lost; use gradcam_ln"
             )
-            yield f"{column.method.title} at {', '.join(paths)} {what}, the LN-rule, there"
+            yield f"{call.method.title} at {', '.join(paths)} {what}, the LN-rule, there"
 
 
-def text_independent_warnings(plan: Sequence[MethodCall], entries: Sequence[Entry]) -> Iterator[str]:
-    """What to say of maps that are the same whatever token is asked for at a place of the text."""
+def text_independent_warnings(calls: Sequence[MethodCall], entries: Sequence[Entry]) -> Iterator[str]:
+    """Warnings about maps that are the same for every token at a position, where other tokens are in question."""
     if any(entry.kind in ("where", "contrast") for entry in entries):
-        for column in plan:
-            if not column.method.reads_gradient:
+        for call in calls:
+            if not call.method.reads_gradient:
                 yield (
-                    f"{column.method.title} shows where the model looked at this place of the text, the same for any "
-                    "token that is asked for there"
+                    f"{call.method.title} shows where the model attended at this position of the text: the map is the "
+                    "same for any other token there"
                 )
 
 
-def map_warnings(made: Mapping[str, MethodMaps], entries: Sequence[Entry]) -> Iterator[str]:
-    """What a reader of these maps must know."""
+def map_warnings(methods: Mapping[str, MethodMaps], entries: Sequence[Entry]) -> Iterator[str]:
+    """Warnings about the computed maps."""
     classes = any(entry.kind == "class" for entry in entries)
-    parts, asked = ("these classes", "class") if classes else ("the parts of this text", "text")
-    titles = Counter(column.title for column in made.values())
-    for column in made.values():
-        title = column.title if titles[column.title] == 1 else f"{column.title} at {column.layer}"
-        if not column.shared and len(column.maps) > 1 and not np.ptp(column.maps, axis=0).any():
-            yield (f"{title} cannot tell {parts} apart here: all entries have the same map; another --layer may")
-        if not column.text_conditioned:
-            yield f"{title} does not see the {asked} here: one map for all entries"
-        for place, status in enumerate(column.status):
+    parts, text = ("these classes", "class") if classes else ("the parts of this text", "text")
+    titles = Counter(own.title for own in methods.values())
+    for own in methods.values():
+        title = own.title if titles[own.title] == 1 else f"{own.title} at {own.layer}"
+        if not own.shared and len(own.maps) > 1 and not np.ptp(own.maps, axis=0).any():
+            yield f"{title} cannot tell {parts} apart here: all entries have the same map; another --layer may"
+        if not own.text_conditioned:
+            yield f"{title} does not depend on the {text} here: one map for all entries"
+        for i, status in enumerate(own.status):
             if not status and status.reason != ROUNDING:
-                label = "all entries" if column.shared else repr(entries[place].label)
+                label = "all entries" if own.shared else repr(entries[i].label)
                 yield f"{title} of {label} is no evidence: {status.reason}"

@@ -30,7 +30,7 @@ def run_process(*argv, **options):
 def test_the_default_command(ground, tmp_path):
     code, out, err = ground("--caption", CAPTION)
     assert code == 0
-    assert "rollout does not see the text" in err
+    assert "rollout does not depend on the text" in err
     lines = out.splitlines()
     assert "480 x 320" in lines[0]
     assert lines[1].split()[:4] == ["entry", "kind", "score", "gradcam"]

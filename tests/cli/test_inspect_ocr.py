@@ -111,7 +111,7 @@ def test_questions_about_other_tokens(command):
 def test_the_attention_maps_say_that_they_cannot_tell_tokens_apart(command):
     code, _, err = command("--where", "5", "--tokens", "@0", "--write", "--methods", "gradcam_ln", "cross_attention")
     assert code == 0
-    assert "Cross-attention shows where the model looked at this place of the text, the same for any token" in err
+    assert "Cross-attention shows where the model attended at this position of the text" in err
     assert "LN-rule" not in err
 
 

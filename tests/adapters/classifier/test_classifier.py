@@ -203,7 +203,7 @@ def test_unnamed_classes_and_models_that_judge_each_class_are_said():
 
 def test_several_classes_that_a_map_cannot_see():
     found = explain(models.classifier_adapter("vit"), PICTURES[0], target=[0, 1])
-    assert any("rollout does not see the class here: one map for all entries" in warning for warning in found.warnings)
+    assert any("rollout does not depend on the class here: one map for all entries" in warning for warning in found.warnings)
 
 
 def test_layers_of_a_network_have_grids_of_their_own():
@@ -221,7 +221,7 @@ def test_layers_of_a_network_have_grids_of_their_own():
     found.figure(grid=True)
     with pytest.raises(LayerError, match=r"different grids cannot be averaged \(.*stages.0 16 x 24, .*stages.2 4 x 6"):
         explain(adapter, PICTURES[0], target=1, layers=["0", "2"], average_layers=True)
-    with pytest.raises(LayerError, match=r"\(1, 16, 1, 1\) is no patch grid: expected maps over the whole picture"):
+    with pytest.raises(LayerError, match=r"\(1, 16, 1, 1\) is no patch grid: expected maps over the whole image"):
         explain(adapter, PICTURES[0], target=1, layers=["resnet.pooler"])
     with pytest.raises(LayerError, match="nothing to point at; use a larger picture"):
         models.classifier_adapter(size=(16, 16)).prepare_images(PICTURES[:1])
@@ -290,7 +290,7 @@ def test_as_many_names_as_scores(monkeypatch):
     model = models.classifier_model()
     model.config.id2label = {0: "one", 1: "two"}
     adapter = ClassifierAdapter(model, ViTImageProcessor(size={"height": 64, "width": 96}))
-    with pytest.raises(ModelError, match=r"scores of shape \(1, 9\) for 1 pictures and 2 class names"):
+    with pytest.raises(ModelError, match=r"scores of shape \(1, 9\) for 1 images and 2 class names"):
         explain(adapter, PICTURES[0])
 
 

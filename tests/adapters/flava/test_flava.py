@@ -148,13 +148,13 @@ def test_the_caption_enters_its_map_and_where_it_does_not_that_is_said(flava):
         assert np.abs(first.methods["gradcam"].maps[0] - second.methods["gradcam"].maps[0]).max() > 1e-6
         conditioned = {key: column.text_conditioned for key, column in first.methods.items()}
         assert conditioned == {"gradcam": True, "rollout": kind != "similarity", "relevance": True}
-        said = any("Attention rollout does not see the text" in w for w in first.warnings)
+        said = any("Attention rollout does not depend on the text" in w for w in first.warnings)
         assert said == (kind == "similarity")
     first, second = (explain(flava, noise(50, 40), t, target="norm") for t in (TEXT, "two dogs"))
     for key, column in first.methods.items():
         assert not column.text_conditioned
         assert np.array_equal(column.maps, second.methods[key].maps)
-        assert any(f"{column.title} does not see the text" in w for w in first.warnings)
+        assert any(f"{column.title} does not depend on the text" in w for w in first.warnings)
 
 
 def test_every_image_gets_its_own_map(flava):
