@@ -48,7 +48,7 @@ class Selection:
             raise OptionError("where and contrast are about single tokens and cannot be combined with words or phrases")
 
     def spans(self, tokens: TokenizedText) -> tuple[Span, ...]:
-        """The entries of one text, in reading order within each kind. Raises TextError for entries that it does not have."""
+        """The entries of one text, in reading order within each kind. Raises TextError for a missing entry."""
         if tokens.classes:
             return self._classes(tokens)
         if self.where or self.contrast:
