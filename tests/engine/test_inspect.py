@@ -183,7 +183,7 @@ def test_what_cannot_be_inspected_is_refused(clip, image):
         inspect(clip, image, CAPTION, method="layercam")
     with pytest.raises(ValueError, match="did you mean 'gradcam'"):
         inspect(clip, image, CAPTION, method="gradkam")
-    with pytest.raises(GroundingError, match="one picture and one text, got 2 and 1"):
+    with pytest.raises(GroundingError, match="one image and one text, got 2 and 1"):
         inspect(clip, [image, image], CAPTION)
     with pytest.raises(GroundingError, match="one picture and one text, got 1 and 2"):
         inspect(clip, image, [CAPTION, "dogs"])

@@ -1,0 +1,195 @@
+"""The adapter contract, over every architecture of the table and one of a third party."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import adapters
+from adapters import ADAPTERS
+from grounding import explain
+from grounding.adapter.recorder import Recorder
+from grounding.core.errors import LayerError, ModelError, TargetError, TextError
+from grounding.engine.layers import list_layers
+from grounding.engine.passes import run_passes
+from grounding.engine.plan import available, plan_methods
+from grounding.engine.request import Request
+from tests.conftest import noise
+from tests.support import models
+from tests.support.tolerances import SLOPE, close
+
+CAPTION = "a man in a red jacket"
+
+
+def prepared(adapter, captions=(CAPTION,)):
+    inputs = adapter.prepare([noise(90, 60)], [list(captions)])
+    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.tokens]
+    return inputs, adapter.targets(inputs, spans)
+
+
+def test_every_architecture_in_the_table_is_tested():
+    assert set(ADAPTERS) <= set(models.FACTORIES)
+
+
+def test_every_adapter_in_the_folder_is_in_the_table():
+    """An architecture is one file and one line: this is what fails while the line is missing."""
+    targets = {ADAPTERS.target(name) for name in ADAPTERS}
+    found = []
+    for path in Path(adapters.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(
+                isinstance(b, ast.Name) and b.id in ("Adapter", "ClassAdapter") for b in node.bases
+            ):
+                module = ".".join(path.relative_to(Path(adapters.__file__).parents[1]).with_suffix("").parts)
+                assert f"{module}:{node.name}" in targets
+                found.append(module)
+    assert len(found) >= 5, found
+
+
+def test_scores_equal_the_engines(any_adapter):
+    inputs, targets = prepared(any_adapter)
+    found = explain(any_adapter, noise(90, 60), CAPTION)
+    assert any_adapter.scores(inputs, targets).tolist() == pytest.approx([e.score for e in found.entries])
+
+
+def test_activations_and_attentions_are_uniform(any_adapter):
+    inputs, _ = prepared(any_adapter)
+    rows, columns = any_adapter.grid(inputs)
+    assert any_adapter.activations(inputs).shape[:3] == (1, rows, columns)
+    if not any_adapter.structure.attention("vision"):
+        with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
+            any_adapter.attentions(inputs)
+        return
+    attentions = any_adapter.attentions(inputs)
+    assert len(attentions) == len(any_adapter.structure.stacks["vision"].blocks)
+    tokens = any_adapter.structure.prefix + rows * columns
+    for weights in attentions:
+        assert weights.shape[2:] == (tokens, tokens)
+        assert weights.sum(-1).numpy() == pytest.approx(1)
+
+
+def test_shift_gradient_equals_score_from(any_adapter):
+    """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
+    inputs, targets = prepared(any_adapter)
+    for layer in (None, "0", "-1.in" if any_adapter.structure.stacks["vision"].inputs else "-1"):
+        layer = any_adapter.resolve(layer)
+        plan = plan_methods(any_adapter, Request(["gradcam"], layers=[layer]))
+        shift = torch.zeros(len(targets), any_adapter.activations(inputs, layer).shape[-1], dtype=torch.float64)
+        shift.requires_grad_(True)
+        scores = any_adapter.score_from(layer, inputs, targets, shift)
+        (expected,) = torch.autograd.grad(scores.sum(), shift)
+        found = torch.cat(
+            [
+                chunk.trace.at(layer, frozenset({"shift"})).shift()
+                for chunk in run_passes(any_adapter, inputs, targets, plan)
+            ]
+        )
+        assert close(found, expected)
+
+
+@pytest.mark.parametrize("rule", [None, "layernorm"])
+def test_fast_taps_equal_the_slow_way(any_adapter, rule):
+    """Scores and shift gradients at every fast tap, pictures and texts mixed, against substituting the tap's output."""
+    texts = [["a man in a red jacket", "two dogs"], ["red car"]]
+    inputs = any_adapter.prepare([noise(90, 60), noise(50, 70, 3)], texts)
+    targets = any_adapter.targets(inputs, [[t.caption(), *t.tokens()] for t in inputs.tokens])
+    for layer, paths in any_adapter.fast_taps.items():
+        with Recorder(any_adapter.model, dict.fromkeys([layer, *paths], False)) as recorder:
+            plain = any_adapter.forward(inputs, targets)
+        for outputs in (None, recorder.outputs):
+            width = any_adapter.to_grid(recorder.outputs[layer], any_adapter.grid(inputs), layer).shape[-1]
+            shift = torch.zeros(len(targets), width, dtype=torch.float64, requires_grad=True)
+            with torch.enable_grad():
+                scores = any_adapter.score_from(layer, inputs, targets, shift, outputs, rule)
+            assert close(scores.detach(), plain)
+            if outputs is None:
+                [slow] = torch.autograd.grad(scores.sum(), shift)
+        assert close(any_adapter.shifts(layer, inputs, targets, recorder.outputs, rule), slow)
+
+
+def test_one_forward_pass_for_all_methods(any_adapter, image):
+    counted = []
+    first = next(m for m in any_adapter.model.modules() if isinstance(m, torch.nn.Conv2d))
+    handle = first.register_forward_hook(lambda module, args, out: counted.append(1))
+    texts = [["red car", "two dogs"], ["a bus"]]
+    known = available(any_adapter)
+    methods = [name for name in ("gradcam", "gradcam_ln", "rollout", "attention") if name in known]
+    any_adapter.prepare_images([image])  # grids of convolutional networks are found once, by a pass of a blank picture
+    counted.clear()
+    explain(any_adapter, [image, noise(40, 40)], texts, methods=methods)
+    # Off the fast taps the backward rule has a pass of its own, through the vision stack where the tap is in it.
+    assert len(counted) == (
+        1 if any_adapter.fast_taps or any_adapter.structure.axis(any_adapter.structure.layer) == "text" else 2
+    )
+    counted.clear()
+    methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
+    explain(any_adapter, [image, noise(40, 40)], texts, methods=[name for name in methods if name in known])
+    handle.remove()
+    # A model that writes looks once before it does; gradients inside the vision stack need another pass.
+    assert len(counted) == 1 + any_adapter.generates
+
+
+def test_shift_gradient_equals_finite_differences(any_adapter):
+    inputs, targets = prepared(any_adapter)
+    layer = any_adapter.structure.layer
+    width = any_adapter.activations(inputs).shape[-1]
+    direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = 1e-5 * direction.repeat(len(targets), 1)
+    with torch.no_grad():
+        slope = (
+            any_adapter.score_from(layer, inputs, targets, step) - any_adapter.score_from(layer, inputs, targets, -step)
+        ) / 2e-5
+    plan = plan_methods(any_adapter, Request(["gradcam"]))
+    found = torch.cat(
+        [
+            chunk.trace.at(layer, frozenset({"shift"})).shift() @ direction
+            for chunk in run_passes(any_adapter, inputs, targets, plan)
+        ]
+    )
+    assert close(found, slope.detach(), SLOPE)
+
+
+def test_list_layers_tells_live_from_dead(any_adapter, image):
+    layers = {layer.path: layer for layer in list_layers(any_adapter, image, CAPTION)}
+    assert sum(layer.default for layer in layers.values()) == 1
+    assert next(layer for layer in layers.values() if layer.default).live
+    for layer in layers.values():
+        if layer.live:
+            explain(any_adapter, image, CAPTION, methods=["gradcam"], layers=[layer.path])
+        else:
+            with pytest.raises(LayerError, match="dead"):
+                explain(any_adapter, image, CAPTION, methods=["gradcam"], layers=[layer.path])
+
+
+def test_wrong_targets_name_what_there_is(any_adapter, image):
+    kind, known = any_adapter.kinds[0], any_adapter.token_targets
+    with pytest.raises(TargetError, match=f"no target '{kind}s'; did you mean '{kind}'"):
+        explain(any_adapter, image, CAPTION, target=f"{kind}s")
+    with pytest.raises(TargetError, match=f"it has: {', '.join(known) or 'none, a token is scored by itself'}"):
+        explain(any_adapter, image, CAPTION, token_target="left")
+
+
+def test_text_independent_maps_are_stored_once_and_said(any_adapter, image):
+    if any_adapter.structure.text_stacks:
+        found = explain(any_adapter, image, CAPTION, methods=["rollout"])
+        assert found.methods["rollout"].maps.shape[0] == len(found.entries)
+        assert not any("does not depend on the text" in w for w in found.warnings)
+        return
+    found = explain(any_adapter, image, CAPTION)
+    if "rollout" not in available(any_adapter):
+        assert list(found.methods) == ["gradcam"]
+        return
+    assert found.methods["rollout"].maps.shape[0] == 1
+    assert not found.methods["rollout"].text_conditioned
+    assert found.methods["gradcam"].maps.shape[0] == len(found.entries)
+    assert any("does not depend on the" in w for w in found.warnings)
+    other = explain(any_adapter, image, "two dogs", methods=["rollout"])
+    assert np.array_equal(found.methods["rollout"].maps, other.methods["rollout"].maps)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_empty_texts_are_refused(any_adapter, image, text):
+    with pytest.raises(TextError, match="empty"):
+        explain(any_adapter, image, text)
