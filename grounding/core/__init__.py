@@ -1,1 +1,1 @@
-"""Values that everything is made of: errors, names, images, text, geometry, boxes, files."""
+"""Values and utilities shared by all packages: errors, registries, images, text, geometry, boxes, files."""

@@ -1,6 +1,6 @@
-"""Points, pixels and boxes: what lies inside, and how far two boxes agree.
+"""Points and pixels inside boxes, and the overlap of two boxes.
 
-Coordinates are original pixels, (x, y), origin top-left; boxes (x0, y0, x1, y1), half-open.
+Frame: original pixels, (x, y), origin top-left; boxes are (x0, y0, x1, y1), half-open.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ Peak = Literal["patch", "pixel"]
 def inside(
     points: Float[np.ndarray, "n 2"], boxes: Sequence[Box], peak: Peak = "patch", closed: bool = False
 ) -> Bool[np.ndarray, "n"]:
-    """Whether points (x, y) lie strictly inside any of the boxes; with `closed` also on their edges.
+    """Return which points (n, 2), (x, y) in original pixels, are strictly inside any of the boxes.
 
-    For `pixel` the published tests on pixel indices. Strict: xmin < x < xmax with inclusive corners, so the outermost
-    pixels of a box are no hits; with pixel centres and half-open boxes that is half a pixel less on each side. Closed:
-    xmin <= x <= xmax, every pixel whose centre is in the box. Boxes were cut to the picture before, which the strict
-    published test does not do: it can hit on the picture's own outermost pixels.
+    With `closed`, points on the edges count as inside.
+
+    For the peak `pixel` this is the published test on pixel indices with inclusive corners. Strict: xmin < x < xmax,
+    so that the outermost pixels of a box are no hits; for pixel centres and half-open boxes that is an inset of half a
+    pixel on each side. Closed: xmin <= x <= xmax, every pixel whose centre is in the box. One difference remains: boxes
+    are clipped to the image here, so that the outermost pixels of the image are never strict hits.
     """
     inset = 0.5 if peak == "pixel" and not closed else 0.0
     found = np.zeros(len(points), bool)
@@ -36,7 +38,7 @@ def inside(
 
 
 def seen_points(geometry: Geometry, peak: Peak) -> Float[np.ndarray, "n 2"]:
-    """The points (x, y) that a peak can be: the centres of the seen patches, or of the seen pixels."""
+    """Return all points (x, y) at which a map can peak: centres of the seen patches or pixels, original pixels."""
     if peak == "patch":
         cells = [geometry.cell_centre(int(r), int(c)) for r, c in np.argwhere(geometry.seen_cells)]
         return np.array(cells, np.float64)
@@ -46,7 +48,7 @@ def seen_points(geometry: Geometry, peak: Peak) -> Float[np.ndarray, "n 2"]:
 
 
 def pixel_mask(boxes: Sequence[Box], geometry: Geometry) -> Bool[np.ndarray, "height width"]:
-    """The pixels of the picture whose centres lie in the union of the boxes; at least one for each box."""
+    """Return the mask of the pixels whose centres are in the union of the boxes; at least one pixel per box."""
     mask = np.zeros((geometry.height, geometry.width), bool)
     for x0, y0, x1, y1 in boxes:
         mask[_pixels(y0, y1, geometry.height), _pixels(x0, x1, geometry.width)] = True
@@ -54,7 +56,7 @@ def pixel_mask(boxes: Sequence[Box], geometry: Geometry) -> Bool[np.ndarray, "he
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes."""
+    """Return the intersection over union of two boxes, in [0, 1]."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
@@ -63,6 +65,6 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def _pixels(start: float, stop: float, size: int) -> slice:
-    """Pixels whose centres lie in [start, stop), at least one, within [0, size)."""
+    """Pixels whose centres are in [start, stop), at least one, within [0, size)."""
     first = min(max(int(np.ceil(start - 0.5)), 0), size - 1)
     return slice(first, max(min(int(np.ceil(stop - 0.5)), size), first + 1))

@@ -1,7 +1,7 @@
-"""What can go wrong for a reason the user can act on: one line each.
+"""Errors that a user can act on, each with a one-line message, the status of a batch row and an exit code.
 
-`status` is what a batch run records for the picture, `exit_code` what a command ends with: 1 could not do it, 2 was
-asked for something that does not exist.
+`status` is stored in the row of a batch run. `exit_code` is that of a command: 1 if the work failed, 2 if the request
+names something that does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class TextError(GroundingError):
 
 
 class UnknownNameError(GroundingError, KeyError):
-    """A name that no table entry answers to; the message lists what there is and the nearest match."""
+    """A name that a registry does not contain; the message lists its names and the nearest match."""
 
     exit_code = 2
     __str__ = ValueError.__str__  # a KeyError would quote its message
@@ -34,80 +34,80 @@ class OptionError(GroundingError):
 
 
 class ModelError(GroundingError):
-    """A checkpoint that cannot be loaded, or a model that cannot do what was asked of it."""
+    """A checkpoint that cannot be loaded, or a model that does not support the request."""
 
     status = "failed_model"
 
 
 class LayerError(ModelError):
-    """A layer that does not exist, is no tap, or is dead (its gradient is exactly zero)."""
+    """A layer that does not exist, has no patch grid, or is dead (its gradient is exactly zero)."""
 
     exit_code = 2
 
 
 class TargetError(ModelError):
-    """A target that this architecture does not have."""
+    """A target that this architecture does not support."""
 
     exit_code = 2
 
 
 class NumericError(GroundingError):
-    """NaN or Inf in scores, attention or gradients. Never replaced by zero."""
+    """NaN or Inf in scores, attention weights or gradients. They are never replaced by zero."""
 
     status = "failed_numeric"
 
 
 class ImageError(GroundingError):
-    """A picture that cannot be used. `status` is `failed_read`, `failed_decode` or `failed_input`."""
+    """An image that cannot be used. `status` is `failed_read`, `failed_decode` or `failed_input`."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # From one process to another: an exception is made anew from what it was made of.
+        # Pickle would call the class with the message alone.
         return ImageError, (str(self), self.status)
 
 
 class CropError(ImageError):
-    """A part of a picture that it does not have."""
+    """A crop that is not inside its image."""
 
     exit_code = 2
 
 
 class GeometryError(GroundingError):
-    """Sizes, scales or indices that cannot belong to one picture and one model input."""
+    """Sizes, scales or indices that are not valid for one image and one model input."""
 
 
 class DataError(GroundingError):
-    """A data set, or one record of it, that cannot be read."""
+    """A data set, or a record of one, that cannot be read."""
 
 
 class OutputError(GroundingError, OSError):
-    """A folder that results cannot be written into."""
+    """An output folder that results cannot be written to."""
 
 
 EXIT_BUDGET = 4
 
 
 class BudgetError(GroundingError):
-    """Too much failed."""
+    """A batch run in which too many rows failed."""
 
     exit_code = EXIT_BUDGET
 
 
 class DifferentRunError(GroundingError):
-    """The folder holds a run that computes something else."""
+    """An output folder that contains a batch run with another configuration."""
 
     exit_code = 2
 
 
 class CrashError(ImageError):
-    """A picture that killed the processes that decoded it."""
+    """An image whose decoding killed the worker processes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "failed_crash")
 
 
 class ProbeError(ModelError):
-    """A preprocessing whose answers to ramps fit no axis-aligned affine map."""
+    """A preprocessing that is no axis-aligned affine map of the image."""

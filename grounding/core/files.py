@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, folders that are ours, and names made from anybody's text."""
+"""Atomic writes, ownership checks of output folders, and safe file names."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from PIL import Image
 from grounding.core.errors import OutputError
 from grounding.core.printable import escape
 
-# Every file of a result folder says in its own way who wrote it; only such files are ever replaced or removed.
+# Every result file carries a mark of this package; only files with a mark are ever replaced or removed.
 MARK = "grounding"
 FORMAT = "grounding.explanation"
 MARK_IN_ZIP = "schema_version.npy"
 STAGING = ".grounding-"
-# In the name of a file that is being written.
+# Part of the name of a file while it is written.
 PART = ".tmp-"
 NAME_BYTES = 64
 
 
 def slug(text: str, fallback: str = "entry", longest: int = NAME_BYTES) -> str:
-    """A file name from any text: lower case, letters, digits, `_` and inner `-`; at most `longest` bytes of UTF-8.
+    """Return a file name made from any text: lower-case letters, digits, `_` and inner `-`; `fallback` if none remain.
 
-    Never empty, never with a path separator, never with `-` or `.` in front.
+    It has at most `longest` bytes of UTF-8, no path separator, and does not begin with `-` or `.`.
     """
     normal = unicodedata.normalize("NFC", text).lower()
     kept = "".join(c if c.isalnum() or c == "-" or unicodedata.category(c)[0] == "M" else "_" for c in normal)
@@ -39,14 +39,15 @@ def slug(text: str, fallback: str = "entry", longest: int = NAME_BYTES) -> str:
 
 
 def check_output(directory: str | Path, names: tuple[str, ...]) -> Path:
-    """The folder, if results called `names` can be written into it: made, empty, or holding results of ours.
+    """Return the folder if result files called `names` can be written to it.
 
-    Nothing is left behind or changed. Raises OutputError (a GroundingError and an OSError) saying why not.
+    It may be missing, empty, or contain results of this package. Nothing is changed. Raises OutputError (a
+    GroundingError and an OSError) with the reason.
     """
     folder = Path(directory)
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            folder.lstat()  # a name that no file can have says so here
+            folder.lstat()  # raises for names that no file can have
         if os.path.lexists(folder) and not folder.is_dir():
             raise OutputError(f"{escape(folder)} is a file, not a folder; choose another --output")
         if folder.is_dir():
@@ -71,26 +72,26 @@ def _check_ours(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def try_writing(folder: Path) -> None:
-    """Make and remove a folder where the results would go: permissions alone do not tell (read-only disks, quotas).
+    """Create and remove a folder in `folder` or in its nearest existing parent. Raises OSError.
 
-    Raises OSError.
+    Permissions are no substitute for trying: disks may be read-only, quotas used up.
     """
-    place = folder
-    while not place.is_dir():
-        if os.path.lexists(place):
-            raise OutputError(f"cannot write into {escape(folder)}: {escape(place)} is a file, not a folder")
-        place = place.parent
-    trial = place / (STAGING + secrets.token_hex(8))
+    parent = folder
+    while not parent.is_dir():
+        if os.path.lexists(parent):
+            raise OutputError(f"cannot write into {escape(folder)}: {escape(parent)} is a file, not a folder")
+        parent = parent.parent
+    trial = parent / (STAGING + secrets.token_hex(8))
     trial.mkdir()
     with suppress(FileNotFoundError):  # another process tidied up
         trial.rmdir()
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file bears our mark."""
+    """Return whether a file carries the mark of this package."""
     if path.is_symlink() or not path.is_file():
         return False
-    # Whatever is wrong with somebody's file, it is not ours.
+    # A file that cannot be parsed is not a result of this package.
     with suppress(OSError, ValueError, SyntaxError, RecursionError, zipfile.BadZipFile, Image.DecompressionBombError):
         if path.suffix == ".json":
             content = json.loads(path.read_bytes())
@@ -104,9 +105,9 @@ def is_ours(path: Path) -> bool:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write one file, in place of an earlier one: whole, also if the machine stops here, or not at all. Raises OSError.
+    """Write a file atomically, in place of an earlier one: it is complete or unchanged after a crash. Raises OSError.
 
-    The folder must be there. What a killed process left behind is called `<name>.tmp-<digits>`.
+    The folder must exist. A killed process may leave `<name>.tmp-<digits>`.
     """
     part = path.with_name(f"{path.name}{PART}{secrets.token_hex(8)}")
     try:
@@ -123,10 +124,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, bytes], known: tuple[str, ...]) -> None:
-    """Write all `files` (name -> content) into `folder`, or change nothing; `known` ones left out are removed.
+    """Write all `files` (name -> content) to `folder`, or change nothing. Raises OSError.
 
-    A new folder appears with all files in it. In a folder that exists, files change places one by one, the last of
-    `files` last, and are put back if anything fails in between. Raises OSError.
+    Files of the names `known` that are not in `files` are removed. A new folder appears with all files in it. In an
+    existing folder files are replaced one by one, the last of `files` last, and restored if anything fails.
     """
     if folder.is_dir():
         with _staging(folder) as stage:
@@ -143,7 +144,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], known: tuple[str, .
 
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
-    """The folder's parents, made where missing and removed again on failure."""
+    """Create the missing parents of a folder; remove them again on failure."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     made: list[Path] = []
     try:
@@ -160,7 +161,7 @@ def _parents(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _staging(parent: Path) -> Iterator[Path]:
-    """A folder beside the final place, on the same disk, gone afterwards whatever happens."""
+    """A temporary folder in `parent`, on the same disk as the results; removed afterwards, also on failure."""
     stage = parent / (STAGING + secrets.token_hex(8))
     try:
         stage.mkdir()
@@ -170,7 +171,7 @@ def _staging(parent: Path) -> Iterator[Path]:
 
 
 def _remove(stage: Path) -> None:
-    """Remove a staging folder: two levels of plain files that this module wrote."""
+    """Remove a staging folder: at most two levels of plain files written by this module."""
     if not stage.is_dir():
         return
     for entry in stage.iterdir():
@@ -191,7 +192,7 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _exchange(folder: Path, stage: Path, files: Mapping[str, bytes], known: tuple[str, ...]) -> None:
-    """Put the new files in place of the old; with all the old ones copied before the first changes."""
+    """Replace the old files by those in `stage`, with a backup of all old files made before the first change."""
     old = stage / "old"
     old.mkdir()
     names = (*files, *(name for name in known if name not in files))

@@ -1,11 +1,11 @@
-"""Where a model input's pixels and patches lie in the original picture.
+"""Geometry of image preprocessing: map points, boxes and patch maps between the original image and the model input.
 
-Resize, crop and pad of an image processor are one affine map per axis. `Geometry` composes them once and brings a
-patch map back with one sampling. What the model never saw stays NaN.
+Resize, crop and pad of an image processor are one affine map per axis. `Geometry` composes them once and resamples a
+patch map once. Pixels that the model input does not contain are NaN.
 
-Frames. All coordinates are continuous, (x, y), origin top-left: pixel i covers [i, i + 1) and has its centre at
-i + 0.5. "Original pixels" belong to the upright picture as it was opened, "input pixels" to the tensor that the model
-reads. Boxes are (x0, y0, x1, y1), half-open.
+Frames: all coordinates are continuous, (x, y), origin top-left; pixel i covers [i, i + 1), its centre is i + 0.5.
+"Original pixels" are those of the image as opened, upright (EXIF orientation applied); "input pixels" those of the
+model's input tensor. Boxes are (x0, y0, x1, y1), half-open.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Geometry:
-    """One affine map per axis from original to input pixels: `input = original * scale + offset`.
+    """The affine map from original to input pixels, `input = original * scale + offset`, and the patch grid.
 
     Parameters
     ----------
-    width, height: size of the original picture, pixels.
+    width, height: size of the original image, pixels.
     input_width, input_height: size of the model input, pixels.
     scale, offset: (x, y); the scale in input pixels per original pixel, the offset in input pixels.
     rows, columns: the patch grid over the model input, row-major; it need not be square.
-    patch: (width, height) of a patch in input pixels. None: the grid divides the input evenly. Say it where the grid
-        leaves a rest: 27 patches of 14 pixels never read the last 6 of 384.
+    patch: (width, height) of a patch in input pixels. None: the grid divides the input evenly. Required where the
+        patches do not cover the input: 27 patches of 14 pixels leave out the last 6 of 384.
 
-    Raises GeometryError for sizes below 1, scales that are not positive, numbers that are not finite, and maps under
-    which the model sees nothing of the picture.
+    Raises GeometryError for sizes below 1, scales that are not positive, numbers that are not finite, and maps that
+    leave no part of the image in the model input.
     """
 
     width: int
@@ -59,7 +59,7 @@ class Geometry:
             object.__setattr__(self, "patch", pair("patch", self.patch, positive=True))
         x0, y0, x1, y1 = self.seen
         if not (x0 < x1 and y0 < y1):
-            raise GeometryError(f"the model sees nothing of the picture under {self}")
+            raise GeometryError(f"the model sees nothing of the image under {self}")
 
     @classmethod
     def from_steps(
@@ -72,12 +72,12 @@ class Geometry:
         pad: tuple[int, int, int, int] | None = None,
         grid: tuple[int, int] = (1, 1),
     ) -> Geometry:
-        """Compose the steps of an image processor, in this order.
+        """Compose the steps of an image processor, in this order, each in pixels of the step before.
 
-        `resized` is the (width, height) that the whole picture is resized to, `crop` the (x0, y0, width, height) that
-        is cut out of it, `pad` the (x0, y0, width, height) of a canvas and where on it the result is put, all in
-        pixels of the step before. `grid` is (rows, columns). Raises GeometryError where `pad` re-opens an edge that
-        `crop` cut: what lies there is padding and not the picture, and one affine map cannot say so.
+        `resized` is the (width, height) to which the whole image is resized, `crop` the rectangle (x0, y0, width,
+        height) that is kept, `pad` the position (x0, y0) of the result on a canvas of (width, height). `grid` is
+        (rows, columns). Raises GeometryError if `pad` extends an edge that `crop` cut: one affine map cannot
+        represent padding in place of a part of the image.
         """
         geometry = cls(width, height, width, height)
         if resized is not None:
@@ -89,7 +89,7 @@ class Geometry:
         return geometry.with_grid(*grid)
 
     def resized(self, input_width: int, input_height: int) -> Geometry:
-        """The model input, resized to this size (pixels). The grid is forgotten."""
+        """The geometry with the model input resized to this size, pixels; its grid is 1 x 1."""
         fx = positive_int("input_width", input_width) / self.input_width
         fy = positive_int("input_height", input_height) / self.input_height
         scale = (self.scale[0] * fx, self.scale[1] * fy)
@@ -97,10 +97,10 @@ class Geometry:
         return Geometry(self.width, self.height, input_width, input_height, scale, offset)
 
     def cropped(self, x0: int, y0: int, width: int, height: int) -> Geometry:
-        """The rectangle of the model input at (x0, y0), input pixels; beyond its edges there is padding.
+        """The geometry with the model input cropped to the rectangle at (x0, y0), input pixels; its grid is 1 x 1.
 
-        A negative x0 pads on the left, and so on. The grid is forgotten. Raises GeometryError where padding would
-        stand for a part of the picture that an earlier crop cut off.
+        A rectangle that exceeds the input pads it: a negative x0 on the left, and so on. Raises GeometryError if the
+        padding is where an earlier crop cut off a part of the image.
         """
         for start, size, old, ends in (
             (x0, width, self.input_width, self._image_in_input(0)),
@@ -109,17 +109,17 @@ class Geometry:
             if (start < 0 and ends[0] < -1e-6) or (start + size > old and ends[1] > old + 1e-6):
                 raise GeometryError(
                     f"padding to {width} x {height} after a crop to {self.input_width} x {self.input_height} "
-                    "is not one affine map: the padding lies where the cut-off part of the picture was"
+                    "is not one affine map: the padding lies where the cut-off part of the image was"
                 )
         offset = (self.offset[0] - x0, self.offset[1] - y0)
         return Geometry(self.width, self.height, width, height, self.scale, offset)
 
     def with_grid(self, rows: int, columns: int, patch: tuple[float, float] | None = None) -> Geometry:
-        """The same map with a patch grid; `patch` is (width, height) in input pixels, None for an even division."""
+        """The geometry with this patch grid; `patch` is (width, height) in input pixels, None for an even division."""
         return replace(self, rows=rows, columns=columns, patch=patch)
 
     def of_map(self, rows: int, columns: int) -> Geometry:
-        """The geometry of a map of so many cells: another grid than its own divides the input evenly."""
+        """The geometry of a map of this shape: `self` for its own grid; another grid divides the input evenly."""
         return self if (rows, columns) == (self.rows, self.columns) else self.with_grid(rows, columns)
 
     @property
@@ -129,32 +129,35 @@ class Geometry:
 
     @property
     def seen(self) -> Box:
-        """What the model saw of the picture: (x0, y0, x1, y1), original pixels, half-open.
+        """The part of the image that the patch grid covers: (x0, y0, x1, y1), original pixels, half-open.
 
-        The picture, cut to the part of the model input that the grid covers. The few pixels more that a resize filter
-        reaches beyond a crop do not count. 1600 x 400, shortest edge 224, centre crop 224: (600, 0, 1000, 400).
+        The few pixels beyond a crop that a resize filter reads are left out. Example: 1600 x 400, shortest edge 224,
+        centre crop 224: (600, 0, 1000, 400).
         """
         (x0, x1), (y0, y1) = self._seen_axis(0), self._seen_axis(1)
         return x0, y0, x1, y1
 
     @property
     def seen_fraction(self) -> float:
-        """Area of `seen` over area of the picture, in (0, 1]."""
+        """Area of `seen` divided by the area of the image, in (0, 1]."""
         x0, y0, x1, y1 = self.seen
         return (x1 - x0) * (y1 - y0) / (self.width * self.height)
 
     def seen_slices(self, size: tuple[int, int] | None = None) -> tuple[slice, slice]:
-        """(rows, columns) of the pixels whose centres lie within `seen`: where `to_original` is not NaN.
+        """(rows, columns) of the pixels whose centres are in `seen`, where `to_original` is not NaN.
 
-        `size` is the (height, width) at which the whole picture is sampled, default its own. Where `seen` is so thin
-        that it holds no pixel centre, the one pixel in its middle counts, so that nothing is ever wholly unseen.
+        `size` is the (height, width) at which the whole image is sampled, default its own. If `seen` is so thin that
+        it contains no pixel centre, the slices select the one pixel in its middle and are never empty.
         """
         height, width = size or (self.height, self.width)
         columns = pixels_within(*self._seen_axis(0), self.width, width)
         return pixels_within(*self._seen_axis(1), self.height, height), columns
 
     def cell_box(self, row: int, column: int) -> Box | None:
-        """(x0, y0, x1, y1) of a cell in original pixels, cut to `seen`; None for a cell of nothing but padding."""
+        """(x0, y0, x1, y1) of a cell in original pixels, clipped to `seen`; None for a cell that is all padding.
+
+        Raises GeometryError for a cell outside the grid.
+        """
         if not (0 <= row < self.rows and 0 <= column < self.columns):
             raise GeometryError(f"no cell ({row}, {column}) in a grid of {self.rows} x {self.columns}")
         x0, x1 = (float(edge[column]) for edge in self._cell_edges(0))
@@ -162,18 +165,18 @@ class Geometry:
         return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
     def cell_centre(self, row: int, column: int) -> tuple[float, float] | None:
-        """(x, y) of the middle of a cell's seen part, original pixels; None for a cell of nothing but padding."""
+        """(x, y) of the centre of a cell's seen part, original pixels; None for a cell that is all padding."""
         box = self.cell_box(row, column)
         return None if box is None else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
 
     @property
     def seen_cells(self) -> Bool[np.ndarray, "rows columns"]:
-        """Which cells show any of the picture."""
+        """Mask of the cells that contain a part of the image."""
         columns, rows = (np.less(*self._cell_edges(axis)) for axis in (0, 1))
         return rows[:, None] & columns[None, :]
 
     def cell_at(self, x: float, y: float) -> tuple[int, int] | None:
-        """(row, column) of the cell that saw the point (x, y), original pixels; None where it was not seen."""
+        """(row, column) of the cell that contains the point (x, y), original pixels; None outside of `seen`."""
         x0, y0, x1, y1 = self.seen
         if not (x0 <= x < x1 and y0 <= y < y1):
             return None
@@ -182,31 +185,32 @@ class Geometry:
         return min(max(int(row), 0), self.rows - 1), min(max(int(column), 0), self.columns - 1)
 
     def points_to_input(self, points: Any) -> Float64[np.ndarray, "*batch 2"]:
-        """(..., 2) points (x, y), original pixels -> input pixels. Nothing is clipped."""
+        """Convert points (..., 2), (x, y), from original to input pixels, without clipping."""
         return last_axis(points, 2) * self.scale + self.offset
 
     def points_to_original(self, points: Any) -> Float64[np.ndarray, "*batch 2"]:
-        """(..., 2) points (x, y), input pixels -> original pixels. Nothing is clipped."""
+        """Convert points (..., 2), (x, y), from input to original pixels, without clipping."""
         return (last_axis(points, 2) - self.offset) / self.scale
 
     def boxes_to_input(self, boxes: Any) -> Float64[np.ndarray, "*batch 4"]:
-        """(..., 4) boxes (x0, y0, x1, y1), original pixels -> input pixels. Nothing is clipped."""
+        """Convert boxes (..., 4), (x0, y0, x1, y1), from original to input pixels, without clipping."""
         return last_axis(boxes, 4) * (self.scale * 2) + (self.offset * 2)
 
     def boxes_to_original(self, boxes: Any) -> Float64[np.ndarray, "*batch 4"]:
-        """(..., 4) boxes (x0, y0, x1, y1), input pixels -> original pixels. Nothing is clipped."""
+        """Convert boxes (..., 4), (x0, y0, x1, y1), from input to original pixels, without clipping."""
         return (last_axis(boxes, 4) - (self.offset * 2)) / (self.scale * 2)
 
     def to_original(
         self, maps: Any, size: tuple[int, int] | None = None, *, cells: bool = False
     ) -> Float32[np.ndarray, "*batch height width"]:
-        """Patch maps (..., rows, columns) -> (..., height, width) float32 on the whole picture, NaN where unseen.
+        """Resample patch maps (..., rows, columns) to the whole image: (..., height, width) float32, NaN where unseen.
 
-        One bilinear sampling at the pixel centres, values held constant beyond the outermost seen cell centres. Where
-        the input is the whole picture this is `torch.nn.functional.interpolate(align_corners=False)`. A cell of
-        nothing but padding is never read. A cell that is not finite makes every pixel that reads it not finite.
-        `size` (height, width) samples the same field of view at another resolution, for drawing. With `cells` nothing
-        is interpolated: every pixel has the value of the cell it lies in.
+        Maps are sampled once, bilinearly, at the pixel centres; values are constant beyond the outermost seen cell
+        centres. If the input is the whole image this equals `torch.nn.functional.interpolate(align_corners=False)`.
+        Cells that are all padding are never read. A cell that is not finite makes all pixels that read it not finite.
+        `size` (height, width) samples the same field of view at another resolution, for drawing. With `cells` every
+        pixel has the value of the cell that contains it, without interpolation. Raises GeometryError for maps of
+        another grid.
         """
         values = as_float32(maps)
         if values.ndim < 2 or values.shape[-2:] != (self.rows, self.columns):
@@ -222,12 +226,12 @@ class Geometry:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, ready for JSON."""
+        """Return all fields as numbers and lists, for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Geometry:
-        """The inverse of `to_dict`; raises GeometryError for missing, unknown or impossible values."""
+        """The inverse of `to_dict`. Raises GeometryError for missing, unknown or invalid values."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
             return cls(**fields)
@@ -245,7 +249,7 @@ class Geometry:
         return max(0.0, float(edges[0])), min(float((self.width, self.height)[axis]), float(edges[1]))
 
     def _cell_edges(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start, end) of each column or row, original pixels, cut to `seen`; end <= start where it is padding."""
+        """(starts, ends) of the columns or rows, original pixels, clipped to `seen`; end <= start for all padding."""
         edges = np.arange((self.columns, self.rows)[axis] + 1) * self.cell_size[axis]
         original = tidy((edges - self.offset[axis]) / self.scale[axis])
         low, high = self._seen_axis(axis)
@@ -254,9 +258,9 @@ class Geometry:
     def _neighbours(
         self, axis: int, pixels: slice, step: float, nearest: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each pixel the two cells it lies between and the weight of the second; `step` original pixels each.
+        """For each pixel of `step` original pixels, the two cells around its centre and the weight of the second.
 
-        With `nearest` all of the weight is on the cell it lies in.
+        With `nearest` the whole weight is on the cell that contains the centre.
         """
         cells = np.flatnonzero(np.less(*self._cell_edges(axis)))
         centres = (np.arange(pixels.start, pixels.stop) + 0.5) * step
@@ -272,7 +276,7 @@ class Geometry:
 def grid_of(
     tokens: int, prefix: int, input_height: int, input_width: int, patch: int | tuple[int, int]
 ) -> tuple[int, int]:
-    """(rows, columns) of the patches of a token sequence, from the input size (pixels) and the patch size.
+    """Return (rows, columns) of the patches in a token sequence, from the input size (pixels) and the patch size.
 
     `prefix` tokens (CLS, registers) come before the patches; `patch` is one side or (height, width) in input pixels.
     Raises GeometryError unless tokens = prefix + rows x columns.
@@ -288,7 +292,7 @@ def grid_of(
 
 
 def positive_int(name: str, value: Any) -> int:
-    """`value` as an int of at least 1, or GeometryError."""
+    """Return `value` as an int of at least 1. Raises GeometryError."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -299,7 +303,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def pair(name: str, values: Any, positive: bool = False) -> tuple[float, float]:
-    """`values` as two finite floats (x, y), or GeometryError."""
+    """Return `values` as two finite floats (x, y). Raises GeometryError."""
     try:
         x, y = (float(v) for v in values)
     except (TypeError, ValueError):
@@ -312,7 +316,7 @@ def pair(name: str, values: Any, positive: bool = False) -> tuple[float, float]:
 
 
 def last_axis(values: Any, size: int) -> np.ndarray:
-    """`values` as a float64 array (..., size), or GeometryError."""
+    """Return `values` as a float64 array (..., size). Raises GeometryError."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim < 1 or array.shape[-1] != size:
         raise GeometryError(f"expected an array (..., {size}), got shape {array.shape}")
@@ -320,13 +324,13 @@ def last_axis(values: Any, size: int) -> np.ndarray:
 
 
 def tidy(values: np.ndarray) -> np.ndarray:
-    """Whole numbers where only rounding noise is missing, so that an edge at 600 is 600 and a pixel is not lost."""
+    """Round values within 1e-9 (relative) of a whole number, so that rounding noise cannot lose a pixel at an edge."""
     whole = np.round(values)
     return np.where(np.abs(values - whole) <= 1e-9 * np.maximum(1.0, np.abs(values)), whole, values)
 
 
 def pixels_within(low: float, high: float, length: int, pixels: int) -> slice:
-    """Pixels of `length` original pixels, sampled at `pixels` of them, whose centres lie in [low, high)."""
+    """Return the pixels, `pixels` over `length` original pixels, whose centres are in [low, high) (original pixels)."""
     start, stop = (math.ceil(float(tidy(np.array(edge * pixels / length - 0.5)))) for edge in (low, high))
     if start < stop:
         return slice(start, stop)
@@ -335,14 +339,14 @@ def pixels_within(low: float, high: float, length: int, pixels: int) -> slice:
 
 
 def as_float32(maps: Any) -> np.ndarray:
-    """A float32 array of a numpy array or of a torch tensor on any device, of any type, with a graph or without."""
+    """Convert a numpy array or a torch tensor (any device and dtype, with or without a graph) to a float32 array."""
     if hasattr(maps, "detach"):
         maps = maps.detach().float().cpu().numpy()
     return np.asarray(maps, dtype=np.float32)
 
 
 def lerp(values: np.ndarray, axis: int, first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """values[first] + weight * (values[second] - values[first]) along `axis`: a flat map stays exactly flat."""
+    """Return values[first] + weight * (values[second] - values[first]) along `axis`; a flat map stays exactly flat."""
     low, high = np.take(values, first, axis), np.take(values, second, axis)
     high -= low
     high *= weight if axis == -1 else weight[:, None]

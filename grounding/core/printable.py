@@ -1,16 +1,16 @@
-"""Text made safe for one line of a message, a table or a terminal."""
+"""Escape and quote text for one line of a message, a table or a terminal."""
 
 from __future__ import annotations
 
 
 def escape(value: object) -> str:
-    """`value` as text on one line: control characters, bidirectional controls and line ends are escaped."""
+    """Return `value` as one line of text; control characters, bidirectional controls and line ends are escaped."""
     text = str(value)
     return "".join(c if c.isprintable() or c in "\u200d\ufe0f" else c.encode("unicode_escape").decode() for c in text)
 
 
 def quote(value: object, limit: int = 200) -> str:
-    """`value` in quotes for a message: control characters, quotes and undecodable bytes escaped, cut in the middle."""
+    """Return `value` in quotes, escaped as by `repr`; text of more than `limit` characters is cut in the middle."""
     text = str(value)
     if len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
@@ -18,5 +18,5 @@ def quote(value: object, limit: int = 200) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error on one line, at most `limit` characters; of an empty message the error's type."""
+    """Return the message of an error on one line, at most `limit` characters; the type's name if it is empty."""
     return escape(" ".join(str(error).split()) or type(error).__name__)[:limit]

@@ -1,6 +1,6 @@
-"""One mechanism for every table of names: `name -> "module:object"`, imported when it is asked for.
+"""Lazy registries of methods, adapters and other objects: name -> "module:object", imported on first use.
 
-Third parties join a table by an entry point of the table's group; no name of theirs can hide one of ours.
+Other distributions add to a registry by entry points of its group. They cannot replace a name that it already has.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from grounding.core.errors import UnknownNameError
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`"; did you mean 'rollout'?"` where one of `known` is near, else an empty string."""
+    """Return `"; did you mean 'rollout'?"` if one of `known` is similar to `name`, else an empty string."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Mapping[str, Any]):
-    """A lazy table. Iterating it imports nothing; `table[name]` imports the one object.
+    """A lazy mapping of names to objects: iterating imports nothing, `registry[name]` imports that one object.
 
     Parameters
     ----------
-    what: what an entry is, in the singular ("method"), for messages.
+    what: the noun for an entry in messages, in the singular ("method").
     table: name -> "module:object".
-    group: entry point group that third parties add to; none for a closed table.
+    group: the entry point group of other distributions; None if they cannot add to it.
+
+    Raises UnknownNameError, a KeyError, for names that it does not contain.
     """
 
     def __init__(self, what: str, table: Mapping[str, str], group: str | None = None) -> None:
@@ -43,7 +45,7 @@ class Registry(Mapping[str, Any]):
         return foreign | self._own
 
     def target(self, name: str) -> str:
-        """The "module:object" behind a name, without importing it. Raises UnknownNameError."""
+        """Return the "module:object" of a name without importing it. Raises UnknownNameError."""
         if name not in self._table:
             known = list(self._table)
             raise UnknownNameError(

@@ -1,4 +1,4 @@
-"""The standard streams of a command: there even where the caller closed them, and stderr never worth a failure."""
+"""Ensure that stdout and stderr exist even if the caller closed them; a failed write to stderr is ignored."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import suppress
 
 
 def say(line: str) -> None:
-    """Print a line to stderr at once. What only informs stops no work: nobody may be able to take it (a full disk)."""
+    """Print a line to stderr and flush. OSErrors (a full disk, a closed pipe) are ignored: progress is no result."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def open_standard_streams() -> None:
-    """Where the caller closed one of them it leads nowhere, and no file that is opened later takes its place."""
+    """Open standard streams that the caller closed on `os.devnull`, so that no later file gets their descriptors."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)

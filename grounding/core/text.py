@@ -1,4 +1,4 @@
-"""Tokens, words and phrases as character spans of the text the user typed: [start, end), in code points."""
+"""Tokens, words and phrases as character spans of a text: [start, end), in code points of the text as given."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING
 
 from grounding.core.errors import OptionError, TextError
 
-if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
-    pass
-
-# More would fill the memory of most machines, and no reader wants them.
+# More beams exhaust the memory of most machines.
 MOST_BEAMS = 64
-# How a word is made from sub-word pieces; said in --help and in the documentation.
+# How sub-word tokens are joined to words; quoted by --help and the documentation.
 WORD_RULE = (
     "a word is a run of letters and digits (inner apostrophes and hyphens included) or a run of other visible signs; "
     "a piece belongs to the word its first character lies in"
 )
 
 
-# How a blank is shown, and may be named.
+# The sign that displays a blank; accepted as its name.
 BLANK = "\u2423"
 
 
@@ -55,9 +49,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Generate:
-    """In place of a text: what the model itself writes of the picture, as far as its architecture can.
+    """A request that the model generate the text, in place of a text; for architectures that can generate.
 
-    `max_length` is the largest number of tokens, `beams` that of the search; None: as the checkpoint has it.
+    `max_length` is the maximum number of tokens, `beams` the number of beams of the search; None: the setting of the
+    checkpoint. Raises OptionError for other numbers than 1 or more (`beams`: 1 to MOST_BEAMS).
     """
 
     max_length: int | None = None
@@ -73,23 +68,23 @@ class Generate:
 
 @dataclass(frozen=True)
 class Classes:
-    """In place of a text: the classes that are asked for, each by name or index; none: the one that is predicted."""
+    """Classes to explain, in place of a text, each by name or index; empty for the predicted class."""
 
     asked: tuple[str | int, ...] = ()
 
 
-# What is asked of a picture.
+# What an explanation of an image is requested for.
 Asked = str | Generate | Classes
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A tokenised text. `ids`, `offsets` and `special` run over the model's sequence, special tokens included.
+    """A tokenized text: one item of `ids`, `offsets` and `special` per token of the model's sequence.
 
-    `offsets[i]` is the character span of token i in `text`; `dropped` is the part of the text that was cut off; `marks`
-    are what special tokens are called, empty for the end of the text. `stopped`: the model that wrote the text was
-    stopped before its end. `classes`: names of the classes that stand in place of a text, which is then empty; `ids`
-    are their indices.
+    `offsets[i]` is the character span of token i in `text`, `special[i]` whether it is a special token, `marks[i]` the
+    name of a special token, empty for the end of the text. `dropped` is the part of the text that was truncated.
+    `stopped`: generation ended at a limit, before the end of the text. `classes`: the names of classes in place of a
+    text, which is then empty; `ids` are their indices.
     """
 
     text: str
@@ -103,7 +98,7 @@ class TokenizedText:
 
     @classmethod
     def of_classes(cls, names: Sequence[str], indices: Sequence[int]) -> TokenizedText:
-        """Classes in place of a text."""
+        """Return classes in place of a text: one special token per class."""
         count = len(names)
         return cls("", tuple(indices), ((0, 0),) * count, (True,) * count, classes=tuple(names))
 
@@ -112,26 +107,26 @@ class TokenizedText:
 
     @property
     def visible(self) -> tuple[int, ...]:
-        """Positions of the tokens that stand for text."""
+        """Positions of the tokens that are not special."""
         return tuple(i for i, special in enumerate(self.special) if not special)
 
     def span(self, kind: str, start: int, end: int) -> Span:
-        """The span of characters [start, end) with the positions of all tokens that touch it."""
+        """Return the span of characters [start, end), with the positions of all tokens that overlap it."""
         touching = tuple(i for i in self.visible if min(end, self.offsets[i][1]) > max(start, self.offsets[i][0]))
         return Span(kind, self.text[start:end], start, end, touching)
 
     def class_spans(self) -> tuple[Span, ...]:
-        """One span per class that stands in place of the text."""
+        """Return one span per class; empty for a text."""
         return tuple(Span("class", name, 0, 0, (i,), self.ids[i], alone=True) for i, name in enumerate(self.classes))
 
     def caption(self) -> Span:
-        """The whole text; of classes the first."""
+        """Return the span of the whole text; of classes, of the first class."""
         if self.classes:
             return self.class_spans()[0]
         return replace(self.span("caption", 0, len(self.text)), alone=True)
 
     def tokens(self, *, special: bool = False) -> tuple[Span, ...]:
-        """One span per visible token, or per token. Byte-level parts of one sign share its characters."""
+        """Return one span per visible token, with `special` per token. Byte-level tokens of one character share it."""
         return tuple(
             Span(
                 "token",
@@ -144,7 +139,7 @@ class TokenizedText:
         )
 
     def words(self) -> tuple[Span, ...]:
-        """One span per occurrence of a word that was read to its end; see WORD_RULE."""
+        """Return one span per occurrence of a word that is not truncated; see WORD_RULE."""
         spans = [span for span in word_spans(self.text) if span[1] <= self.read]
         pieces: dict[tuple[int, int], list[int]] = {}
         for i in self.visible:
@@ -166,13 +161,13 @@ class TokenizedText:
 
     @property
     def read(self) -> int:
-        """Where the part of the text ends that the model reads."""
+        """The end of the part of the text that is in the model's sequence, in characters."""
         return len(self.text) if not self.dropped else max(self.offsets[i][1] for i in self.visible)
 
     def phrase(self, phrase: str) -> Span:
-        """The first occurrence of `phrase` in the text (case ignored, whole words), to be scored alone.
+        """Return the first occurrence of `phrase` in the text (case ignored, whole words), to be scored alone.
 
-        Raises TextError where the phrase is empty, does not occur, or lies where the model does not read.
+        Raises TextError if the phrase is empty, does not occur, or is in the truncated part.
         """
         wanted = phrase.strip()
         if not wanted:
@@ -183,19 +178,19 @@ class TokenizedText:
         if start is None:
             raise TextError(f"phrase {phrase!r} does not occur in the caption {self.text!r} as whole words")
         if start + len(wanted) > self.read:
-            raise TextError(f"phrase {phrase!r} lies in the part of the caption that the model does not read")
+            raise TextError(f"phrase {phrase!r} is in the part of the caption that the model does not read")
         return replace(self.span("phrase", start, start + len(wanted)), alone=True)
 
     def phrase_at(self, start: int, end: int) -> Span | None:
-        """The phrase of characters [start, end), to be scored alone; None where the model does not read all of it."""
+        """Return the phrase of characters [start, end), to be scored alone; None if it is truncated."""
         found = replace(self.span("phrase", start, end), alone=True)
         return found if found.positions and end <= self.read else None
 
     def choose(self, wanted: Sequence[str], spans: Sequence[Span]) -> tuple[Span, ...]:
-        """The `spans` that are asked for, by text (every occurrence; as it is written, or else with case ignored) or by
-        index: `@3`, or `3` where no token is called so.
+        """Return the `spans` named in `wanted`, in their order, each once.
 
-        Raises TextError for one that is not there, with the list of what there is.
+        A name is a text (all occurrences; exact matches, or else with case ignored) or an index: `@3`, or `3` if no
+        token is called so. Raises TextError with the list of spans for a name without a match.
         """
         chosen: list[int] = []
         for name in wanted:
@@ -211,19 +206,19 @@ class TokenizedText:
 
     @staticmethod
     def labelled(name: str, spans: Sequence[Span]) -> tuple[Span, ...]:
-        """The `spans` with that text: as it is written, or else with case ignored."""
+        """Return the `spans` with this text: exact matches, or else those with case ignored."""
         name = " " if name == BLANK else name
         exact = tuple(span for span in spans if span.label == name)
         return exact or tuple(span for span in spans if _fold(span.label) == _fold(name))
 
 
 def _fold(text: str) -> str:
-    """Lower case, one character for one: character offsets stay as they are (casefold may change the length)."""
+    """Lower case, character by character: offsets stay valid (casefold may change the length)."""
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 def _whole_words(text: str, start: int, end: int) -> bool:
-    """Whether [start, end) cuts no word in two. Scripts written without blanks may be cut between any two signs."""
+    """Whether [start, end) splits no word. Scripts without blanks may be split between any two characters."""
 
     def joined(i: int) -> bool:
         pair = text[i - 1 : i + 1]
@@ -233,7 +228,7 @@ def _whole_words(text: str, start: int, end: int) -> bool:
 
 
 def _continues(character: str) -> bool:
-    """Combining marks, joiners and variation selectors belong to the character before them."""
+    """Whether a character belongs to the one before it: combining marks, joiners, variation selectors."""
     return unicodedata.category(character) in {"Mn", "Mc", "Me", "Cf"}
 
 
@@ -242,7 +237,7 @@ def _is_letter(character: str) -> bool:
 
 
 def word_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """Character spans of the words of `text`, in order: see WORD_RULE."""
+    """Return the character spans of the words of `text`, in order; see WORD_RULE."""
     spans: list[tuple[int, int]] = []
     start, kind = 0, ""
     for i, character in enumerate(text):
@@ -269,7 +264,7 @@ def _kind(text: str, i: int, character: str, before: str) -> str:
 
 
 def check_text(text: object) -> str:
-    """The text, if it can be used. Raises TextError where it is no string, empty or blank."""
+    """Return `text` if it can be used. Raises TextError for no string, invalid Unicode, or nothing visible."""
     if not isinstance(text, str):
         raise TextError(f"a caption must be text, got {type(text).__name__}")
     try:
@@ -283,7 +278,7 @@ def check_text(text: object) -> str:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have stood in another's place, with the probability the model gave it there."""
+    """Another token (or class) at the position of an explained one, with its probability there."""
 
     label: str
     token_id: int
@@ -291,9 +286,9 @@ class Alternative:
 
 
 def find_label(which: int | str, labels: Sequence[str], occurrence: int = 0) -> int:
-    """The place of an entry among `labels`, by index or by label: as it is written, or else with case ignored.
+    """Return the index of an entry among `labels`, by index or label: exact matches, or else with case ignored.
 
-    Raises TextError listing what there is.
+    `occurrence` counts equal labels from 0. Raises TextError listing the labels.
     """
     if not isinstance(which, str):
         which = operator.index(which)

@@ -1,4 +1,4 @@
-"""The affine maps between original and input pixels, and the one sampling that brings maps back."""
+"""Geometry: affine maps between original and input pixels, and resampling of maps."""
 
 import json
 
@@ -17,7 +17,7 @@ GRID = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 @st.composite
 def geometries(draw):
-    """Any resize followed by any crop or pad that leaves something of the picture."""
+    """Any resize followed by any crop or pad that leaves a part of the image."""
     resized = draw(st.tuples(SIDE, SIDE))
     window = draw(st.tuples(SIDE, SIDE))
     start = [draw(st.integers(1 - size, n - 1)) for size, n in zip(window, resized, strict=True)]
@@ -37,7 +37,7 @@ def test_the_middle_of_a_wide_image():
 
 
 def test_padding_is_no_part_of_the_image():
-    # 100 x 50 in the middle of 100 x 100: the first and the last of four rows show nothing of it.
+    # 100 x 50 in the middle of 100 x 100: the first and the last of four rows are padding.
     geometry = Geometry.from_steps(200, 100, resized=(100, 50), pad=(0, 25, 100, 100), grid=(4, 2))
     assert geometry.seen == (0, 0, 200, 100)
     assert geometry.seen_cells.tolist() == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
@@ -153,7 +153,7 @@ def test_composition_in_any_number_of_steps():
     twice = twice.cropped(5, 10, 100, 30)
     assert twice.seen == once.seen == (50, 40, 250, 160)
     assert (twice.input_width, twice.input_height) == (100, 30)
-    # A crop after padding may cut padding and picture alike.
+    # A crop after padding may cut padding and image alike.
     padded = Geometry(100, 50, 100, 50).cropped(0, -25, 100, 100).cropped(10, 30, 50, 60)
     assert padded.seen == (10, 5, 60, 50)
 
@@ -162,7 +162,7 @@ def test_padding_after_a_crop_is_refused():
     for x0, width in ((10, 110), (0, 110)):
         with pytest.raises(GeometryError, match="not one affine map"):
             Geometry.from_steps(300, 200, resized=(150, 100), crop=(25, 0, 100, 100), pad=(x0, 0, width, 100))
-    # On the side that was not cut there is nothing to hide.
+    # Padding on a side that was not cut is one affine map.
     Geometry.from_steps(300, 200, resized=(150, 100), crop=(0, 0, 100, 100), pad=(10, 0, 110, 100))
 
 
@@ -185,7 +185,7 @@ def test_grid_of_a_token_sequence():
         ({"scale": (1.0, float("nan"))}, "scale must be finite"),
         ({"offset": (float("inf"), 0.0)}, "offset must be finite"),
         ({"patch": (0.0, 1.0)}, "patch must be positive"),
-        ({"offset": (-100.0, 0.0)}, "sees nothing of the picture"),
+        ({"offset": (-100.0, 0.0)}, "sees nothing of the image"),
     ],
 )
 def test_impossible_values(change, message):

@@ -1,4 +1,4 @@
-"""Names: lazy tables, entry points, "did you mean"; options of methods."""
+"""Registries: lazy names, entry points, suggestions; options of methods."""
 
 import sys
 from importlib.metadata import EntryPoint
