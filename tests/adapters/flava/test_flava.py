@@ -216,7 +216,7 @@ def test_options_of_the_norm(flava):
         assert found.entries[0].score == pytest.approx(expected.item())
     with pytest.raises(OptionError, match=r"there is norm\.tokens, all"):
         explain(flava, noise(50, 40), TEXT, target="norm", options={"norm.tokens": "some"})
-    with pytest.raises(OptionError, match="belongs to the target norm, asked for is similarity"):
+    with pytest.raises(OptionError, match="belongs to the target norm, not to similarity"):
         explain(flava, noise(50, 40), TEXT, options={"norm.tokens": "cls"})
 
 
@@ -225,14 +225,14 @@ def test_what_a_model_without_heads_cannot_do():
     assert explain(bare, noise(50, 40), TEXT).target == "similarity"
     with pytest.raises(TargetError, match="target 'matching' needs the heads of FlavaForPreTraining"):
         explain(bare, noise(50, 40), TEXT, target="matching")
-    with pytest.raises(TargetError, match="a token is scored by itself"):
+    with pytest.raises(TargetError, match="each token has a score of its own"):
         explain(models.flava_adapter(), noise(50, 40), TEXT, target="logit", token_target="alone")
 
 
 def test_a_long_text_is_cut_and_said(flava):
     for kind in KINDS:
         found = explain(flava, noise(50, 40), "man " * 40, target=kind, methods=["rollout"])
-        assert any("longer than the model's 24 tokens; not read:" in w for w in found.warnings)
+        assert any("longer than the model's 24 tokens; cut off:" in w for w in found.warnings)
 
 
 def test_layers_of_both_encoders_are_listed(flava):
@@ -254,10 +254,10 @@ def test_maps_that_cannot_tell_parts_apart_say_so(flava, monkeypatch):
         for layer in ("0", "fusion:0", "fusion:-1.in"):
             if kind != "similarity" or layer == "0":
                 found = explain(flava, noise(50, 40), TEXT, target=kind, methods=["gradcam"], layers=[layer])
-                assert not any("cannot tell the parts" in w for w in found.warnings)
+                assert not any("cannot distinguish the parts" in w for w in found.warnings)
     monkeypatch.setattr(Trace, "weighted", lambda trace, weights, **_: torch.ones(len(weights), *trace.grid))
     found = explain(flava, noise(50, 40), TEXT, methods=["gradcam"])
-    assert any("Grad-CAM cannot tell the parts of this text apart here" in w for w in found.warnings)
+    assert any("Grad-CAM cannot distinguish the parts of this text here" in w for w in found.warnings)
 
 
 def test_a_target_without_text_costs_one_backward(flava, monkeypatch):
