@@ -1,4 +1,8 @@
-"""All methods by name. To add one: a function in a file here (or an entry point `grounding.methods`) and one line."""
+"""Registry of explanation methods: name -> "module:object".
+
+To add a method, write a function decorated with `grounding.methods.base.method` and add a line to METHODS; another
+distribution adds an entry point of the group `grounding.methods`.
+"""
 
 from grounding.core.registry import Registry
 

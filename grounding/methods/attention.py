@@ -1,10 +1,11 @@
-"""Maps from attention weights: chains of them (rollout), chains led by gradients (relevance), and the weights as such.
+"""Attention methods: attention rollout, gradient rollout, and the attention weights of one block.
 
-Chains are row vectors times matrices, from the read-out backwards through the blocks: e^T (A_L ... A_1) costs a
-fraction of the matrix product and is the same number. Where the vision stack is read by cross-attention (an
-encoder-decoder), the chain starts with the cross-attention row of the last block at the target's place; where picture
-and text go on in one sequence (a fusion encoder), with the rollout of that stack from the target's place. There these
-maps see the text.
+A rollout is a product of matrices of which one row is needed: e^T (A_L ... A_1), computed as row vector times matrix
+from the pooling backwards through the blocks. This gives the same numbers as the product of the matrices for a fraction
+of its cost. The start row e depends on the pooling of the vision stack (`Trace.pooling_row`): CLS token, mean over
+patches, the cross-attention row of the last decoder block at the target's positions (encoder-decoders), or the rollout
+through the fusion stack from the target's positions (fusion encoders). In the last two cases the map depends on the
+text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from grounding.methods.trace import Trace
 
 
 def _readout(structure: ModelStructure) -> dict[str, Reading]:
-    """What the read-out's row is made of."""
+    """The attention that `Trace.pooling_row` reads."""
     last = {"cross": Reading(slice(-1, None)), "fusion": Reading()}
     return {structure.pooling: last[structure.pooling]} if structure.pooling in last else {}
 
@@ -41,12 +42,13 @@ def _all_gradients(_options: Mapping[str, Any], structure: ModelStructure) -> Ma
 def rollout(
     trace: Trace, *, fusion: Literal["mean", "max", "min"] = "mean", discard: Fraction = 0.0
 ) -> Float[Tensor, "k rows columns"]:
-    """Attention rollout (Abnar & Zuidema 2020): J = prod_l rownorm(fusion_h A^l + I), the read-out's row.
+    """Attention rollout: the pooling row of prod_l rownorm(fusion_h A^l + I), last block first.
 
-    `fusion` joins the heads; `discard` drops that fraction of the smallest weights of each row before the identity
-    is added. Every factor's rows sum to 1 whatever the options: `max` and `min` are normalised too, which a widely
-    copied implementation forgets. Values in [0, 1], never negative. Cost: the forward pass alone; without a gradient
-    the text can only enter through attention.
+    Source: Abnar & Zuidema 2020, arXiv:2005.00928; `fusion` mean and `discard` 0 are the paper's.
+    Departures: `fusion` joins the heads (mean, max or min); `discard` sets that fraction of the smallest weights of
+    each row to zero before the identity is added. All factors are row-normalised, also for max and min.
+    Range: [0, 1]. Sign: never negative.
+    Cost: the forward pass. The map depends on the text only where the chain starts in text attention.
     """
     row = trace.pooling_row()
     for weights in reversed(trace.attentions()):
@@ -57,9 +59,13 @@ def rollout(
 
 @method("Gradient rollout", {"attention", "attention_gradient"}, reads=_all_gradients)
 def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
-    """Rollout of E_h (A^l G^l)+ in place of E_h A^l, G^l = d score / d A^l; each A^l with its own G^l.
+    """Attention rollout weighted by gradients: E_h (A^l G^l)+ in place of E_h A^l, with G^l = d score / d A^l.
 
-    Values in [0, 1]. Cost: one backward through the vision stack per target.
+    Source: rollout as of Abnar & Zuidema 2020, arXiv:2005.00928, over the gradient-weighted attention of Chefer et al.
+    2021, arXiv:2103.15679. The combination is that of public implementations and has no paper of its own.
+    Departures: each A^l is paired with the gradient of the same block.
+    Range: [0, 1]. Sign: never negative.
+    Cost: one backward pass through the vision stack per target.
     """
     row = trace.pooling_row()
     for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
@@ -73,15 +79,20 @@ def _one(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, 
 
 @method("Attention", {"attention"}, reads=_one)
 def raw_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
-    """The read-out's attention row of one block (`layer`), one `head` or the mean over heads. Values in [0, 1]."""
+    """Attention weights of one block (`layer`) in the pooling row, of one `head` or averaged over heads.
+
+    Source: the softmax(Q K^T / sqrt(d)) of Vaswani et al. 2017, arXiv:1706.03762.
+    Range: [0, 1]. Sign: never negative.
+    Cost: the forward pass.
+    """
     [weights] = trace.attentions(blocks=slice(layer, layer + 1 or None))
     return trace.patches(trace.chain(trace.pooling_row(), one_head("attention", weights, head)))
 
 
 def one_block(name: str, options: Mapping[str, Any], structure: ModelStructure, stack: str) -> slice:
-    """The block of a stack that the option `layer` of a method names, counted from the end where negative.
+    """Return the block of a stack that the option `layer` of a method selects; a negative index counts from the end.
 
-    Raises LayerError with the range.
+    Raises LayerError with the valid range.
     """
     if not structure.attention(stack):
         return slice(None)
@@ -90,12 +101,12 @@ def one_block(name: str, options: Mapping[str, Any], structure: ModelStructure, 
 
 
 def one_head(name: str, weights: Float[Tensor, "B H Q S"], head: int | None) -> Float[Tensor, "B Q S"]:
-    """One head, or the mean over heads. Raises LayerError with the range."""
+    """Return the weights of one head, or their mean over heads. Raises LayerError with the valid range."""
     return weights.mean(1) if head is None else weights[:, index_of(head, weights.shape[1], f"{name}.head")]
 
 
 def index_of(index: int, count: int, option: str) -> int:
-    """An index that may count from the end. Raises LayerError with the range."""
+    """Return a non-negative index for one that may count from the end. Raises LayerError with the valid range."""
     if not -count <= index < count:
         raise LayerError(f"option {option}: {index} is not in {-count} to {count - 1}")
     return index % count

@@ -1,4 +1,4 @@
-"""What a method is: one function from a trace to raw patch maps, with what it needs and which options it has."""
+"""Definition of an explanation method: a function from a Trace to raw patch maps, its signals and its options."""
 
 from __future__ import annotations
 
@@ -20,31 +20,37 @@ from grounding.methods.trace import GRADIENT_SIGNALS, LAYER_SIGNALS, SIGNALS, Tr
 
 @dataclass(frozen=True)
 class Reading:
-    """The blocks of a stack whose attention weights a method reads, and whether it reads their gradients."""
+    """Blocks of a stack whose attention weights a method reads, and whether it reads their gradients."""
 
     blocks: slice = field(default_factory=lambda: slice(None))
     gradient: bool = False
 
 
-# From a method's options and the sites of an architecture: stack -> what is read of it.
+# From a method's options and the structure of a model: stack -> the attention that is read.
 Reads = Callable[[Mapping[str, Any], ModelStructure], Mapping[str, Reading]]
 
 
 def nothing(_options: Mapping[str, Any], _structure: ModelStructure) -> Mapping[str, Reading]:
-    """Of a method that reads no attention."""
+    """The `reads` of methods that read no attention."""
     return {}
 
 
 @dataclass(frozen=True)
 class Method:
-    """`function(trace, **options) -> (k, rows, columns)`, the raw map, before any ReLU where the formula ends in one.
+    """A method: `function(trace, **options)` returns raw maps (k, rows, columns), before a final ReLU of the formula.
 
-    `needs` are the signals it reads (see `grounding.trace`), `signed` says that raw values may be negative and that
-    the view keeps the positive part. Options are the function's keyword-only arguments; a signed method has
-    `threshold` besides (default 0: ReLU), a matter of the view that never changes what is stored. `rule` names a
-    backward rule (see `grounding.recorder`): it changes gradients, so it makes a method of its own. `reads` says
-    which blocks of which stacks it reads the attention of: gradients go no further back than they must. `inner`: its
-    map is <features, gradient> itself, patch by patch, which is nothing where the two are at right angles.
+    Parameters
+    ----------
+    title: name in figures and reports.
+    needs: the signals that the function reads, of `grounding.methods.trace.SIGNALS`.
+    signed: raw values may be negative; the view shows the part above the option `threshold` (default 0: ReLU), which
+        never changes what is stored.
+    function: its keyword-only arguments are the options of the method, their annotations the valid values.
+    rule: a backward rule, see `grounding.adapter.layernorm`. It changes gradients, so that it defines another method.
+    reads: the blocks of each stack whose attention is read, from options and model structure. The backward pass ends at
+        the first block whose gradient is read.
+    inner: the map is the inner product of features and gradient at each patch, which is rounding where the two are
+        orthogonal.
     """
 
     title: str
@@ -61,27 +67,27 @@ class Method:
 
     @property
     def reads_layer(self) -> bool:
-        """Whether it is computed at a layer."""
+        """Whether the method is computed at a layer."""
         return bool(self.needs & LAYER_SIGNALS)
 
     @property
     def reads_gradient(self) -> bool:
-        """Whether it depends on the score at all."""
+        """Whether the method reads a gradient, and so depends on the score."""
         return bool(self.needs & GRADIENT_SIGNALS)
 
     @cached_property
     def own_options(self) -> dict[str, Any]:
-        """Option -> default, of the function itself."""
+        """Option -> default, without those of the view."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Option -> default, those of the view included."""
+        """Option -> default, including those of the view."""
         return self.own_options | ({THRESHOLD: 0.0} if self.signed else {})
 
     def options(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """All options with the given values in place; texts are converted. Raises OptionError."""
+        """Return all options: defaults updated by the `given` values, texts converted. Raises OptionError."""
         unknown = next((key for key in given if key not in self.defaults), None)
         if unknown is not None:
             known = list(self.defaults)
@@ -109,7 +115,10 @@ def method(
     reads: Reads = nothing,
     inner: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Method]:
-    """Mark a function as a method. `needs`: the signals it reads; `rule`, `reads`, `inner`: as in `Method`."""
+    """Decorator that makes a `Method` of a function; see `Method` for the parameters.
+
+    Raises ValueError for unknown signals.
+    """
     if unknown := needs - SIGNALS:
         raise ValueError(f"unknown signals {sorted(unknown)} (there are: {', '.join(sorted(SIGNALS))})")
     return lambda function: Method(title, frozenset(needs), signed, function, rule, reads, inner)

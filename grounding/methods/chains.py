@@ -1,22 +1,20 @@
-"""Rows through blocks of attention: the arithmetic that rollout and relevance share."""
+"""Row-vector arithmetic of relevance propagation: products of a row with the relevance matrix of a stack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from grounding.methods.trace import Trace
+from grounding.methods.trace import Trace
 
 
 def relevance_row(
     trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str = "vision"
 ) -> Float[Tensor, "k N"]:
-    """row times R, R <- R + Abar R from R = I over the `blocks` of a stack, first to last."""
+    """Return row times R (k, N), where R <- R + Abar R from R = I over the matrices Abar of `blocks`, first to last."""
     for matrix in reversed(blocks):
         row = row + trace.chain(row, matrix, stack)
     return row
@@ -25,7 +23,7 @@ def relevance_row(
 def normalised_relevance_row(
     trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]]
 ) -> Float[Tensor, "k N"]:
-    """row times N(R), N(R) = rownorm(R - I) + I with 0/0 = 0, R as in `relevance_row`."""
+    """Return row times N(R) (k, N), N(R) = rownorm(R - I) + I with 0/0 = 0, and R as in `relevance_row`."""
     sums = torch.zeros_like(blocks[0][..., 0])  # of the rows of R - I: R 1 - 1, one column through the blocks
     for matrix in blocks:
         sums = sums + torch.einsum("bqs,bs->bq", matrix, sums + 1)
@@ -34,7 +32,7 @@ def normalised_relevance_row(
 
 
 def normalised(relevance: Float[Tensor, "T L L"]) -> Float[Tensor, "T L L"]:
-    """N(R) = rownorm(R - I) + I, rows of R - I without relevance staying zero."""
+    """Return N(R) = rownorm(R - I) + I (Chefer et al. 2021, arXiv:2103.15679); rows of zeros in R - I stay zero."""
     identity = torch.eye(relevance.shape[-1], dtype=relevance.dtype, device=relevance.device)
     rest = relevance - identity
     return rest * _inverse(rest.sum(-1))[..., None] + identity

@@ -1,4 +1,4 @@
-"""Maps from the attention of text on the picture: where a text position looked, and where looking helped."""
+"""Cross-attention methods: attention from text positions to image tokens, with and without its gradient."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ def _gradients(options: Mapping[str, Any], structure: ModelStructure) -> Mapping
 
 @method("Cross-attention", {"attention"}, reads=_weights)
 def cross_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> Float[Tensor, "k rows columns"]:
-    """E_h A of one cross-attention block (`layer`) at the target's place, or one `head` of it. Values in [0, 1].
+    """Cross-attention weights E_h A of one decoder block (`layer`) at the target's positions, or those of one `head`.
 
-    Where the decoder looked, not what it saw: another token at the same place has the same map. Cost: the pass alone.
+    Source: the encoder-decoder attention of Vaswani et al. 2017, arXiv:1706.03762.
+    Any other token at the same positions has the same map.
+    Range: [0, 1]. Sign: never negative.
+    Cost: the forward pass.
     """
     [weights] = trace.attentions("cross", slice(layer, layer + 1 or None))
     return trace.patches(trace.chain(trace.text_rows(), one_head("cross_attention", weights, head), "cross"))
@@ -38,29 +41,34 @@ def _fusion(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[st
 
 @method("Attention Grad-CAM", {"attention", "attention_gradient"}, reads=_fusion)
 def attention_gradcam(trace: Trace, *, layer: int = -2, head: int | None = None) -> Float[Tensor, "k rows columns"]:
-    """E_h [A (G)+] of the target's rows in one block of a fusion encoder over the image tokens, G = d score / d A
-    (ALBEF, Li et al. 2021). Values >= 0.
+    """Attention Grad-CAM: E_h [A (G)+] over the image tokens in one block of a fusion encoder, G = d score / d A.
 
-    The default is the last block but one: in the last, a matching head reads the CLS row alone, and the rows of the
-    text have no gradient. Cost: one backward per target down to that block.
+    Source: ALBEF (Li et al. 2021, arXiv:2107.07651), whose cross-attention is here the fusion encoder's attention
+    from the target's rows to the image tokens; of several rows, the sum.
+    Departures: the default `layer` is the last block but one. In the last block a matching head reads the CLS row
+    only, so that the rows of the text have no gradient.
+    Range: >= 0. Sign: never negative.
+    Cost: one backward pass per target, down to that block.
     """
     blocks = slice(layer, layer + 1 or None)
     [weights], [gradient] = trace.attentions("fusion", blocks), trace.attention_gradients("fusion", blocks)
-    led = one_head("attention_gradcam", weights * gradient.clamp(min=0), head)
-    return trace.patches(trace.image_part(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "fusion")))
+    weighted = one_head("attention_gradcam", weights * gradient.clamp(min=0), head)
+    return trace.patches(trace.image_part(trace.chain((trace.text_rows() > 0).to(weighted.dtype), weighted, "fusion")))
 
 
 @method("Gradient × cross-attention", {"attention", "attention_gradient"}, reads=_gradients)
 def gradient_x_cross_attention(
     trace: Trace, *, layer: int = -1, head: int | None = None
 ) -> Float[Tensor, "k rows columns"]:
-    """E_h (A G)+ of one cross-attention block, G = d score / d A, at the target's place: attention Grad-CAM as of
-    ALBEF (Li et al. 2021). Of a target that is a mean over places, the sum over them. Values >= 0.
+    """Cross-attention times its gradient: E_h (A G)+ of one decoder block (`layer`), G = d score / d A.
 
-    Cost: one backward per target down to the block; of the last block, where each place depends on its own row alone,
-    one for all tokens of a text.
+    Source: attention Grad-CAM of ALBEF (Li et al. 2021, arXiv:2107.07651), at the target's positions.
+    Departures: of a target that is a mean over positions, the sum over their rows. `head` selects one head.
+    Range: >= 0. Sign: never negative.
+    Cost: one backward pass per target, down to that block. In the last block each position depends on its own row
+    only: one backward pass serves all tokens of a text.
     """
     blocks = slice(layer, layer + 1 or None)
     [weights], [gradient] = trace.attentions("cross", blocks), trace.attention_gradients("cross", blocks)
-    led = one_head("gradient_x_cross_attention", (weights * gradient).clamp(min=0), head)
-    return trace.patches(trace.chain((trace.text_rows() > 0).to(led.dtype), led, "cross"))
+    weighted = one_head("gradient_x_cross_attention", (weights * gradient).clamp(min=0), head)
+    return trace.patches(trace.chain((trace.text_rows() > 0).to(weighted.dtype), weighted, "cross"))

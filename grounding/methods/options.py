@@ -1,4 +1,4 @@
-"""Options of methods: declared by annotations, converted from the text of a command line."""
+"""Convert and check method options: values, or texts of a command line, to the annotated types."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-# The option of methods by which a signed map is shown from there upwards, as a fraction of its maximum: 0 is the ReLU
-# of the CAM papers.
+# Option of signed methods: the view shows values above this fraction of the map's maximum. 0 is the ReLU of the papers.
 THRESHOLD = "threshold"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Values an option may take, in an annotation: `Annotated[float, Interval(0, 1)]` is 0 <= value < 1."""
+    """Valid range of an option: `Annotated[float, Interval(0, 1)]` means 0 <= value < 1."""
 
     low: float
     high: float = math.inf
@@ -25,13 +24,11 @@ class Interval:
 
 
 Fraction = Annotated[float, Interval(0, 1)]
-
-
 NotNegative = Annotated[float, Interval(0)]
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` (perhaps a text from a command line) as the annotated type. Raises ValueError saying what is wanted."""
+    """Convert `value` (or its text on a command line) to the annotated type. Raises ValueError with what is valid."""
     if typing.get_origin(hint) is Annotated:
         hint, limits = typing.get_args(hint)
         value = convert(value, hint)

@@ -1,4 +1,4 @@
-"""Relevance propagation (Chefer et al. 2021): attention weighted by its own gradient, from block to block."""
+"""Relevance propagation (GAE, Chefer et al. 2021): gradient-weighted attention accumulated over the blocks."""
 
 from __future__ import annotations
 
@@ -20,61 +20,70 @@ from grounding.methods.trace import Trace
 def _reads(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
     count = len(structure.attention("vision"))
     blocks = slice(index_of(options["start_layer"], count, "relevance.start_layer") if count else 0, None)
-    led = Reading(gradient=True)
+    with_gradient = Reading(gradient=True)
     if structure.pooling == "fusion":
-        return {"fusion": led, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}
+        return {"fusion": with_gradient, "vision": Reading(blocks, gradient=options["encoder"] != "rollout")}
     if structure.pooling != "cross":
         if options["encoder"] == "rollout":
             raise OptionError(
-                "option relevance.encoder: rollout is for vision stacks that are read through another one"
+                "option relevance.encoder: rollout requires a decoder or a fusion encoder behind the vision stack"
             )
         return {"vision": Reading(blocks, gradient=True)}
-    return {"decoder": led, "cross": led, "vision": Reading(blocks, gradient=options["encoder"] == "relevance")}
+    return {
+        "decoder": with_gradient,
+        "cross": with_gradient,
+        "vision": Reading(blocks, gradient=options["encoder"] == "relevance"),
+    }
 
 
 @method("Relevance", {"attention", "attention_gradient"}, reads=_reads)
 def relevance(
     trace: Trace, *, start_layer: int = 0, encoder: Literal["rollout", "relevance"] | None = None
 ) -> Float[Tensor, "k rows columns"]:
-    """Relevance, "GAE" (Chefer et al. 2021): R <- R + Abar^l R from R = I, Abar^l = E_h (G^l A^l)+, the read-out's row.
+    """Relevance (GAE): the pooling row of R, where R <- R + Abar^l R from R = I over the vision blocks l, and
+    Abar^l = E_h (G^l A^l)+ with G^l = d score / d A^l.
 
-    `start_layer` is the first vision block that takes part (negative: from the end). Values >= 0.
-    Cost: one backward per target through the blocks that take part.
+    Source: Chefer et al. 2021, arXiv:2103.15679.
 
-    Of an encoder-decoder the bi-modal rule: per decoder block R_ss <- R_ss + Abar_ss R_ss and R_sq likewise, then
-    R_sq <- R_sq + N(R_ss)^T Abar_sq N(R_qq), N(R) = rownorm(R - I) + I with 0/0 = 0; the row that writes the token.
-    `encoder` says what stands for N(R_qq): the encoder's attention rollout (the default, without a gradient), or its
-    relevance, at one backward through the encoder per target. Of a fusion encoder the self rule over its sequence, then
-    on from its image tokens through the vision stack; there `encoder` is relevance unless told otherwise.
+    Encoder-decoders use its bi-modal rule: per decoder block R_ss <- R_ss + Abar_ss R_ss, R_sq <- R_sq + Abar_ss R_sq,
+    then R_sq <- R_sq + N(R_ss)^T Abar_sq N(R_qq), with N(R) = rownorm(R - I) + I and 0/0 = 0. The map is the row of
+    R_sq at the target's positions. Fusion encoders use the self rule over the joint sequence, and continue from its
+    image tokens through the vision stack.
+
+    Departures: `encoder` selects the matrix in place of N(R_qq): the attention rollout of the encoder (default of
+    encoder-decoders; no gradient), or its relevance as in the paper (default of fusion encoders). `start_layer` is the
+    first vision block that takes part; a negative index counts from the end.
+    Range: >= 0. Sign: never negative.
+    Cost: one backward pass per target through the blocks that take part.
     """
     blocks = slice(start_layer, None)
     if trace.has("cross"):
         row = _decoder_row(trace)
         if encoder == "relevance":
-            return trace.patches(normalised_relevance_row(trace, row, _led(trace, "vision", blocks)))
+            return trace.patches(normalised_relevance_row(trace, row, _gradient_weighted(trace, "vision", blocks)))
     else:
         row = _fusion_row(trace) if trace.has("fusion") else trace.pooling_row()
         if encoder != "rollout":
-            return trace.patches(relevance_row(trace, row, _led(trace, "vision", blocks)))
+            return trace.patches(relevance_row(trace, row, _gradient_weighted(trace, "vision", blocks)))
     for weights in reversed(trace.attentions(blocks=blocks)):
         row = trace.through(row, weights.mean(1))
     return trace.patches(row)
 
 
-def _led(trace: Trace, stack: str, blocks: slice = slice(None)) -> list[Float[Tensor, "B Q S"]]:
-    """E_h (G A)+ of the blocks of a stack, first to last."""
+def _gradient_weighted(trace: Trace, stack: str, blocks: slice = slice(None)) -> list[Float[Tensor, "B Q S"]]:
+    """Return E_h (G A)+ of the blocks of a stack, first to last."""
     pairs = zip(trace.attentions(stack, blocks), trace.attention_gradients(stack, blocks), strict=True)
     return [(weights * gradient).clamp(min=0).mean(1) for weights, gradient in pairs]
 
 
 def _fusion_row(trace: Trace) -> Float[Tensor, "k N"]:
-    """The target's row of R over the fusion sequence, its image tokens."""
-    return trace.image_part(relevance_row(trace, trace.text_rows(), _led(trace, "fusion"), "fusion"))
+    """Return the row of R over the fusion sequence at the target's positions, restricted to the image tokens."""
+    return trace.image_part(relevance_row(trace, trace.text_rows(), _gradient_weighted(trace, "fusion"), "fusion"))
 
 
 def _decoder_row(trace: Trace) -> Float[Tensor, "k N"]:
-    """The target's row of R_sq, with R_qq = I."""
-    among, across = _led(trace, "decoder"), _led(trace, "cross")
+    """Return the row of R_sq at the target's positions, with R_qq = I."""
+    among, across = _gradient_weighted(trace, "decoder"), _gradient_weighted(trace, "cross")
     length = among[0].shape[-1]
     text = torch.eye(length, dtype=among[0].dtype, device=among[0].device).expand(len(among[0]), -1, -1)
     image = torch.zeros_like(across[0])

@@ -182,7 +182,7 @@ def test_smoothing_is_the_same_for_all_and_changes_what_is_stored(name, clip, im
     assert close(smooth, cv2.GaussianBlur(plain.astype(np.float64), (7, 7), 0.8, borderType=cv2.BORDER_REFLECT_101))
 
 
-def test_where_features_and_gradient_are_at_right_angles_an_elementwise_map_ranks_rounding(trocr):
+def test_where_features_and_gradient_are_orthogonal_an_elementwise_map_ranks_rounding(trocr):
     """The tutorials' layer of an encoder-decoder, which only a LayerNorm reads."""
     found = explain(trocr, noise(90, 30), TEXT, methods=CAMS, select=TOKENS)
     by_title = {
