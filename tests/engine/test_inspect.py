@@ -9,22 +9,19 @@ from PIL import Image
 from grounding import Selection, explain, inspect
 from grounding.core.errors import GroundingError, LayerError, OptionError, TextError
 from grounding.core.geometry import Geometry
-from grounding.core.images import open_image
 from grounding.core.text import find_label
 from grounding.engine.inspect import inspect_request
 from grounding.engine.request import Request
-from grounding.explanation.explanation import Entry
 from grounding.explanation.figures.inspection import check_channels, figure
 from grounding.explanation.figures.pixels import DIVERGING, colour_table
-from grounding.explanation.inspection import Inspection
 from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
 from tests.conftest import noise
 from tests.methods.test_cams import one_by_one
 from tests.methods.test_methods import CAPTION, LAYERS, run_tutorial
 from tests.support import models
 from tests.support.convolutional import COLUMNS, ROWS, ClassAdapter
-from tests.support.explanations import whole
 from tests.support.figures import images, words
+from tests.support.inspections import inspection as made
 from tests.support.oracles import vision
 from tests.support.tolerances import STORED, close
 
@@ -200,22 +197,6 @@ def test_a_layer_read_through_a_norm_alone_is_said(trocr):
 
 
 # ---------------------------------------------------------------- the figure
-
-
-def made(rows=3, columns=4, width=20, label="jacket", image=None, geometry=None, **fields):
-    """An inspection by hand; channel d has the weight d - 8.9 and a gradient that is the same in every cell."""
-    image = open_image(image or noise(80, 60))
-    geometry = geometry or whole(image.width, image.height, rows, columns)
-    features = np.random.default_rng(0).normal(size=(rows, columns, width)).astype(np.float32)
-    weights = (np.arange(width) - 8.9).astype(np.float32)
-    gradients = np.broadcast_to(weights, features.shape)
-    given = {
-        "picture": image, "caption": "man in red jacket", "geometry": geometry,
-        "layer": "vision.encoder.layers.3.norm", "entry": Entry(label, "token", 0, 3, 0.25), "title": "Grad-CAM",
-        "features": features, "gradients": gradients,
-        "weights": weights, "map": features @ weights, "target": "similarity", "model": {"id": "some/model"},
-    }  # fmt: skip
-    return Inspection(**given | fields)
 
 
 def panels(shown):
