@@ -1,6 +1,8 @@
-"""Everything that knows a model by name. To add an architecture: one file, and one line in `_table.py`.
+"""Adapters of the supported architectures, and `load`, which makes the adapter of a checkpoint.
 
-`load` looks a checkpoint up by `config.architectures` first, then by `config.model_type`.
+To add an architecture: a folder with its subclass of `grounding.adapter.base.Adapter`, and one line in
+`adapters/table.py`. A package of your own uses the entry point group `grounding.adapters` instead of that line.
+`load` finds the adapter by `config.architectures` first, then by `config.model_type`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ __all__ = ["ADAPTERS", "load"]
 
 
 def load(checkpoint: str | None = None, **options: Any) -> Adapter:
-    """An adapter for a Hugging Face id or folder; without one, the embedded demo model.
+    """Load a checkpoint, a Hugging Face id or a folder, and return its adapter; None loads the embedded demo model.
 
     Options: `device` ("auto" = cuda, mps, cpu), `dtype` ("float32", "float16", "bfloat16"; default float32 on CPU, the
     checkpoint's own elsewhere), `revision`, `trust_remote_code` (needs a pinned `revision`), `local_files_only`.
-    Raises ModelError, one line: unknown or unreachable id, unsupported architecture, unsafe weights.
+    Raises ModelError of one line for an unknown or unreachable id, an unsupported architecture, or missing weights.
     """
     from adapters.loading import load as load_checkpoint
 
@@ -28,7 +30,7 @@ def load(checkpoint: str | None = None, **options: Any) -> Adapter:
 
 
 def __getattr__(name: str) -> Any:
-    # `from adapters import ClipAdapter` for a model the user has already, without importing every family.
+    # `from adapters import ClipAdapter` imports this family only.
     for target in (ADAPTERS[key] for key in ADAPTERS if ADAPTERS.target(key).endswith(f":{name}")):
         return target
     raise AttributeError(f"module 'adapters' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""From a Hugging Face id or folder to an adapter: one place that talks to `from_pretrained` and words its failures."""
+"""Load a checkpoint by Hugging Face id or folder and make its adapter; every failure is a ModelError of one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An id or folder with everything `from_pretrained` needs; each part is loaded on request, errors in one line."""
+    """A checkpoint by id or folder, with the arguments of `from_pretrained`; its parts are loaded on request.
+
+    All methods raise ModelError of one line.
+    """
 
     id: str
     device: torch.device
@@ -51,8 +54,8 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self.id, **self.options)
 
     def model(self, model_class: Any, unused: tuple[str, ...] = ()) -> Any:
-        """The model with its weights, on its device. Raises ModelError also where weights are missing, save for those
-        that begin with one of `unused`: nothing that is computed reads them."""
+        """The model with its weights, on its device. Raises ModelError also for missing weights, unless their names
+        begin with one of `unused`: no score depends on those."""
         with _as_model_error(self.id, "weights"):
             loaded: Any = model_class.from_pretrained(
                 self.id, dtype=self.dtype, output_loading_info=True, **self.options
@@ -77,16 +80,16 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.id, **self.options)
 
     def info(self, model: PreTrainedModel, image_processor: Any) -> ModelInfo:
-        """Where the model came from, with the commit that was really loaded where the hub says it."""
+        """Provenance of the model: its name, the commit that was loaded if known, and the processor's settings."""
         revision = getattr(model.config, "_commit_hash", None) or self.revision
         folder = Path(self.id).resolve()
-        # The embedded models have a name of their own, wherever they lie.
+        # The embedded models have the same name in a checkout and in an installed wheel.
         name = f"demo-{folder.name}" if folder.parent == (demo_folder() / "models").resolve() else self.id
         return replace(model_info(model, image_processor), id=name, revision=revision)
 
 
 def check_model(adapter: Adapter, model: Any, *classes: type) -> None:
-    """Raises ModelError where a model is of none of `classes`."""
+    """Raise ModelError if a model is of none of `classes`."""
     if not isinstance(model, classes):
         wanted = " or ".join(each.__name__ for each in classes)
         raise ModelError(f"{type(adapter).__name__} needs a {wanted}, got {type(model).__name__}")
@@ -97,7 +100,8 @@ def own_parts(
 ) -> tuple[Any, Any]:
     """Tokenizer and image processor for an adapter around a model of one of `classes`, from a processor or given apart.
 
-    The tokenizer is a copy: tokenising sets switches on it, and the user's stays as it is. Raises ModelError.
+    The tokenizer is a copy, because tokenizing changes its settings. Raises ModelError for a model of another class, a
+    missing part, or a tokenizer without character offsets.
     """
     name = type(adapter).__name__
     check_model(adapter, model, *classes)
@@ -109,7 +113,7 @@ def own_parts(
 
 
 def model_info(model: PreTrainedModel, image_processor: Any) -> ModelInfo:
-    """What a model says of itself."""
+    """Provenance of a model that was not loaded by name: its `name_or_path` or class, type, processor settings."""
     settings = image_processor.to_dict() if hasattr(image_processor, "to_dict") else {"type": repr(image_processor)}
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     return ModelInfo(id=name, type=model.config.model_type, processor=settings)
@@ -124,7 +128,7 @@ def load(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> Adapter:
-    """See `adapters.load`."""
+    """Load a checkpoint, see `adapters.load`."""
     if trust_remote_code and revision is None:
         raise ModelError("running a checkpoint's own code needs a pinned revision: add revision=<commit>")
     chosen = choose_device(device)
@@ -144,7 +148,10 @@ def load(
 
 
 def find_adapter(config: Any, name: str) -> Any:
-    """The adapter class for a configuration: by architecture, then by model type. Raises ModelError naming all."""
+    """The adapter class for a configuration, by architecture, then by model type.
+
+    Raises ModelError naming the supported ones.
+    """
     own = config.architectures or []
     by_ending = [known for name in own for end, known in ENDINGS.items() if name.endswith(end)]
     for architecture in [*own, *by_ending, MODEL_TYPES.get(config.model_type, "")]:
@@ -153,18 +160,19 @@ def find_adapter(config: Any, name: str) -> Any:
     what = ", ".join(config.architectures or []) or f"model type {config.model_type!r}"
     raise ModelError(
         f"{escape(name)}: {what} is not supported (there are: {', '.join(ADAPTERS)}); "
-        "an architecture is one file and one line, see CONTRIBUTING.md"
+        "to add an architecture see docs/adapters.md"
     )
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is cuda, mps, cpu, the first there is. Raises ModelError for a device this machine does not have."""
+    """The torch device of this name; `auto` is the first available of cuda, mps, cpu. Raises ModelError for a device
+    that cannot be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         if chosen.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it has no data")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used: {one_line(error, 100)}") from None
@@ -173,7 +181,7 @@ def choose_device(device: str) -> torch.device:
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype | str:
     if name is None:
-        # On a CPU half-precision weights are up-cast: tiny gradients must not die.
+        # On a CPU half-precision weights are up-cast, or small gradients would underflow.
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:
         raise ModelError(f"unknown dtype {name!r} (there are: {', '.join(DTYPES)})")
@@ -184,11 +192,11 @@ def _check_folder(name: str) -> None:
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
     if path.exists() and not path.is_dir():
-        raise ModelError(f"model {escape(name)!r} is a file: give the folder it lies in")
+        raise ModelError(f"model {escape(name)!r} is a file: give its folder")
     if looks_local and not path.is_dir():
         raise ModelError(f"no model folder {escape(name)!r}")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"model folder {escape(name)!r} holds no config.json")
+        raise ModelError(f"model folder {escape(name)!r} has no config.json")
 
 
 @contextlib.contextmanager
@@ -204,7 +212,7 @@ def _as_model_error(name: str, part: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in the user's words where it is a known one."""
+    """The cause of a known error in plain words; of others the error's own message."""
     text = " ".join(str(error).split())
     known = {
         "trust_remote_code": "it needs code of its own, which is not run; if you trust it, load it from Python with "
@@ -217,7 +225,7 @@ def _reason(error: BaseException) -> str:
         "Repository Not Found": "no such model on the hub",
         "outgoing traffic has been disabled": "offline mode is on (HF_HUB_OFFLINE) and it is not in the local cache",
     }
-    for sign, words in known.items():
+    for sign, reason in known.items():
         if sign in text:
-            return words
+            return reason
     return one_line(error)

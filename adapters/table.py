@@ -1,4 +1,7 @@
-"""All architectures by name. To add one: one file, and one line here."""
+"""Table of the supported architectures: name in `config.architectures` -> adapter class, imported on first use.
+
+To add an architecture: a folder `adapters/<family>/` with the adapter, and one line in `ADAPTERS`.
+"""
 
 from grounding.core.registry import Registry
 
@@ -14,10 +17,10 @@ ADAPTERS = Registry(
     },
     group="grounding.adapters",
 )
-# Ends of architecture names -> architecture: all classifiers have one adapter.
+# End of an architecture's name -> architecture: all classifiers share one adapter.
 ENDINGS = {
     "ForImageClassification": "AutoModelForImageClassification",
     "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
 }
-# model_type -> architecture, for checkpoints whose config names no architecture.
+# model_type -> architecture, for checkpoints without `config.architectures`.
 MODEL_TYPES = {"clip": "CLIPModel", "flava": "FlavaModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}

@@ -1,4 +1,4 @@
-"""Image classifiers of transformers."""
+"""Adapter for the image classifiers of transformers."""
 
 from adapters.classifier.adapter import ClassifierAdapter
 

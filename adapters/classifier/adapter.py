@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face: convolutional (ResNet, ConvNeXt), transformers (ViT, DeiT, DINOv2), Swin."""
+"""Adapter for the image classifiers of transformers: ResNet, ConvNeXt, ViT, DeiT, DINOv2, Swin and their like."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from grounding.adapter.recorder import Recorder
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import LayerError, ModelError
 
-# Side of the blank picture that layers are found with where a configuration names none.
+# Side in pixels of the blank image that layers are found with, if the configuration names no image size.
 USUAL_SIDE = 224
-# Read-out of the transformers: the tokens before the patches that logits are made of, and whether the patches are, too.
-READ_OUTS = {"vit": ((0,), False), "deit": ((0,), False), "dinov2": ((0,), True), "dinov2_with_registers": ((0,), True)}
-NO_ATTENTION = "it has none whose weights span the picture"
-WINDOWS = "it attends within windows, whose weights cannot be chained over the whole picture"
+# Pooling of the transformers: the prefix tokens that the logits are computed from, and whether the mean over patches is
+# added to them.
+POOLINGS = {"vit": ((0,), False), "deit": ((0,), False), "dinov2": ((0,), True), "dinov2_with_registers": ((0,), True)}
+NO_ATTENTION = "it has none whose weights span the image"
+WINDOWS = "it attends within windows, whose weights cannot be chained over the whole image"
 
 
 class ClassifierAdapter(ClassAdapter):
-    """A model of `AutoModelForImageClassification` with its image processor.
+    """Adapter around a model of `AutoModelForImageClassification` and its image processor.
 
-    Target `class`: the logit of a class. Of a convolutional network or a Swin the layers have grids of their own, each
-    taken to divide the whole input evenly (the padding of convolutions is not followed); they have Grad-CAM and its
-    kin, the transformers also rollout and relevance.
+    Target `class`: the logit of a class. Transformers have all methods, convolutional networks and Swin only those on
+    activations and gradients. Their layers have grids of their own, each assumed to divide the whole input evenly (the
+    padding of convolutions is ignored).
     """
 
     fast_kinds = ("class",)
@@ -54,50 +55,50 @@ class ClassifierAdapter(ClassAdapter):
         self.labels = ClassNames(tuple(str(names[i]) for i in range(len(names))), self.info.id)
         problem = getattr(model.config, "problem_type", None)
         self.by_itself = problem == "multi_label_classification"
-        # As transformers has it where a configuration says nothing else.
+        # The default of transformers if the configuration names no problem type.
         self.measures = problem == "regression" or (problem is None and len(names) == 1)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 
     @classmethod
     def from_checkpoint(cls, source: Checkpoint) -> ClassifierAdapter:
-        """The adapter of a checkpoint."""
+        """Load the parts of a checkpoint and return their adapter. Raises ModelError."""
         image_processor = source.image_processor()
         model = source.model(AutoModelForImageClassification)
         return cls(model, image_processor, info=source.info(model, image_processor))
 
     @cached_property
     def structure(self) -> ModelStructure:
-        """Of a transformer the default tap is the input of the last block's attention, of the others the last stage, or
-        the norm behind it where that has a spatial size."""
-        if self._read_out:
+        """Structure of the network. The default layer of a transformer is the input of the last block's attention, of
+        other networks the last stage, or the norm after it if that has a spatial size. Raises ModelError."""
+        if self._pooling:
             stack = find_stack(self.model, self._base)
             registers = getattr(self._config, "num_register_tokens", 0) if "registers" in self._type else 0
             prefix = (2 if self._type == "deit" else 1) + registers
             return ModelStructure({"vision": stack}, layer=stack.inputs[-1], pooling="tokens", prefix=prefix)
-        ran = {one.path: one for one in self._layers}
-        blocks, layer = self._stages(ran)
+        outputs = {one.path: one for one in self._outputs}
+        blocks, layer = self._stages(outputs)
         why = WINDOWS if hasattr(self._config, "window_size") else NO_ATTENTION
         return ModelStructure({"vision": Stack(blocks)}, layer, pooling="none", prefix=0, pyramid=True, unrecorded=why)
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
-        """Pixel values (B, C, H, W)."""
-        found = prepare_images(self, self.image_processor, images, patch=self._grid_of)
-        given, taken = found.tensors["pixel_values"].shape[1], getattr(self._config, "num_channels", None)
+        """Inputs with pixel values (B, C, H, W). Raises ModelError if the model takes another number of channels."""
+        inputs = prepare_images(self, self.image_processor, images, patch=self._grid_of)
+        given, taken = inputs.tensors["pixel_values"].shape[1], getattr(self._config, "num_channels", None)
         if isinstance(taken, int) and given != taken:
             raise ModelError(
                 f"the image processor gives {given} channels, {self.info.id} takes {taken}: load the model yourself "
-                "and use adapters.module.ModuleAdapter with a preprocess of its own (mode='L' for grey pictures)"
+                "and use adapters.module.ModuleAdapter with a preprocess of its own (mode='L' for grey images)"
             )
-        return found
+        return inputs
 
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
-        """What the model gives."""
+        """The scores of all classes, the model's logits."""
         return self._run_on(inputs.tensors["pixel_values"]).logits
 
     def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
-        """CLS (of a DeiT with a teacher CLS and distillation token); with DINOv2 the CLS and the mean over patches."""
-        assert self._read_out is not None
-        pooled, mean = self._read_out
+        """Weights of the CLS; with a DeiT teacher also the distillation token; of DINOv2 also the mean over patches."""
+        assert self._pooling is not None
+        pooled, mean = self._pooling
         row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
         row[:, list(pooled)] = 1 / (len(pooled) + mean)
         if mean:
@@ -106,13 +107,9 @@ class ClassifierAdapter(ClassAdapter):
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """The last stage, where nothing but the head stands behind it."""
-        head = self._head
-        return (
-            {}
-            if head is None or not parents_unmodified(self.model, self.structure.layer)
-            else {self.structure.layer: ()}
-        )
+        """The last stage, if only a known, unmodified head follows it."""
+        fast = self._head is not None and parents_unmodified(self.model, self.structure.layer)
+        return {self.structure.layer: ()} if fast else {}
 
     def score_from(
         self,
@@ -123,7 +120,7 @@ class ClassifierAdapter(ClassAdapter):
         outputs: Mapping[str, Tensor] | None = None,
         rule: str | None = None,
     ) -> Float[Tensor, "K"]:
-        """The scores with one shift per target added to all cells of the tap; fast at `fast_taps`."""
+        """The scores with one vector per target added to all cells of the layer; at `fast_taps` by the head alone."""
         head = self._head
         if outputs is None or head is None or layer not in self.fast_taps:
             return super().score_from(layer, inputs, targets, shift, outputs, rule)
@@ -133,7 +130,7 @@ class ClassifierAdapter(ClassAdapter):
         own = torch.arange(len(targets), device=logits.device)
         return logits[own, targets.data["class"].to(logits.device)]
 
-    # ------------------------------------------------------------------ where things are
+    # ------------------------------------------------------------------ the network's structure
 
     @property
     def _config(self) -> Any:
@@ -148,21 +145,21 @@ class ClassifierAdapter(ClassAdapter):
         return self.model.base_model_prefix
 
     @cached_property
-    def _read_out(self) -> tuple[tuple[int, ...], bool] | None:
-        """Tokens and patches that the logits of a known transformer are made of; None of other architectures."""
+    def _pooling(self) -> tuple[tuple[int, ...], bool] | None:
+        """Pooling of a known transformer, see `POOLINGS`; None for other architectures."""
         if type(self.model).__name__.endswith("WithTeacher"):
             return (0, 1), False
-        return READ_OUTS.get(self._type)
+        return POOLINGS.get(self._type)
 
     @property
     def _head(self) -> Head | None:
-        return None if self._read_out else find_head(self.model, self.structure.layer)
+        return None if self._pooling else find_head(self.model, self.structure.layer)
 
     def _run_on(self, pixels: Tensor) -> Any:
-        """The model's output; a transformer's position codes are stretched to an input of another size."""
-        size = self._trained_at
-        stretched = {"interpolate_pos_encoding": True} if self._type in ("vit", "deit") else {}
-        return self.model(pixel_values=pixels, **(stretched if tuple(pixels.shape[-2:]) != size else {}))
+        """The model's output, with interpolated position embeddings for an input of another size than trained at."""
+        other_size = tuple(pixels.shape[-2:]) != self._trained_at
+        interpolated = {"interpolate_pos_encoding": True} if other_size and self._type in ("vit", "deit") else {}
+        return self.model(pixel_values=pixels, **interpolated)
 
     @property
     def _trained_at(self) -> tuple[int, int]:
@@ -171,39 +168,39 @@ class ClassifierAdapter(ClassAdapter):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     @cached_property
-    def _layers(self) -> list[LayerOutput]:
-        """All layers, from a pass of a blank picture."""
+    def _outputs(self) -> list[LayerOutput]:
+        """The outputs of all layers in a pass of a blank image."""
         return record_outputs(self.model, lambda: self._run_on(self._blank(*self._trained_at)))
 
     def _blank(self, height: int, width: int) -> Tensor:
         channels = getattr(self._config, "num_channels", 3)
         return torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)
 
-    def _stages(self, ran: Mapping[str, LayerOutput]) -> tuple[tuple[str, ...], str]:
-        """Paths of the stages, and the default tap. Raises ModelError where no list of layers has a spatial size."""
+    def _stages(self, outputs: Mapping[str, LayerOutput]) -> tuple[tuple[str, ...], str]:
+        """Paths of the stages, and of the default layer. Raises ModelError if no list of layers has a spatial size."""
         lists = [
             tuple(f"{path}.{i}" for i in range(len(module)))
             for path, module in self.model.named_modules()
             if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
         ]
-        usable = [one for one in lists if all(path in ran and self._cells(ran[path]) for path in one)]
+        usable = [one for one in lists if all(path in outputs and self._cells(outputs[path]) for path in one)]
         if not usable:
             raise ModelError(
-                f"{type(self.model).__name__} has no list of layers with a spatial size, nor a read-out that is known "
-                f"(transformers: {', '.join(READ_OUTS)})"
+                f"{type(self.model).__name__} has no list of layers with a spatial size, nor a known pooling "
+                f"(transformers: {', '.join(POOLINGS)})"
             )
         # The one that ends last; of those that end together, the outermost.
-        order = list(ran)
+        order = list(outputs)
         blocks = max(usable, key=lambda one: (order.index(one[-1]), -one[0].count(".")))
         norm = f"{self._base}.layernorm"
-        if norm in ran and ran[norm].shape == ran[blocks[-1]].shape:
+        if norm in outputs and outputs[norm].shape == outputs[blocks[-1]].shape:
             return blocks, norm
         return blocks, blocks[-1]
 
     def _cells(self, one: LayerOutput, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
-        """(rows, columns) of a layer's output at an input of this (height, width); None where they are not known.
+        """(rows, columns) of a layer's output at an input of this (height, width); None if not known.
 
-        Tokens of a Swin-like network: the grid of patches, halved (rounded up) from stage to stage.
+        Tokens of a Swin-like network are the grid of patches, halved (rounded up) from stage to stage.
         """
         if found := one.cells(size or self._trained_at):
             return found
@@ -218,8 +215,8 @@ class ClassifierAdapter(ClassAdapter):
         return None
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the default tap for an input of this size. Raises LayerError where it is 1 x 1."""
-        if self._read_out:
+        """(rows, columns) of the default layer for an input of this size. Raises LayerError if it is 1 x 1."""
+        if self._pooling:
             patch = self._config.patch_size
             return height // patch, width // patch
         if (height, width) not in self._grids:
@@ -231,7 +228,7 @@ class ClassifierAdapter(ClassAdapter):
             if found is None:
                 raise LayerError(
                     f"layer {layer!r} gives {tuple(recorder.outputs[layer].shape)} for an input of {width} x {height} "
-                    "pixels: there is nothing to point at; use a larger picture"
+                    "pixels, which has no grid of patches: use a larger image"
                 )
             self._grids[height, width] = found
         return self._grids[height, width]

@@ -1,4 +1,4 @@
-"""What stands behind the last stage of convolutional classifiers: computed by itself, from recorded features."""
+"""Heads of convolutional classifiers as functions from the features of the last stage to logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POOLS = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Sequential)
 
 
 def find_head(model: Any, layer: str) -> Head | None:
-    """The head behind `tap`; None where the family has another one, or where something is attached to it."""
+    """The head after `layer`; None for an unknown family, another layer than the last stage, or a modified head."""
     base, kind = getattr(model, model.base_model_prefix, None), model.config.model_type
     if base is None or kind not in POOLED + NORMED or not layer.endswith(f"stages.{len(base.encoder.stages) - 1}"):
         return None

@@ -1,4 +1,4 @@
-"""CLIP-style dual encoders."""
+"""Adapter for CLIP (`CLIPModel`)."""
 
 from adapters.clip.adapter import ClipAdapter
 

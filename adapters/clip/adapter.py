@@ -1,4 +1,4 @@
-"""CLIP: a vision and a text tower that meet in one embedding (Radford et al. 2021)."""
+"""Adapter for CLIP, an image and a text encoder with a joint embedding (Radford et al. 2021, arXiv:2103.00020)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
 from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.stacks import find_stack
-from adapters.shared.text_targets import read_texts, span_ids, text_directions
+from adapters.shared.text_targets import mask_without, prepare_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import is_unmodified, parents_unmodified
 from grounding.adapter.base import Adapter, ModelInfo
@@ -31,10 +31,10 @@ TEXT_BATCH = 64
 
 
 class ClipAdapter(Adapter):
-    """`CLIPModel` with its processor (or `tokenizer` and `image_processor` apart).
+    """Adapter around a `CLIPModel` and its processor (or its `tokenizer` and `image_processor`).
 
-    Target `similarity`: the cosine of picture and text. A part of a caption is scored by leave-one-out, cosine with the
-    whole caption minus cosine with its tokens masked (positions stay), or `alone`, as a text of its own. Every such
+    Target `similarity`: the cosine of image and text. A part of a caption is scored by leave-one-out (cosine with the
+    whole caption minus cosine with the part's tokens masked, positions kept) or `alone` (as a text of its own). Every
     target is one direction in the joint embedding, `data["seeds"]` (K, E): score = <seed, normalised image embedding>.
     """
 
@@ -57,7 +57,7 @@ class ClipAdapter(Adapter):
 
     @classmethod
     def from_checkpoint(cls, source: Checkpoint) -> ClipAdapter:
-        """The adapter of a checkpoint."""
+        """Load the parts of a checkpoint and return their adapter. Raises ModelError."""
         image_processor, tokenizer = source.image_processor(), source.tokenizer()
         model = source.model(CLIPModel)
         return cls(
@@ -66,23 +66,27 @@ class ClipAdapter(Adapter):
 
     @cached_property
     def structure(self) -> ModelStructure:
-        """The default tap is the input of the last block's attention: its output is dead, only the CLS is read."""
+        """Structure of the image encoder. The default layer is the input of the last block's attention: only the CLS
+        of that block's output is read, so no score depends on its patches."""
         stack = find_stack(self.model, "vision_model")
         return ModelStructure(stacks={"vision": stack}, layer=stack.inputs[-1], pooling="cls", prefix=1)
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
-        """Pixel values (B, 3, H, W)."""
+        """Inputs with pixel values (B, 3, H, W), without texts."""
         return prepare_images(self, self.image_processor, images, patch=self._config.vision_config.patch_size)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """Token ids and mask (T, L), padded to the longest text."""
-        inputs = read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
+        """Inputs with token ids and attention mask (T, L), padded to the longest text.
+
+        Raises TextError for an empty text, and for one that CLIP would read only in part.
+        """
+        inputs = prepare_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
         ends = end_positions(self.model, inputs.tensors["input_ids"]).tolist()
         for tokens, end in zip(inputs.tokens, ends, strict=True):
             if end != len(tokens) - 1:
                 raise TextError(
-                    f"the model would read {tokens.text!r} up to token {end} of {len(tokens)} only: its end token is "
-                    "there (an unknown sign, or a tokenizer of another model)"
+                    f"the model would read {tokens.text!r} up to token {end} of {len(tokens)} only, its first end "
+                    "token (an unknown character, or the tokenizer of another model)"
                 )
         return inputs
 
@@ -93,7 +97,7 @@ class ClipAdapter(Adapter):
         kind: str | None = None,
         token_target: str | None = None,
     ) -> Targets:
-        """One direction in the joint embedding per span."""
+        """One direction in the joint embedding per span. Raises TargetError."""
         kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         whole = self.embed_texts(inputs.tensors["input_ids"], inputs.tensors["attention_mask"])
@@ -129,9 +133,9 @@ class ClipAdapter(Adapter):
 
     @property
     def fast_taps(self) -> dict[str, tuple[str, ...]]:
-        """The input of the last block's attention, and the block before it; both start from the latter's output.
+        """The input of the last block's attention and the block before it, both computed from the latter's output.
 
-        Empty where the last block has been changed (adapters inside it, hooks of the user's): only running it is right.
+        Empty if the last block is modified (adapters or hooks of the user): then only running it is right.
         """
         stack = self.structure.stacks["vision"]
         if not (self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])):
@@ -161,7 +165,7 @@ class ClipAdapter(Adapter):
         return last.pooled_gradients(hidden, owner, torch.zeros_like(owner), patch, scores, before_norm=layer == before)
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
-        """Normalised text embeddings, as the model itself computes them."""
+        """Normalised text embeddings, computed by the model's own forward pass."""
         with Recorder(self.model):
             parts = [
                 self.model.get_text_features(input_ids=i, attention_mask=m).pooler_output
@@ -172,14 +176,11 @@ class ClipAdapter(Adapter):
     def _leave_out(
         self, inputs: Inputs, spans: Sequence[tuple[int, Span]], whole: Float[Tensor, "T E"]
     ) -> Float[Tensor, "K E"]:
-        """What each text's embedding loses with a span's tokens masked; prefixes are shared where that is exact."""
+        """Text embedding minus the embedding with a span's tokens masked; variants share their prefix where exact."""
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
         if not (is_unmodified(self.model.text_model) and is_unmodified(self.model.text_projection)):
             owners = [t for t, _ in spans]
-            masks = mask[owners].clone()
-            for row, (_, span) in enumerate(spans):
-                masks[row, list(span.positions)] = 0
-            return whole[owners] - self.embed_texts(ids[owners], masks)
+            return whole[owners] - self.embed_texts(ids[owners], mask_without(mask, spans))
         parts = []
         with Recorder(self.model):
             for first in range(0, len(spans), TEXT_BATCH):

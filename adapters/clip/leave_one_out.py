@@ -1,8 +1,8 @@
-"""Leave-one-out embeddings of CLIP texts at about half the price: the causal prefix is shared.
+"""Leave-one-out text embeddings of CLIP at about half the cost, by sharing the causal prefix of a caption.
 
-Masking a token changes nothing before it, in any block: a query sees no later key. So each variant recomputes only the
-tokens behind its first masked one, and reads the keys and values of the others from the whole caption. Masked tokens
-themselves are read by nobody. Exact, up to rounding, for a causal text tower.
+Masking a token changes nothing before it in any block, because a query attends to no later key. So each variant
+recomputes only the tokens after its first masked one, and takes the keys and values of the others from the whole
+caption. No query attends to a masked token. Exact up to rounding for a causal text encoder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def embed_left_out(
     texts: Sequence[int],
     masked: Sequence[Sequence[int]],
 ) -> Float[Tensor, "V E"]:
-    """Normalised embeddings by a CLIPModel of V variants: text `texts[v]` with the tokens at `masked[v]` masked."""
+    """Normalised embeddings of V variants by a CLIPModel: text `texts[v]` with the tokens at `masked[v]` masked."""
     end = end_positions(model, ids)
     kept = torch.stack([_without(mask[t].bool(), positions) for t, positions in zip(texts, masked, strict=True)])
     variants = _Variants.of(kept, torch.tensor(texts, device=ids.device), [min(p) for p in masked], end)
     whole = model.text_model.embeddings(input_ids=ids)  # (T, L, D)
-    packed = whole[variants.text[variants.owner], variants.place]  # (M, D)
+    packed = whole[variants.text[variants.owner], variants.position]  # (M, D)
     length = ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     whole_sees = causal & mask.bool()[:, None, None, :]
@@ -44,27 +44,28 @@ def embed_left_out(
 
 
 def end_positions(model: Any, ids: Int[Tensor, "T L"]) -> Int[Tensor, "T"]:
-    """Where CLIP reads a text: at its first end token; old configurations (end token 2) mean the largest id."""
+    """Position at which CLIP reads each text: its first end token; in old configurations (end token 2) the largest
+    id."""
     end_token = model.text_model.eos_token_id
     return ids.argmax(-1) if end_token == 2 else (ids == end_token).int().argmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Variants:
-    """M tokens to recompute, packed: `owner` (M,) is the variant and `place` (M,) the position of each; `text` (V,) is
-    each variant's text, `last` (V,) the place of its end token among the M."""
+    """M tokens to recompute, packed: `owner` (M,) is the variant and `position` (M,) the position of each; `text` (V,)
+    is the text of each variant, `last` (V,) the index of its end token among the M."""
 
     owner: Tensor
-    place: Tensor
+    position: Tensor
     text: Tensor
     last: Tensor
 
     @classmethod
     def of(cls, kept: Bool[Tensor, "V L"], text: Tensor, first: Sequence[int], end: Tensor) -> _Variants:
-        places = torch.arange(kept.shape[1], device=kept.device)
-        changed = places[None] > torch.tensor(first, device=kept.device)[:, None]
-        owner, place = (kept & changed & (places[None] <= end[text][:, None])).nonzero(as_tuple=True)
-        return cls(owner, place, text, (place == end[text][owner]).nonzero()[:, 0])
+        positions = torch.arange(kept.shape[1], device=kept.device)
+        changed = positions[None] > torch.tensor(first, device=kept.device)[:, None]
+        owner, position = (kept & changed & (positions[None] <= end[text][:, None])).nonzero(as_tuple=True)
+        return cls(owner, position, text, (position == end[text][owner]).nonzero()[:, 0])
 
 
 def _without(mask: Tensor, positions: Sequence[int]) -> Tensor:
@@ -74,7 +75,7 @@ def _without(mask: Tensor, positions: Sequence[int]) -> Tensor:
 
 
 def _whole_block(block: Any, x: Tensor, sees: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (T, H, L, d) of the whole captions in one block, and its output (T, L, D)."""
+    """Keys and values (T, H, L, d) of the whole captions in one block, and the block's output (T, L, D)."""
     attention = block.self_attn
     inside = block.layer_norm1(x)
     query, keys, values = (
@@ -88,7 +89,7 @@ def _whole_block(block: Any, x: Tensor, sees: Tensor) -> tuple[Tensor, Tensor, T
 def _variant_block(
     block: Any, packed: Tensor, keys: Tensor, values: Tensor, variants: _Variants, sees: Tensor
 ) -> Tensor:
-    """One block for the packed tokens (M, D): linear layers packed, attention padded to (V, H, L, d)."""
+    """Output (M, D) of one block for the packed tokens: linear layers packed, attention padded to (V, H, L, d)."""
     attention = block.self_attn
     inside = block.layer_norm1(packed)
     query, key, value = (
@@ -97,7 +98,7 @@ def _variant_block(
     )
     keys, values = keys[variants.text], values[variants.text]  # copies, one per variant
     queries = torch.zeros_like(keys)
-    at = (variants.owner, slice(None), variants.place)
+    at = (variants.owner, slice(None), variants.position)
     queries[at], keys[at], values[at] = query, key, value
     read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees, scale=attention.scale)
     return _finish(block, packed, rearrange(read[at], "m h d -> m (h d)"))

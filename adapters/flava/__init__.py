@@ -1,4 +1,4 @@
-"""FLAVA: dual encoder with a multimodal (fusion) encoder."""
+"""Adapter for FLAVA (`FlavaModel`, `FlavaForPreTraining`)."""
 
 from adapters.flava.adapter import FlavaAdapter
 

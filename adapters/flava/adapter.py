@@ -1,4 +1,5 @@
-"""FLAVA: an image tower, a text tower, and an encoder over both (Singh et al. 2022)."""
+"""Adapter for FLAVA: an image encoder, a text encoder, and a multimodal encoder over both (Singh et al. 2022,
+arXiv:2112.04482)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.images import prepare_images
 from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.stacks import find_stack
-from adapters.shared.text_targets import Flat, mask_without, read_texts, span_ids, text_directions
+from adapters.shared.text_targets import Flat, mask_without, prepare_texts, span_ids, text_directions
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import parents_unmodified
 from grounding.adapter.base import Adapter, ModelInfo
@@ -33,12 +34,12 @@ FUSED = ("matching", "logit")
 
 
 class FlavaAdapter(Adapter):
-    """`FlavaModel` or `FlavaForPreTraining` with its processor (or `tokenizer` and `image_processor` apart).
+    """Adapter around a `FlavaModel` or `FlavaForPreTraining` and its processor (or `tokenizer` and `image_processor`).
 
-    Targets: `similarity`, the cosine of picture and text; `matching`, the log odds that the pair belongs together
-    (difference of the matching head's two logits); `logit`, the masked-language logit of each token at its own place of
-    the multimodal encoder, the text unmasked; `norm`, the length of the projected image embedding over all tokens
-    (`norm.tokens=cls`: of the CLS alone), which no text can change. `matching` and `logit` need `FlavaForPreTraining`.
+    Targets: `similarity`, the cosine of image and text; `matching`, the log odds that image and text match (difference
+    of the matching head's two logits); `logit`, the masked-language logit of each token at its own position of the
+    multimodal encoder, with no token masked; `norm`, the norm of the projected image embedding over all tokens
+    (`norm.tokens=cls`: of the CLS alone), independent of the text. `matching` and `logit` need `FlavaForPreTraining`.
     """
 
     kinds = ("similarity", "matching", "logit", "norm")
@@ -61,8 +62,10 @@ class FlavaAdapter(Adapter):
 
     @classmethod
     def from_checkpoint(cls, source: Checkpoint) -> FlavaAdapter:
-        """The adapter of a checkpoint, with the heads where it has them. The codebook, which is large, is read by
-        nothing that is explained."""
+        """Load the parts of a checkpoint and return their adapter, with the heads if it has them. Raises ModelError.
+
+        Weights of the image codebook may be missing: no target depends on it.
+        """
         image_processor, tokenizer = source.image_processor(), source.tokenizer()
         heads = "FlavaForPreTraining" in (source.config().architectures or [])
         model = source.model(FlavaForPreTraining if heads else FlavaModel, unused=("image_codebook.",))
@@ -71,7 +74,8 @@ class FlavaAdapter(Adapter):
         )
 
     def aimed(self, kind: str | None, options: Mapping[str, Any] | None = None) -> FlavaAdapter:
-        """Targets read through the multimodal encoder have other sites than those of the towers alone."""
+        """A copy of the adapter with the structure for this kind of target: `matching` and `logit` read the multimodal
+        encoder. Raises TargetError, OptionError."""
         kind, _ = self.check_kind(kind)
         other = copy.copy(self)
         other.__dict__.pop("structure", None)
@@ -80,15 +84,18 @@ class FlavaAdapter(Adapter):
             if key != "norm.tokens" or value not in ("all", "cls"):
                 raise OptionError(f"target option {key}={value}: there is norm.tokens, all (default) or cls")
             if kind != "norm":
-                raise OptionError(f"option {key} belongs to the target norm, asked for is {kind}")
+                raise OptionError(f"option {key} belongs to the target norm, not to {kind}")
             other.norm_tokens = value
         return other
 
     @cached_property
     def structure(self) -> ModelStructure:
-        """Of `similarity` and `norm`: the image tower, read at its CLS; of the others also the multimodal encoder. The
-        default tap of `logit` is the input of its last attention, of `matching`, whose head reads no token of the text
-        itself, that of its first."""
+        """Structure of the image encoder, pooled by its CLS, for `similarity` and `norm`; for `matching` and `logit`
+        also of the multimodal and the text encoder.
+
+        The default layer of `logit` is the input of the multimodal encoder's last attention. That of `matching` is the
+        input of its first: the matching head reads the CLS alone, and no text token.
+        """
         vision = find_stack(self.model, f"{self._root}image_model")
         if self.kind not in FUSED:
             return ModelStructure({"vision": vision}, layer=vision.inputs[-1], pooling="cls", prefix=1)
@@ -107,30 +114,31 @@ class FlavaAdapter(Adapter):
         )
 
     def sequence(self, path: str) -> tuple[int, bool]:
-        """The multimodal encoder has a CLS of its own before the image's, and the text behind the patches."""
+        """Number of tokens before the patches, and whether others follow: the multimodal encoder has a CLS of its own
+        before the image's, and the text after the patches. Raises LayerError for a layer of the text encoder."""
         if f"{path}.".startswith((f"{self._root}text_model.", f"{self._root}text_to_mm_projection.")):
-            raise LayerError(f"layer {path!r} has tokens of the text alone: there are no patches in it")
+            raise LayerError(f"layer {path!r} has text tokens only, no patches")
         inside = f"{path}.".startswith(f"{self._root}multimodal_model.")
         return (BEFORE, True) if inside else super().sequence(path)
 
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
-        """Pixel values (B, 3, H, W)."""
+        """Inputs with pixel values (B, 3, H, W), without texts."""
         return prepare_images(self, self.image_processor, images, patch=self._config.image_config.patch_size)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """Token ids and mask (T, L), padded to the longest text."""
-        return read_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
+        """Inputs with token ids and attention mask (T, L), padded to the longest text. Raises TextError."""
+        return prepare_texts(inputs, self.tokenizer, texts, self._limit, self._pad_id)
 
     def check_kind(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
-        """As in the base class; a head that the model does not have is named."""
-        kind, how = super().check_kind(kind or self.kind, token_target)
+        """Target kind and token target to use, as in the base class. Raises TargetError, also for a missing head."""
+        kind, default = super().check_kind(kind or self.kind, token_target)
         if kind in FUSED and not isinstance(self.model, FlavaForPreTraining):
             raise TargetError(f"target {kind!r} needs the heads of FlavaForPreTraining; this is a FlavaModel")
         if kind in ("logit", "norm"):
             if token_target is not None:
-                raise TargetError(f"target {kind!r} has no token target: a token is scored by itself")
-            how = None
-        return kind, how
+                raise TargetError(f"target {kind!r} has no token target: each token has a score of its own")
+            default = None
+        return kind, default
 
     def targets(
         self,
@@ -139,7 +147,10 @@ class FlavaAdapter(Adapter):
         kind: str | None = None,
         token_target: str | None = None,
     ) -> Targets:
-        """Directions in the joint embedding, or texts to be read together with the picture."""
+        """Directions in the joint embedding, or the sequences of the multimodal encoder, see `Fusion.targets`.
+
+        Raises TargetError.
+        """
         kind, token_target = self.check_kind(kind, token_target)
         flat = [(text, span) for text, chosen in enumerate(spans) for span in chosen]
         owner = torch.tensor([text for text, _ in flat])
@@ -160,7 +171,7 @@ class FlavaAdapter(Adapter):
         return self._fusion.targets(inputs, flat, targets) if kind in FUSED else targets
 
     def encode_images(self, inputs: Inputs) -> Float[Tensor, "B 2 N D"]:
-        """The image tower's states before its final norm, which go on into the multimodal encoder, and behind it."""
+        """States of the image encoder before its final norm (the multimodal encoder's input) and after it."""
         pixels, size = inputs.tensors["pixel_values"], self._config.image_config.image_size
         usual = (size, size) if isinstance(size, int) else tuple(size)
         out = self._towers.image_model(
@@ -172,7 +183,7 @@ class FlavaAdapter(Adapter):
         return torch.stack([out.hidden_states[-1], out.last_hidden_state], 1)
 
     def score(self, inputs: Inputs, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:  # noqa: ARG002
-        """The targets' values, by kind."""
+        """The scores (K,) of the targets, by kind."""
         if targets.kind in FUSED:
             return self._fusion.scores(encoded, targets)
         image = targets.image.to(encoded.device)
@@ -184,13 +195,13 @@ class FlavaAdapter(Adapter):
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """The input of the last attention that is read row by row, and the block before it: of the image tower for
-        `similarity`, of the multimodal encoder for targets behind it."""
+        """The input of the last block's attention and the block before it: of the image encoder for `similarity`, of
+        the multimodal encoder for `matching` and `logit`. Empty if the last block is modified."""
         if self.kind not in self.fast_kinds:
             return {}
         stack = self.structure.stacks["fusion" if self.kind in FUSED else "vision"]
-        plain = self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])
-        if not plain or len(stack.blocks) < 2:
+        unmodified = self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])
+        if not unmodified or len(stack.blocks) < 2:
             return {}
         return {stack.inputs[-1]: (stack.blocks[-2],), stack.blocks[-2]: ()}
 
@@ -217,11 +228,11 @@ class FlavaAdapter(Adapter):
         return last.pooled_gradients(hidden, owner, torch.zeros_like(owner), patch, scores, before_norm=layer == before)
 
     def chain_start(self, targets: Targets) -> Float[Tensor, "K Q"]:
-        """The text's own places."""
+        """Weights of the text's own positions in the multimodal sequence."""
         return targets.data["start"]
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "T E"]:
-        """Normalised text embeddings: the projected CLS."""
+        """Normalised text embeddings, the projected CLS."""
         with Recorder(self.model):
             out = self._towers.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
             return F.normalize(out[:, 0], dim=-1)
@@ -252,7 +263,7 @@ class FlavaAdapter(Adapter):
     @property
     def _pad_id(self) -> int:
         known = (self.tokenizer.pad_token_id, self.tokenizer.sep_token_id, 0)
-        return next(i for i in known if i is not None)  # masked, whatever it is
+        return next(i for i in known if i is not None)  # any id will do: padding is masked
 
     @property
     def _root(self) -> str:

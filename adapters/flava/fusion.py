@@ -1,4 +1,4 @@
-"""FLAVA's multimodal encoder: picture and text in one sequence, and the targets that are read behind it."""
+"""Targets of FLAVA's multimodal encoder over image and text: its matching head and its masked-language head."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ BEFORE = 2
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """The part of a FlavaForPreTraining behind its towers.
+    """The multimodal encoder of a FlavaForPreTraining and its heads.
 
-    Targets that are read in the same text with the same picture share one sequence (`Targets.unit`). A part of a
-    caption that is matched is compared with the caption in which it is masked: one more sequence, behind all others.
+    Targets of the same image and text share one sequence (`Targets.unit`). To match a part of a caption, the score of
+    the caption with that part masked is subtracted: one more sequence, after all others.
     """
 
     model: Any  # a FlavaForPreTraining; its parts have no static types
     pad_id: int
 
     def targets(self, inputs: Inputs, flat: Flat, targets: Targets) -> Targets:
-        """Per target the text that it is read in, what is masked for comparison, and where attention chains start: at
-        the places of the span. The matching head itself reads the CLS alone, but that reads the words, and they the
-        picture: its own row is where little is to be seen (measured on the demo model)."""
+        """Add to each target its text (`ids`, `mask`), the mask of the text it is compared with (`compared`), and the
+        weights of the positions where attention chains start (`start`): those of the span.
+
+        The matching head reads the CLS alone, but the CLS attends to the words, and the words to the image: chains
+        from the row of the CLS show little (measured on the demo model).
+        """
         matching = targets.kind == "matching"
-        how = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
+        modes = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
         own = [
-            span_ids(inputs.tokens[t], span) if h == "alone" else list(inputs.tokens[t].ids)
-            for (t, span), h in zip(flat, how, strict=True)
+            span_ids(inputs.tokens[t], span) if mode == "alone" else list(inputs.tokens[t].ids)
+            for (t, span), mode in zip(flat, modes, strict=True)
         ]
         device = inputs.tensors["input_ids"].device
         ids, mask = pad(own, self.pad_id, device)
@@ -46,19 +49,19 @@ class Fusion:
         ahead = BEFORE + inputs.geometry[0].rows * inputs.geometry[0].columns
         start = torch.zeros(len(flat), ahead + ids.shape[1], device=device)
         for k, (t, span) in enumerate(flat):
-            places = torch.tensor(span.positions or inputs.tokens[t].visible, device=device)
-            if how[k] == "left out":
-                compared[k, places] = 0
-            if how[k] == "alone":  # a text of its own: its tokens stand behind the first special ones
-                places = inputs.tokens[t].visible[0] + torch.arange(len(places), device=device)
-            start[k, ahead + places] = 1 / len(places)
+            positions = torch.tensor(span.positions or inputs.tokens[t].visible, device=device)
+            if modes[k] == "left out":
+                compared[k, positions] = 0
+            if modes[k] == "alone":  # a text of its own: its tokens follow the first special ones
+                positions = inputs.tokens[t].visible[0] + torch.arange(len(positions), device=device)
+            start[k, ahead + positions] = 1 / len(positions)
         precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
         start = start.to(precise)
         known: dict[tuple[int, ...], int] = {}
         unit = [known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)]
         data = {"ids": ids, "mask": mask, "compared": compared, "start": start}
-        left_out = [h == "left out" for h in how]
-        # Sequences without a token stand behind those of the texts, in the order of their targets.
+        left_out = [mode == "left out" for mode in modes]
+        # Sequences with a masked part follow those of the texts, in the order of their targets.
         other = [len(known) + sum(left_out[:k]) if out else -1 for k, out in enumerate(left_out)]
         return replace(
             targets,
@@ -70,10 +73,10 @@ class Fusion:
 
     def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
-        place = torch.unique(targets.units, return_inverse=True)[1]
-        units = place.tolist()
+        index = torch.unique(targets.units, return_inverse=True)[1]
+        units = index.tolist()
         first = [units.index(unit) for unit in range(max(units) + 1)]
-        place, data = place.to(encoded.device), targets.data
+        index, data = index.to(encoded.device), targets.data
         left_out = (data["compared"] != data["mask"]).any(1).nonzero().flatten()
         rows = torch.cat([torch.tensor(first, device=encoded.device), left_out])
         masks = torch.cat([data["mask"][first], data["compared"][left_out]])
@@ -82,11 +85,11 @@ class Fusion:
         if targets.kind == "matching":
             odds = self.model.itm_head(fused)
             odds = odds[:, 1] - odds[:, 0]
-            return odds[place].index_add(0, left_out, -odds[len(first) :])
+            return odds[index].index_add(0, left_out, -odds[len(first) :])
         k, at = data["start"].nonzero(as_tuple=True)
         token = data["ids"][k, at - (data["start"].shape[1] - data["ids"].shape[1])]
-        # A caption, its tokens and its phrases share places: each goes through the vocabulary once.
-        spots, own = torch.stack([place[k], at], 1).unique(dim=0, return_inverse=True)
+        # A caption, its tokens and its phrases share positions: the head computes each once.
+        spots, own = torch.stack([index[k], at], 1).unique(dim=0, return_inverse=True)
         logits = self.model.mmm_text_head(fused[spots[:, 0], spots[:, 1]])[own, token]
         weights = data["start"][k, at].to(logits.dtype)
         return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
@@ -100,8 +103,10 @@ class Fusion:
         *,
         before_norm: bool,
     ) -> Float[Tensor, "K D"]:
-        """d score / d shift of all patches at the last block, from the rows that the targets are read in; `hidden` is
-        the block's input. What a caption is compared with has no part in it: it is another sequence."""
+        """Pooled gradients at the last block, from the rows that the heads read; `hidden` is the block's input.
+
+        The sequence with a masked part, whose score is subtracted, is another sequence and adds nothing.
+        """
         start, ids = targets.data["start"], targets.data["ids"]
         ahead = start.shape[1] - ids.shape[1]
         rows = start if targets.kind == "logit" else torch.zeros_like(start).index_fill(1, ids.new_zeros(1), 1)
@@ -121,7 +126,7 @@ class Fusion:
         return hidden.new_zeros(len(targets), hidden.shape[-1]).index_add(0, k, found)
 
     def _head(self, last: LastBlock, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
-        """The masked-language head, its norm under the rule."""
+        """Logits of the masked-language head, its norm under the block's backward rule."""
         head, transform = self.model.mmm_text_head, self.model.mmm_text_head.transform
         inner = transform.transform_act_fn(transform.dense(states))
         return head.decoder(last.norm(transform.LayerNorm, inner))
@@ -129,7 +134,7 @@ class Fusion:
     def fuse(
         self, states: Float[Tensor, "R N D"], ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"]
     ) -> Float[Tensor, "R Q D"]:
-        """The multimodal encoder's output for pictures' states and texts, row by row."""
+        """Output of the multimodal encoder for R pairs of image states and text."""
         towers = self.model.flava
         text = towers.text_model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True
@@ -142,7 +147,7 @@ class Fusion:
 
 
 def last_block(tower: Any, behind: Sequence[nn.Module], rule: str | None) -> LastBlock:
-    """The last block of one of FLAVA's encoders, and what is recomputed behind it."""
+    """The last block of one of FLAVA's encoders, with the modules after it that are recomputed."""
     block = tower.encoder.layer[-1]
     attention = block.attention.attention
     return LastBlock(

@@ -1,4 +1,4 @@
-"""Any torch module that scores classes."""
+"""Adapter for any `nn.Module` that scores classes."""
 
 from adapters.module.adapter import ModuleAdapter
 

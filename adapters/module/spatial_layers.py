@@ -1,4 +1,4 @@
-"""Layers with a spatial size, found by running a model and not by believing its names."""
+"""Find the layers of any module that have a spatial size, by running it instead of relying on names or shapes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from adapters.module.spatial_response import BEYOND_DOUBT, FEW, is_spatial, spatial_response
+from adapters.module.spatial_response import FEW, LEAST_RATIO_OF_SQUARES, is_spatial, spatial_response
 from adapters.shared.layer_outputs import LayerOutput, record_outputs
 from grounding.adapter.patch_layout import TOKENS, Layout, find_layout
 from grounding.adapter.recorder import Recorder, find_module
 from grounding.core.errors import LayerError, ModelError
 
-# More tokens before the patches than any known transformer has (CLS and registers): then it is no run of patches.
+# Known transformers have fewer tokens before the patches (CLS and registers): with more, tokens are no patches.
 MOST_PREFIX = 16
-# They give the same grid whatever the picture's shape.
+# Their output has the same grid whatever the shape of the image.
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 class SpatialLayers:
-    """The layers of a module whose cells lie as the picture does: maps, and tokens of which there are as many as cells
-    of the last map (or 4, 16, ... times as many, before they are merged).
+    """The layers of a module whose cells follow the positions of the image: feature maps, and as many tokens as the
+    last map has cells (or 4, 16, ... times as many, before tokens are merged).
 
-    `run` makes scores (1, classes) of a picture as the model takes it, such as `sample`; `name` is the model in words;
-    `prefix` is how many tokens stand before the patches, None: all that are over.
-    Raises LayerError where there is no map, ModelError where no layer has `prefix` tokens over.
+    `run` computes scores (1, classes) from pixel values (1, C, H, W) such as `sample`; `name` names the model in
+    messages; `prefix` is the number of tokens before the patches (None: all tokens but the patches).
+    Raises LayerError if there is no feature map, ModelError if no layer has `prefix` tokens beside the patches.
     """
 
     def __init__(
@@ -36,26 +36,26 @@ class SpatialLayers:
         self.model, self.run, self.name, self._prefix = model, run, name, prefix
         self.size = (int(sample.shape[-2]), int(sample.shape[-1]))
         scores: list[Tensor] = []
-        self.ran = {one.path: one for one in record_outputs(model, lambda: scores.append(run(sample.clone())))}
+        self.outputs = {one.path: one for one in record_outputs(model, lambda: scores.append(run(sample.clone())))}
         self.scores = int(scores[0].shape[-1])
-        layouts = {path: one.layout(self.size) for path, one in self.ran.items()}
-        could = {path: layout for path, layout in layouts.items() if layout or self.ran[path].tokens}
+        layouts = {path: one.layout(self.size) for path, one in self.outputs.items()}
+        could = {path: layout for path, layout in layouts.items() if layout or self.outputs[path].tokens}
         self._changes = spatial_response(model, run, sample, could)
         if not self.maps:
             raise LayerError(f"{name} has no layer with a spatial size at {self.size[1]} x {self.size[0]}")
         self.last_map, self.last = list(self.maps.items())[-1]
-        self.over = self._over()
-        self.before = self.over if prefix is None else prefix
-        sure = frozenset(path for path, over in self._counts.items() if over == self.over) | self._finer()
-        self.tokens = sure | (self._like_them() if sure else frozenset())
-        self.paths = tuple(path for path in self.ran if path in self.maps or path in self.tokens)
-        self.last_live = self._last_live(sample, [path for path in self.paths if path in self.maps or path in sure])
+        self.extra = self._extra_tokens()
+        self.before = self.extra if prefix is None else prefix
+        ordered = frozenset(path for path, over in self._counts.items() if over == self.extra) | self._unmerged()
+        self.tokens = ordered | (self._same_count() if ordered else frozenset())
+        self.paths = tuple(path for path in self.outputs if path in self.maps or path in self.tokens)
+        self.last_live = self._last_live(sample, [path for path in self.paths if path in self.maps or path in ordered])
 
     @cached_property
     def maps(self) -> dict[str, tuple[int, int]]:
-        """Path -> (rows, columns) of the layers that give maps of the picture, of more than one cell."""
+        """Path -> (rows, columns) of the layers whose output are feature maps of the image with more than one cell."""
         adaptive = {path for path, module in self.model.named_modules() if isinstance(module, ADAPTIVE)}
-        found = {path: one.cells(self.size) for path, one in self.ran.items() if path not in adaptive}
+        found = {path: one.cells(self.size) for path, one in self.outputs.items() if path not in adaptive}
         return {
             path: cells
             for path, cells in found.items()
@@ -63,35 +63,35 @@ class SpatialLayers:
         }
 
     def _is_map(self, path: str, cells: tuple[int, int]) -> bool:
-        """Whether cells change with the picture, and lie as it does where they might be attention weights between the
-        tokens that the model has. Of what convolutions give little can be told: a cell may see all of the picture."""
+        """Whether the cells change with the image. Cells that might be attention weights between tokens must follow its
+        positions too; of convolutions this cannot be required, as a cell may depend on the whole image."""
         weights = cells[0] == cells[1] and cells[0] in self._tokens
-        return is_spatial(self._changes[path], BEYOND_DOUBT) if weights else bool(self._changes[path].any())
+        return is_spatial(self._changes[path], LEAST_RATIO_OF_SQUARES) if weights else bool(self._changes[path].any())
 
     @cached_property
     def _tokens(self) -> frozenset[int]:
-        """How many tokens may attend to each other: those of a layer, or the cells of one with some before them."""
-        cells = {prod(own) for one in self.ran.values() if (own := one.cells(self.size))}
+        """Possible numbers of tokens of an attention: those of a layer, or the cells of a map and a prefix."""
+        cells = {prod(own) for one in self.outputs.values() if (own := one.cells(self.size))}
         before = {count + over for count in cells for over in range(MOST_PREFIX + 1) if count >= FEW}
-        return frozenset(before | {one.tokens for one in self.ran.values() if one.tokens >= FEW})
+        return frozenset(before | {one.tokens for one in self.outputs.values() if one.tokens >= FEW})
 
     @property
-    def flats(self) -> frozenset[str]:
-        """The layers that ran and have no place on the picture."""
-        return frozenset(self.ran) - frozenset(self.paths)
+    def not_spatial(self) -> frozenset[str]:
+        """The layers that ran and have no spatial size."""
+        return frozenset(self.outputs) - frozenset(self.paths)
 
     @property
-    def strays(self) -> frozenset[str]:
-        """Those of them that by their shape might have one."""
-        return self.flats.intersection(self._changes)
+    def map_shaped(self) -> frozenset[str]:
+        """The layers without a spatial size whose shape could have one."""
+        return self.not_spatial.intersection(self._changes)
 
     def sequence(self, path: str) -> tuple[int, bool]:
-        """Tokens before the patches in a layer, and whether others stand behind them."""
-        tail = self.over > self.before and path in self.tokens
-        return self.before, tail and self.ran[path].tokens == prod(self.last) + self.over
+        """Number of tokens before the patches in a layer, and whether others follow them."""
+        tail = self.extra > self.before and path in self.tokens
+        return self.before, tail and self.outputs[path].tokens == prod(self.last) + self.extra
 
     def grid(self, path: str, blank: Tensor) -> tuple[int, int]:
-        """(rows, columns) of a layer for a picture of the size of `blank`. Raises LayerError."""
+        """(rows, columns) of a layer for an input of the size of `blank`. Raises LayerError."""
         height, width = (int(side) for side in blank.shape[-2:])
         with Recorder(self.model, dict.fromkeys((path, self.last_map), False)) as recorder:
             self.run(blank.clone())
@@ -101,94 +101,97 @@ class SpatialLayers:
         if len(shapes[path]) == 4:
             cells = LayerOutput(path, shapes[path]).cells((height, width))
         elif cells:
-            found = self._run_of(path, shapes[path], cells)
+            found = self._layout_of(path, shapes[path], cells)
             cells = (found.rows, found.columns) if found else None
         if cells:
             return cells
         ran = record_outputs(self.model, lambda: self.run(blank.clone()))
         maps = {one.path: one.cells((height, width)) for one in ran if one.path in self.maps}
-        raise _flat(LayerOutput(path, shapes[path]), maps, strays=False)
+        raise _error(LayerOutput(path, shapes[path]), maps, map_shaped=False)
 
-    def flat(self, path: str) -> LayerError:
-        """What to say of a layer that has no place on the picture."""
-        layout = self._run_of(self.last_live, self.ran[self.last_live].shape, self.last)
+    def error(self, path: str) -> LayerError:
+        """The error for a layer without a spatial size; it names the last layer that has one."""
+        layout = self._layout_of(self.last_live, self.outputs[self.last_live].shape, self.last)
         last = {self.last_live: (layout.rows, layout.columns) if layout else None}
-        return _flat(self.ran[path], last, strays=path in self.strays)
+        return _error(self.outputs[path], last, map_shaped=path in self.map_shaped)
 
-    def _over(self) -> int:
-        """How many tokens the last layer of tokens has over."""
+    def _extra_tokens(self) -> int:
+        """Number of tokens beside the patches in the last layer of tokens. Raises ModelError."""
         counts = list(self._counts.values())
         if not counts and self._prefix:
             raise ModelError(
-                f"prefix={self._prefix}, but no layer of {self.name} has {self._prefix} or more tokens over the "
+                f"prefix={self._prefix}, but no layer of {self.name} has {self._prefix} or more tokens beside the "
                 f"{self.last[0]} x {self.last[1]} cells of layer {self.last_map!r}"
             )
         return counts[-1] if counts else 0
 
     @cached_property
     def _counts(self) -> dict[str, int]:
-        """How many tokens the layers have over that give one for each cell of the last map, row by row."""
+        """Path -> number of tokens beside the patches, of the layers with one token for each cell of the last map, row
+        by row."""
         count, least = prod(self.last), self._prefix or 0
-        over = {path: one.tokens - count for path, one in self.ran.items() if one.tokens and path in self._changes}
+        over = {path: one.tokens - count for path, one in self.outputs.items() if one.tokens and path in self._changes}
         over = {path: number for path, number in over.items() if least <= number <= max(MOST_PREFIX, least)}
         before = {path: number if self._prefix is None else self._prefix for path, number in over.items()}
         return {
             path: number
             for path, number in over.items()
-            if self._by_rows(path, Layout(TOKENS, *self.last, before[path]))
+            if self._in_rows(path, Layout(TOKENS, *self.last, before[path]))
         }
 
-    def _finer(self) -> frozenset[str]:
-        """Layers of tokens before they were merged."""
-        others = [path for path in self._changes if self.ran[path].tokens and path not in self._counts]
-        layouts = {path: find_layout(self.ran[path].shape, self.last, self.before, pyramid=True) for path in others}
-        return frozenset(path for path, layout in layouts.items() if layout and self._by_rows(path, layout))
+    def _unmerged(self) -> frozenset[str]:
+        """Layers of tokens before a merge, with 4, 16, ... times as many."""
+        others = [path for path in self._changes if self.outputs[path].tokens and path not in self._counts]
+        layouts = {path: find_layout(self.outputs[path].shape, self.last, self.before, pyramid=True) for path in others}
+        return frozenset(path for path, layout in layouts.items() if layout and self._in_rows(path, layout))
 
-    def _like_them(self) -> frozenset[str]:
-        """Layers that mix tokens so much that their order cannot be told, with as many as others that have one."""
-        count = prod(self.last) + self.over
-        return frozenset(path for path in self._changes if self.ran[path].tokens == count and self._changes[path].any())
+    def _same_count(self) -> frozenset[str]:
+        """Layers with the token count of those in order that respond to the image, but mix tokens too much to measure
+        their order."""
+        count = prod(self.last) + self.extra
+        own = {path: change for path, change in self._changes.items() if self.outputs[path].tokens == count}
+        return frozenset(path for path, change in own.items() if change.any())
 
-    def _by_rows(self, path: str, layout: Layout) -> bool:
-        """Whether tokens go row by row over the picture."""
+    def _in_rows(self, path: str, layout: Layout) -> bool:
+        """Whether the tokens are the cells of the image, row by row."""
         count = layout.rows * layout.columns
         patches = self._changes[path][:, layout.prefix : layout.prefix + count]
         return is_spatial(patches.reshape(-1, layout.rows, layout.columns))
 
-    def _run_of(self, path: str, shape: tuple[int, ...], last: tuple[int, int]) -> Layout | None:
-        """The layout of an output, tokens or maps, where the last map has these cells."""
+    def _layout_of(self, path: str, shape: tuple[int, ...], last: tuple[int, int]) -> Layout | None:
+        """The layout of an output, tokens or feature maps, if the last map has these cells."""
         before, tail = self.sequence(path)
         return find_layout(shape, last, before, tail=tail, pyramid=True)
 
     def _last_live(self, sample: Tensor, paths: Sequence[str]) -> str:
-        """The last layer whose patches the scores depend on: behind it only a class token is read."""
+        """The last layer whose patches the scores depend on; after it only a class token is pooled."""
         waves = torch.arange(sample.numel(), device=sample.device).sin().reshape(sample.shape).to(sample.dtype)
         with Recorder(self.model, dict.fromkeys(paths, True)) as recorder:
             total = self.run(waves).sum()
         if not total.requires_grad:
             raise ModelError(
                 f"no gradient passes {self.name}: its forward runs under torch.no_grad, or its scores are detached "
-                "from what the layers give"
+                "from the layers"
             )
         outputs = [recorder.outputs[path] for path in paths]
         gradients = dict(zip(paths, torch.autograd.grad(total, outputs, allow_unused=True), strict=True))
         for path in reversed(paths):
             found = gradients[path]
-            layout = None if found is None else self._run_of(path, tuple(found.shape), self.last)
+            layout = None if found is None else self._layout_of(path, tuple(found.shape), self.last)
             if found is not None and layout is not None and layout.fold(found).any():
                 return self._read_by(path, paths)
         return paths[-1]
 
     def _read_by(self, path: str, paths: Sequence[str]) -> str:
-        """The layer that a linear map reads: in an attention queries, keys and values are all made of it."""
-        source = self.ran[path].source
+        """The layer, or the input of a linear layer: an attention computes queries, keys and values from it."""
+        source = self.outputs[path].source
         return source if isinstance(find_module(self.model, path), nn.Linear) and source in paths else path
 
 
-def _flat(found: LayerOutput, maps: Mapping[str, tuple[int, int] | None], *, strays: bool) -> LayerError:
-    """What to say of a tap without a spatial size; one that `strays` could have one by its shape."""
+def _error(found: LayerOutput, maps: Mapping[str, tuple[int, int] | None], *, map_shaped: bool) -> LayerError:
+    """The error for a layer without a spatial size; one that is `map_shaped` has a shape that could have one."""
     size = " x ".join(map(str, found.shape[2:])) if len(found.shape) == 4 else f"its output is {found.shape}"
-    why = "; a changed quarter of the picture does not change that quarter of it most" if strays else ""
+    why = "; a changed quarter of the image does not change that quarter of it most" if map_shaped else ""
     last, cells = next(((path, own) for path, own in reversed(list(maps.items())) if own), ("", None))
     where = (
         f": the last layer that has one is {last!r} ({cells[0]} x {cells[1]})" if cells else ", nor has any other layer"

@@ -1,5 +1,7 @@
-"""Whether the cells of a layer lie as the picture does: measured, as shapes alone do not tell. Attention weights (B,
-heads, N, N) have the shape of maps, channels that of tokens, and tokens may go by windows and not by rows.
+"""Measure whether the cells of a layer follow the positions of the image, by changing one quarter of it at a time.
+
+Shapes do not decide it: attention weights (B, heads, N, N) have the shape of feature maps, channels that of tokens, and
+tokens may be ordered by windows instead of by rows.
 """
 
 from __future__ import annotations
@@ -12,21 +14,24 @@ from torch import Tensor, nn
 from grounding.adapter.patch_layout import Layout
 from grounding.adapter.recorder import Recorder
 
-# The quarters of a picture, (lower half, right half).
+# The quarters of an image, (lower half, right half).
 QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))
-# How far half a picture must move what changes (natural logarithm of the ratio of two halves of the cells): attention
-# weights and tokens in another order have 0 +- 0.2 along one side at least, tokens 0.5 to 4. Maps with as many cells on
-# a side as there are tokens stand early in a network, where the change is nearly all there is.
-CLEARLY, BEYOND_DOUBT = 0.3, 0.6
-# Cells.
+# Minimum shift of the response from one half of the cells to the other (natural logarithm of the ratio of the two
+# halves). Measured along at least one side: 0 +- 0.2 for attention weights and tokens in another order, 0.5 to 4 for
+# tokens in order. The higher bound is for feature maps that might be attention weights, with as many cells on a side as
+# there are tokens: those are early in a network, where the response is strong.
+LEAST_RATIO, LEAST_RATIO_OF_SQUARES = 0.3, 0.6
+# Number of cells below which any response counts.
 FEW = 16
 
 
 def spatial_response(
     model: nn.Module, run: Callable[[Tensor], object], like: Tensor, known: Mapping[str, Layout | None]
 ) -> dict[str, Tensor]:
-    """How much each layer changes when the middle of one quarter of the picture does: path -> (4, rows, columns) of
-    maps, (4, N) of tokens (no layout). `like` is a picture as the model takes it. Weights between tokens are left out.
+    """How much each layer changes with the middle of each quarter of the image: path -> (4, rows, columns) of feature
+    maps, (4, N) of tokens (those without a layout).
+
+    `like` are pixel values (1, C, H, W) of the size to use. Attention weights are left out.
     """
     height, width = like.shape[-2:]
     steps = torch.arange(like.numel(), device=like.device).reshape(like.shape)
@@ -52,25 +57,26 @@ def spatial_response(
 
 
 def _are_weights(output: Tensor) -> bool:
-    """Whether (1, N, N) or (1, heads, N, N) are the weights by which N tokens are mixed."""
+    """Whether (1, N, N) or (1, heads, N, N) are attention weights: not negative, rows that sum to 1."""
     square = output.shape[-1] == output.shape[-2]
     return bool(square and (output >= 0).all() and (output.float().sum(-1) - 1).abs().max() < 1e-2)
 
 
-def is_spatial(change: Tensor, least: float = CLEARLY) -> bool:
-    """Whether the cells lie as the picture does: what changes to the right (further down) in the picture changes
-    cells further to the right (further down), compared with what else moves them. `change` is (4, rows, columns).
+def is_spatial(change: Tensor, least: float = LEAST_RATIO) -> bool:
+    """Whether the cells follow the positions of the image: a change further right (down) in the image changes cells
+    further right (down), relative to the other changes. `change` is (4, rows, columns).
 
-    Of few cells each sees most of the picture: they need only change at all.
+    Of fewer than `FEW` cells each depends on most of the image: any response counts.
     """
     rows, columns = change.shape[1:]
     if rows * columns < FEW:
         return bool(change.any())
-    # (lower half of the picture, right half, lower half of the cells, right half); cells that always move count less.
+    # (lower half of the image, right half, lower half of the cells, right half), as logarithms: ratios cancel how much
+    # a cell changes in general.
     means = [[own[_half(rows, a), _half(columns, b)].mean() for a, b in QUARTERS] for own in change]
-    moved = (torch.tensor(means).double() + torch.finfo(torch.float32).tiny).log().reshape(2, 2, 2, 2)
-    down = (moved[:, :, 1] - moved[:, :, 0]).mean(-1)  # how much more the lower cells change, by quarter
-    right = (moved[..., 1] - moved[..., 0]).mean(-1)
+    response = (torch.tensor(means).double() + torch.finfo(torch.float32).tiny).log().reshape(2, 2, 2, 2)
+    down = (response[:, :, 1] - response[:, :, 0]).mean(-1)  # how much more the lower cells change, by quarter
+    right = (response[..., 1] - response[..., 0]).mean(-1)
     return bool(
         (rows == 1 or (down[1] - down[0]).mean() > least)
         and (columns == 1 or (right[:, 1] - right[:, 0]).mean() > least)
@@ -83,6 +89,6 @@ def _middle(length: int, second: int) -> slice:
 
 
 def _half(length: int, second: int) -> slice:
-    """A half of a side; of an odd number of cells the one in the middle belongs to neither, a single one to both."""
+    """A half of a side. The middle one of an odd number of cells belongs to neither half, a single cell to both."""
     half = max(length // 2, 1)
     return slice(length - half, length) if second else slice(0, half)

@@ -1,1 +1,1 @@
-"""What several architectures need: image processors, tokenization, targets, generation."""
+"""Parts that several adapters share: image processing, tokenization, text targets, generation, fast paths."""

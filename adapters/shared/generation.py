@@ -1,4 +1,4 @@
-"""Texts that a model writes, or is made to write: token ids with the characters each stands for."""
+"""Text generation and teacher forcing with encoder-decoders: token ids and the characters that each stands for."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from adapters.shared.tokenization import tokenise
+from adapters.shared.tokenization import tokenize
 from grounding.core.errors import ModelError, TextError
 from grounding.core.hub import quiet
 from grounding.core.text import BLANK, Generate, Span, TokenizedText
 
-# Where a checkpoint sets no limit; transformers would stop at 20 tokens, in the middle of many a line.
+# Limit if the checkpoint sets none; the default of transformers, 20 tokens, cuts many lines.
 MOST_TOKENS = 64
 UNSET = (None, 20)
-# A text as tokens, and what the user must know of it.
-Written = tuple[TokenizedText, tuple[str, ...]]
+# A tokenized text and the warnings about it.
+Generated = tuple[TokenizedText, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class TextGenerator:
-    """The text side of an encoder-decoder: what it writes, what it can be made to write, which token is which."""
+    """The decoder of an encoder-decoder and its tokenizer: generates texts, tokenizes given ones, finds token ids."""
 
     model: Any  # a VisionEncoderDecoderModel; its parts have no static types
     tokenizer: Any
 
-    def write(self, encoded: Float[Tensor, "T N D"], how: Generate) -> list[Written]:
-        """What the model writes of the encoded pictures, the end token included where it came to it."""
-        config = self._generation(how)
+    def generate(self, encoded: Float[Tensor, "T N D"], settings: Generate) -> list[Generated]:
+        """Generate the text of each encoded image, with its end token unless the length limit cut it."""
+        config = self._generation_config(settings)
         outputs = BaseModelOutput(last_hidden_state=encoded)
         with quiet("transformers"):  # it warns of every length that is not the checkpoint's own
             sequences = self.model.generate(encoder_outputs=outputs, generation_config=config)
         ends = set(_as_list(config.eos_token_id))
-        return [self._written(row, ends) for row in sequences[:, 1:].tolist()]
+        return [self._generated(row, ends) for row in sequences[:, 1:].tolist()]
 
-    def force(self, text: str, encoded: Float[Tensor, "N D"]) -> Written:
-        """A text as the model would write it: with the special tokens before it that the model itself begins with."""
-        tokens, warnings = tokenise(self.tokenizer, text, self.limit)
-        if not tokens.special[-1]:  # nothing marks the end: it needs room of its own
-            tokens, warnings = tokenise(self.tokenizer, text, self.limit - 1)
+    def force(self, text: str, encoded: Float[Tensor, "N D"]) -> Generated:
+        """Tokenize a text as the model would generate it: leading special tokens are kept only if the model itself
+        begins with the first of them. Raises TextError, ModelError."""
+        tokens, warnings = tokenize(self.tokenizer, text, self.limit)
+        if not tokens.special[-1]:  # the tokenizer adds no end token: leave room for it
+            tokens, warnings = tokenize(self.tokenizer, text, self.limit - 1)
         before, after = tokens.visible[0], tokens.visible[-1] + 1
         if before:
             start = torch.tensor([[self.start]], device=encoded.device)
@@ -63,14 +64,14 @@ class TextGenerator:
         )
 
     def named(self, tokens: TokenizedText, span: Span) -> Span:
-        """The span with the id of the token that is asked for in its place. Raises TextError."""
+        """The span with the id of its `token`, the one explained at its position. Raises TextError."""
         if not span.token or span.token_id is not None:
             return span
         return replace(span, token_id=self.token_id(span.token, tokens.ids[span.positions[0]]))
 
     def token_id(self, name: str, place: int) -> int:
-        """The id of the one token that is called `name`, in the form it has where token `place` stands: with a blank
-        before it or without. Raises TextError where it is several, with their names."""
+        """The id of the token `name`, with a leading blank if the token with the id `place`, at whose position it is
+        scored, has one, else without. Raises TextError if `name` is no single token, naming its tokens."""
         tokenizer, name = self.tokenizer, " " if name == BLANK else name
         begins = str(tokenizer.convert_ids_to_tokens(place)).startswith(("\u0120", "\u2581"))
         unknown = tokenizer.unk_token_id
@@ -87,14 +88,14 @@ class TextGenerator:
         raise TextError(f"{name!r} is {len(pieces)} tokens of this model ({', '.join(map(repr, pieces))}): ask for one")
 
     def label_of(self, token: int) -> str:
-        """What a token looks like."""
+        """The text of a token, see `label_of`."""
         return label_of(self.tokenizer, token)
 
     @property
     def start(self) -> int:
-        """The token that the decoder starts with. Raises ModelError where the checkpoint names none."""
+        """Id of the token that the decoder starts with. Raises ModelError if the checkpoint names none."""
         config, generation = self.model.config, self.model.generation_config
-        asked = (
+        candidates = (
             generation.decoder_start_token_id,
             getattr(config, "decoder_start_token_id", None),
             getattr(config.decoder, "decoder_start_token_id", None),
@@ -102,75 +103,75 @@ class TextGenerator:
             getattr(config.decoder, "bos_token_id", None),
             self.tokenizer.cls_token_id,
         )
-        found = next((i for i in asked if i is not None), None)
+        found = next((i for i in candidates if i is not None), None)
         if found is None:
-            raise ModelError("the checkpoint does not say with which token its decoder starts (decoder_start_token_id)")
+            raise ModelError("the checkpoint does not name the token its decoder starts with (decoder_start_token_id)")
         return int(found)
 
     @property
     def end(self) -> int:
-        """The token that ends a text. Raises ModelError where there is none."""
-        asked = (
+        """Id of the token that ends a text. Raises ModelError if there is none."""
+        candidates = (
             *_as_list(self.model.generation_config.eos_token_id),
             self.tokenizer.eos_token_id,
             self.tokenizer.sep_token_id,
         )
-        found = next((i for i in asked if i is not None), None)
+        found = next((i for i in candidates if i is not None), None)
         if found is None:
-            raise ModelError("this model has no end token: a text cannot be forced on it")
+            raise ModelError("this model has no end token: it cannot be forced to a given text")
         return int(found)
 
     @property
     def pad(self) -> int:
-        """What fills the rows behind a text's end; nothing reads them."""
+        """Id of the token that pads a text; no score depends on it."""
         return self.start if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
 
     @property
     def limit(self) -> int:
-        """The most tokens that the decoder can write."""
+        """Maximum number of tokens that the decoder can generate."""
         return int(self.model.config.decoder.max_position_embeddings)
 
-    def _written(self, row: list[int], ends: set[int]) -> Written:
+    def _generated(self, row: list[int], ends: set[int]) -> Generated:
         end = next((i for i, token in enumerate(row) if token in ends), None)
         tokens, warnings = tokens_of(self.tokenizer, row if end is None else row[: end + 1]), []
         if end is None:
             tokens = replace(tokens, stopped=True)
-            more = "it can write no more" if len(tokens) >= self.limit else "--max-length allows more"
+            more = "it can generate no more" if len(tokens) >= self.limit else "--max-length allows more"
             warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
         if not tokens.text.strip():
-            warnings.append("the model read no text in this picture")
+            warnings.append("the model generated no text for this image")
         return tokens, tuple(warnings)
 
-    def _generation(self, how: Generate) -> Any:
-        """The checkpoint's own settings of generation, never sampling, with the limits that were asked for."""
+    def _generation_config(self, settings: Generate) -> Any:
+        """The checkpoint's own generation config without sampling, with the beams and length of `settings`."""
         config = copy.deepcopy(self.model.generation_config)
         config.do_sample = False
         config.temperature = config.top_k = config.top_p = None
         config.num_return_sequences = 1
         config.decoder_start_token_id = self.start
-        if how.beams is not None:
-            config.num_beams = how.beams
+        if settings.beams is not None:
+            config.num_beams = settings.beams
         if config.num_beams in (None, 1):
             config.early_stopping = config.length_penalty = None
-        if how.max_length is not None:
-            config.max_new_tokens, config.max_length = min(how.max_length, self.limit), None
+        if settings.max_length is not None:
+            config.max_new_tokens, config.max_length = min(settings.max_length, self.limit), None
         elif config.max_new_tokens is None and config.max_length in UNSET:
             config.max_new_tokens, config.max_length = min(MOST_TOKENS, self.limit), None
         return config
 
 
 def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
-    """Tokens of ids that were written one by one, which need not be those the tokenizer would make of the text.
+    """Tokenized text of generated ids, which the tokenizer need not return for the same text.
 
-    A token stands for the characters by which it makes the decoded text longer; bytes that are no sign by themselves
-    share the sign that they make together.
+    The offsets of a token are the characters by which it makes the decoded text longer. Byte tokens that only together
+    make a character share its offsets.
     """
     ids = list(ids)
     frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - frame)
 
     def decoded(count: int) -> str:
-        # Not `skip_special_tokens`: a sign that the model could not name is part of what it read.
+        # Not `skip_special_tokens`: an unknown token stands for a character of the text.
         return str(tokenizer.decode([i for i in ids[:count] if i not in hidden]))
 
     whole = decoded(len(ids))
@@ -183,7 +184,7 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
     offsets: list[tuple[int, int]] = []
     for i, flag in enumerate(special):
         start, end = reach[i], reach[i + 1]
-        if start == end and not flag:  # a part of a sign: as far as the sign goes
+        if start == end and not flag:  # a byte of a character: to the character's end
             end = next((r for r in reach[i + 1 :] if r > start), start)
         blanks = len(whole[start:end]) - len(whole[start:end].lstrip())
         start += blanks if blanks < end - start else 0
@@ -194,7 +195,7 @@ def tokens_of(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
 
 
 def label_of(tokenizer: Any, token: int) -> str:
-    """What a token looks like: its text, or its name where it is no text by itself."""
+    """The text of a token, or its name in the vocabulary if it decodes to no text."""
     text = tokenizer.decode([token])
     return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text.strip() or " "
 

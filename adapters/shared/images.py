@@ -51,7 +51,7 @@ def prepare_images(
     if len({tensor.shape for tensor in tensors}) > 1:
         shapes = ", ".join("x".join(map(str, tensor.shape[-2:])) for tensor in tensors)
         what = "the image processor" if isinstance(processor, BaseImageProcessor) else "preprocess"
-        raise ModelError(f"{what} gives inputs of different sizes ({shapes}): use batch_size=1")
+        raise ModelError(f"{what} returns inputs of different sizes ({shapes}): use batch_size=1")
     pixel_values = torch.stack(tensors).to(adapter.device, adapter.dtype)
     height, width = (int(n) for n in pixel_values.shape[-2:])
     rows, columns, size = _grid(height, width, patch)
@@ -98,7 +98,7 @@ def _warnings(adapter: Adapter, image: Picture, geometry: Geometry) -> list[str]
     warnings = []
     if geometry.seen_fraction < SEEN_ENOUGH:
         share = f"{geometry.seen_fraction:.0%}" if geometry.seen_fraction >= 0.01 else "less than 1%"
-        warnings.append(f"the model saw {share} of the picture; the rest is unseen, not irrelevant")
+        warnings.append(f"the model saw {share} of the image; the rest is unseen, not irrelevant")
     world = getattr(getattr(adapter.model, "config", None), "demo_world", None)
     if isinstance(world, Mapping) and not is_demo(image.path, world["images"]):
         warnings.append(world["advice"])

@@ -1,15 +1,14 @@
-"""The last attention block from one row per target onwards, with one shift per target of all patches: what Grad-CAM
-needs, at the price of a few query rows.
+"""Pooled gradients at the last attention block, at the cost of a few query rows.
 
-Only some rows of the last block are read (a CLS, a text token), so only those queries are computed; a shift of all
-patches enters through the keys and values alone. With X the input of the attention, a shift d of its patches moves
-every patch's key by W_k d, so its logit by <q, W_k d>, and the read-out by (sum of patch weights) W_v d. A shift of the
-block's input H passes the layer norm first; to first order (all that a gradient at zero sees) patch p then moves by
+A score depends on a few rows of the last block only (a CLS, a text token), so only those queries are computed; a shift
+of all patches enters through the keys and values. With X the input of the attention, a shift d of its patches moves
+every patch's key by W_k d, so its logit by <q, W_k d>, and the attention output by (sum of patch weights) W_v d. A
+shift of the block's input H passes the layer norm first; to first order (exact for a gradient at zero) patch p moves by
 
     (g * (d - mean d) - r_p xhat_p g) / sigma_p,   r_p = <xhat_p, d> / D,
 
-xhat_p the normalised patch, g the norm's weight. Under the `layernorm` rule sigma counts as constant and r_p is zero.
-Held against the slow way by the contract tests.
+xhat_p the normalised patch, g the norm's weight. Under the `layernorm` rule sigma is a constant and r_p is zero.
+The contract tests compare the results with the slow path.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from grounding.adapter.layernorm import layernorm
 
 @dataclass(frozen=True, eq=False)
 class LastBlock:
-    """A pre-norm block by its parts, whatever a family calls them: two norms, four projections, the MLP.
+    """The parts of a pre-norm attention block: two norms, four projections, the MLP.
 
-    `parts` is all that is recomputed, of the block and behind it: what stands there may be anything (a user's own
-    wrapper of a projection), and only where all of it `is_unmodified` is the rest used. `rule` is None or "layernorm".
+    `parts` are all modules that are recomputed, in the block and after it. They may be anything (a user's own wrapper
+    of a projection): use the block only if `is_unmodified`. `rule` is None or "layernorm".
     """
 
     before: Any
@@ -48,24 +47,28 @@ class LastBlock:
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether the parts that are recomputed are the family's own, with nothing attached to them."""
+        """Whether all recomputed modules are of the library's own classes, without hooks or wrappers."""
         return all(is_unmodified(part) for part in self.parts)
 
     def rows(
         self,
         hidden: Float[Tensor, "N D"],
-        places: Int[Tensor, "k"],
+        positions: Int[Tensor, "k"],
         shift: Float[Tensor, "k D"],
         patch: Float[Tensor, "N"],
         *,
         before_norm: bool,
         kept: Bool[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "k D"]:
-        """The block's output at the row `places[k]`, with shift k added to all patches (`patch`: 1 there, else 0) of
-        the block's input (`before_norm`) or of its attention's input; `hidden` is the block's input, `kept` the tokens
-        that are no padding. Right to first order in the shifts, at rows that are no patches."""
+        """Output rows of the block at `positions`, with shift i added to all patches for row i.
+
+        `hidden` is the block's input, `patch` is 1 at patches and 0 elsewhere, `kept` marks tokens that are no padding.
+        The shift is added to the block's input (`before_norm`) or to its attention's input. Right to first order in the
+        shifts, at rows that are no patches.
+        """
         inside = self.before(hidden)  # (N, D)
-        query = self._heads(self.query(inside[places])) * (self.query.out_features // self.heads) ** -0.5  # (H, k, d)
+        query = self._heads(self.query(inside[positions]))  # (H, k, d)
+        query = query * (self.query.out_features // self.heads) ** -0.5
         keys, values = self._heads(self.key(inside)), self._heads(self.value(inside))  # (H, N, d)
         if before_norm:
             patch, moved = self._through_norm(hidden, inside, shift, patch)
@@ -76,7 +79,7 @@ class LastBlock:
             logits = logits.masked_fill(~kept, -torch.inf)
         weights = logits.softmax(-1)  # (k, H, N)
         read = einsum(weights, values, "k h n, h n d -> k h d") + self._value_shift(weights.detach() * patch, moved)
-        row = hidden[places] + self.out(rearrange(read, "k h d -> k (h d)"))
+        row = hidden[positions] + self.out(rearrange(read, "k h d -> k (h d)"))
         return row + self.mlp(self.norm(self.after, row))
 
     def pooled_gradients(
@@ -114,7 +117,7 @@ class LastBlock:
     def _through_norm(
         self, hidden: Tensor, inside: Tensor, shift: Tensor, patch: Tensor
     ) -> tuple[Float[Tensor, "N"], _Moved]:
-        """The shift as it comes out of the first layer norm: the patch mask over sigma, and the moved part."""
+        """The shift after the first layer norm: the patch mask over sigma, and the moved part."""
         norm = self.before
         # Squares of half-precision features overflow.
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -148,7 +151,7 @@ class LastBlock:
 
 
 def patch_mask(hidden: Float[Tensor, "R N D"], first: int, count: int) -> Float[Tensor, "N"]:
-    """1 at the `count` patches of a sequence, of which `first` is the first, 0 at its other tokens."""
+    """1 at the `count` patches of a sequence, starting at position `first`, 0 at its other tokens."""
     patch = hidden.new_zeros(hidden.shape[1])
     patch[first : first + count] = 1
     return patch
@@ -156,7 +159,7 @@ def patch_mask(hidden: Float[Tensor, "R N D"], first: int, count: int) -> Float[
 
 @dataclass(frozen=True, eq=False)
 class _Moved:
-    """A shift behind the first norm: `shift` (k, D) for every patch, less `along` (N, k) x `direction` (N, D)."""
+    """A shift after the first norm: `shift` (k, D) at every patch, minus `along` (N, k) x `direction` (N, D)."""
 
     shift: Tensor
     along: Tensor | None

@@ -1,8 +1,8 @@
-"""The geometry of an image processor, read from its settings; measured where its steps are not known.
+"""Geometry of an image processor: computed from its settings, or measured if its steps are unknown.
 
-A processor is judged by what it does: one that overrides none of the steps of the transformers back ends follows the
-common order (resize, centre crop, pad). The families in `FAMILIES` have steps of their own, rewritten here with the
-same rounding. Everything else goes to `probe.measure_geometry`. Nothing here imports transformers.
+A processor that overrides none of the steps of the transformers back ends follows the common order (resize, centre
+crop, pad). The families in `FAMILIES` have steps of their own, rewritten here with the same rounding. The geometry of
+all others is measured by `measure_geometry`. Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grounding.adapter.geometry_probe import measure_geometry
 from grounding.core.errors import ModelError, ProbeError
 from grounding.core.geometry import Geometry
 
-# Whoever overrides one of these has a geometry of its own.
+# A processor that overrides one of these methods has a geometry of its own.
 STEPS = (
     "__call__",
     "preprocess",
@@ -27,13 +27,13 @@ STEPS = (
     "center_crop",
     "pad",
 )
-# How far a measured edge may be off, in pixels of the coarser frame; see `measure_geometry`.
+# Maximum error of a measured edge, in pixels of the coarser frame; see `measure_geometry`.
 EXACT = 0.1
 COMMON_MODULES = frozenset({"transformers.image_processing_backends", "transformers.image_processing_utils"})
 
 
 class ProcessorError(ModelError):
-    """An image processor whose settings or answers cannot be brought back to the picture."""
+    """An image processor whose settings or output no geometry describes."""
 
 
 def geometry_of(
@@ -44,20 +44,19 @@ def geometry_of(
     grid: tuple[int, int] | None = None,
     mode: str = "RGB",
 ) -> Geometry:
-    """How `processor` maps a picture of width x height pixels to the model input, without running it where possible.
+    """The geometry from an image of width x height pixels to the model input, without running `processor` if possible.
 
     Parameters
     ----------
     processor: a Hugging Face image processor, a processor that holds one (`.image_processor`), or any callable that
-        turns a PIL picture into pixel values (see `measure_geometry`).
-    input_size: (height, width) of the tensor that the model really got. Where a batch was padded to its largest
-        picture (at the right and the bottom, as transformers does), the geometry is extended to it.
+        turns a PIL image into pixel values (see `measure_geometry`).
+    input_size: (height, width) of the model's input tensor. If a batch was padded to its largest image (at the right
+        and the bottom, as transformers does), the geometry is extended to it.
     grid: (rows, columns) of the patches; else `Geometry.with_grid` sets it later.
-    mode: of the PIL pictures that a callable takes, "RGB" or "L".
+    mode: of the PIL images that a callable takes, "RGB" or "L".
 
-    Raises ProcessorError where the settings make no sense, turn the picture, or contradict `input_size`; ProbeError
-    where the processor is unknown and its answers fit no axis-aligned affine map; GeometryError where a crop is
-    followed by padding.
+    Raises ProcessorError if the settings are invalid, rotate the image, or contradict `input_size`; ProbeError if the
+    processor is unknown and its output fits no axis-aligned affine map; GeometryError if padding follows a crop.
     """
     processor = getattr(processor, "image_processor", None) or processor
     steps = known_steps(processor)
@@ -71,7 +70,7 @@ def geometry_of(
 
 
 def known_steps(processor: Any) -> Callable[[Any, Geometry], Geometry] | None:
-    """The function that follows this processor's steps on a `Geometry`, or None where they are not known."""
+    """The function that applies this processor's steps to a `Geometry`, or None if they are unknown."""
     functions = [getattr(type(processor), step, None) for step in STEPS]
     modules = {getattr(function, "__module__", "") for function in functions} - COMMON_MODULES
     if not modules:
@@ -92,22 +91,22 @@ def _common(processor: Any, geometry: Geometry) -> Geometry:
         width, height = _sides(processor.pad_size, "height", "width")[::-1]
         if width < geometry.input_width or height < geometry.input_height:
             raise ProcessorError(
-                f"pad_size {width} x {height} is smaller than the picture {geometry.input_width} x "
-                f"{geometry.input_height} that it should hold"
+                f"pad_size {width} x {height} is smaller than the image of {geometry.input_width} x "
+                f"{geometry.input_height} to pad"
             )
         geometry = geometry.cropped(0, 0, width, height)
     return geometry
 
 
 def _resize_and_crop(processor: Any, geometry: Geometry) -> Geometry:
-    """Resize, centre crop; FLAVA ignores `do_pad`."""
+    """Resize, centre crop. FLAVA ignores `do_pad`."""
     if processor.do_resize:
         geometry = geometry.resized(*_new_size(processor.size, geometry.input_width, geometry.input_height))
     return _center_crop(processor, geometry)
 
 
 def _convnext(processor: Any, geometry: Geometry) -> Geometry:
-    """Shortest edge / crop_pct, then a centre crop; from 384 on a squash."""
+    """Resize the shorter side to edge / crop_pct, then centre crop; from edge 384 on resize to a square."""
     if processor.do_resize:
         (edge,) = _sides(processor.size, "shortest_edge")
         if edge < 384:
@@ -120,12 +119,12 @@ def _convnext(processor: Any, geometry: Geometry) -> Geometry:
 
 
 def _donut(processor: Any, geometry: Geometry) -> Geometry:
-    """Shortest edge to the smaller side of `size`, down to fit into `size`, then pad around the middle."""
+    """Resize the shorter side to that of `size`, shrink to fit into `size`, then pad around the middle."""
     size_height, size_width = _sides(processor.size, "height", "width")
-    lies, size_lies = _lies(geometry.input_width, geometry.input_height), _lies(size_width, size_height)
-    if processor.do_align_long_axis and lies * size_lies < 0:
+    landscape, size_landscape = geometry.input_width - geometry.input_height, size_width - size_height
+    if processor.do_align_long_axis and landscape * size_landscape < 0:
         raise ProcessorError(
-            f"do_align_long_axis turns this {geometry.width} x {geometry.height} picture by 90 degrees; "
+            f"do_align_long_axis turns this {geometry.width} x {geometry.height} image by 90 degrees; "
             "load the processor with do_align_long_axis=False"
         )
     if processor.do_resize:
@@ -140,7 +139,7 @@ def _donut(processor: Any, geometry: Geometry) -> Geometry:
 
 
 def _llava(processor: Any, geometry: Geometry) -> Geometry:
-    """Pad to a square around the middle first, where asked to, then the common steps."""
+    """Pad to a square around the middle if `do_pad`, then resize and centre crop."""
     if processor.do_pad:
         width, height = geometry.input_width, geometry.input_height
         side = max(width, height)
@@ -149,7 +148,7 @@ def _llava(processor: Any, geometry: Geometry) -> Geometry:
 
 
 def _vilt(processor: Any, geometry: Geometry) -> Geometry:
-    """Shortest edge with a limit on the longer one, both sides rounded down to multiples of `size_divisor`."""
+    """Resize the shorter side, with a limit on the longer; both rounded down to multiples of `size_divisor`."""
     if not processor.do_resize:
         return geometry
     (shorter,) = _sides(processor.size, "shortest_edge")
@@ -189,15 +188,15 @@ def _cut_centre(geometry: Geometry, width: int, height: int, backend: str) -> Ge
 
 
 def _centre_offset(size: int, crop: int, backend: str) -> int:
-    """Start of a centre crop. A crop larger than the picture pads; an odd rest goes to the left with the PIL back end
-    and to the right with the torchvision one."""
+    """Start of a centre crop. A crop larger than the image pads; an odd remainder goes to the left with the PIL back
+    end and to the right with the torchvision one."""
     if crop > size and backend == "torchvision":
         return -((crop - size) // 2)
     return (size - crop) // 2
 
 
 def _new_size(size: Any, width: int, height: int) -> tuple[int, int]:
-    """(width, height) after the back ends' resize, which looks for the forms of `size` in this order."""
+    """(width, height) after the back ends' resize, which tries the forms of `size` in this order."""
     if size.get("shortest_edge") and size.get("longest_edge"):
         return _shortest_with_limit(size["shortest_edge"], size["longest_edge"], width, height)
     if size.get("shortest_edge"):
@@ -207,18 +206,18 @@ def _new_size(size: Any, width: int, height: int) -> tuple[int, int]:
         return int(width * factor), int(height * factor)
     if size.get("height") and size.get("width"):
         return size["width"], size["height"]
-    raise ProcessorError(f"the processor's size {dict(size)} has no form that its resize understands")
+    raise ProcessorError(f"the processor's size {dict(size)} has no form that its resize accepts")
 
 
 def _shortest(short: int, width: int, height: int) -> tuple[int, int]:
-    """(width, height) with the shorter side `short`; the longer one is rounded down."""
+    """(width, height) with the shorter side `short`, the longer one rounded down."""
     if width <= height:
         return short, int(short * height / width)
     return int(short * width / height), short
 
 
 def _shortest_with_limit(short: int, limit: int, width: int, height: int) -> tuple[int, int]:
-    """(width, height) with the shorter side `short`, or less where the longer side would pass `limit`."""
+    """(width, height) with the shorter side `short`, or less if the longer side would exceed `limit`."""
     exact: float = short
     if max(width, height) / min(width, height) * short > limit:
         exact = limit * min(width, height) / max(width, height)
@@ -231,7 +230,7 @@ def _shortest_with_limit(short: int, limit: int, width: int, height: int) -> tup
 
 
 def _thumbnail(width: int, height: int, size_width: int, size_height: int) -> tuple[int, int]:
-    """(width, height) of a picture that is only ever made smaller, as Donut does it."""
+    """(width, height) of an image shrunk to fit into a size, never enlarged, with Donut's rounding."""
     new_width, new_height = min(width, size_width), min(height, size_height)
     if (new_width, new_height) == (width, height):
         return width, height
@@ -245,13 +244,8 @@ def _thumbnail(width: int, height: int, size_width: int, size_height: int) -> tu
 def _sides(size: Any, *names: str) -> tuple[int, ...]:
     found = tuple(int((size or {}).get(name) or 0) for name in names)
     if not all(found):
-        raise ProcessorError(f"the processor's size {dict(size or {})} lacks {' and '.join(names)}")
+        raise ProcessorError(f"the processor's size {dict(size or {})} has no {' or '.join(names)}")
     return found
-
-
-def _lies(width: int, height: int) -> int:
-    """Above 0 for landscape, below 0 for portrait, 0 for a square."""
-    return width - height
 
 
 def _size(geometry: Geometry) -> tuple[int, int]:
@@ -262,7 +256,7 @@ def _size(geometry: Geometry) -> tuple[int, int]:
 
 
 def _on_canvas(geometry: Geometry, input_size: tuple[int, int], pads: bool) -> Geometry:
-    """The geometry on a tensor of this (height, width): the same, or padded at the right and the bottom."""
+    """The geometry for a tensor of this (height, width): the same, or padded at the right and the bottom."""
     height, width = input_size
     if (width, height) == _size(geometry):
         return geometry
@@ -270,12 +264,12 @@ def _on_canvas(geometry: Geometry, input_size: tuple[int, int], pads: bool) -> G
         return geometry.cropped(0, 0, width, height)
     raise ProcessorError(
         f"the model got {width} x {height} pixels, but its processor makes {geometry.input_width} x "
-        f"{geometry.input_height} of a {geometry.width} x {geometry.height} picture"
+        f"{geometry.input_height} of a {geometry.width} x {geometry.height} image"
     )
 
 
 def _snapped(measured: Geometry) -> Geometry:
-    """A measured axis that shows the whole picture, as nearly as can be measured, shows the whole of it."""
+    """Snap each axis that covers the whole image within the measurement error to cover exactly the whole image."""
     scale, offset = list(measured.scale), list(measured.offset)
     for axis, (size, pixels) in enumerate(zip((measured.width, measured.height), _size(measured), strict=True)):
         start, end = offset[axis], offset[axis] + size * scale[axis]
@@ -285,7 +279,7 @@ def _snapped(measured: Geometry) -> Geometry:
 
 
 def _plain_callable(processor: Any) -> Callable[[Any], Any]:
-    """PIL picture -> pixel values; a Hugging Face processor needs to be asked for tensors."""
+    """A callable PIL image -> pixel values; a Hugging Face processor is called with `return_tensors`."""
     if hasattr(processor, "model_input_names"):
         return lambda image: processor(images=image, return_tensors="np")
     if not callable(processor):

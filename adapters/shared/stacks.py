@@ -1,4 +1,4 @@
-"""What vision transformers have in common: their stack is found in the model, not hard-coded."""
+"""Find the attention stacks of transformer encoders and decoders in a model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from torch import nn
 from grounding.adapter.structure import Stack
 from grounding.core.errors import ModelError
 
-# What enters a block's attention, and what computes its weights, by the names the families give them.
+# Paths below an encoder block: the norm before its attention, and the module that computes the attention weights.
 _INPUTS = ("layer_norm1", "layernorm_before", "norm1")
 _ATTENTION = ("self_attn", "attention.attention", "attention")
+# Paths below a decoder block of TrOCR and BART; BERT and RoBERTa; GPT-2: self-attention and cross-attention.
+_SELF = ("self_attn", "attention.self", "attn")
+_CROSS = ("encoder_attn", "crossattention.self", "crossattention")
 
 
 def find_stack(model: nn.Module, prefix: str) -> Stack:
-    """The attention blocks below `prefix`: the longest ModuleList there. Raises ModelError where there is none."""
+    """The attention blocks below `prefix`, the longest ModuleList there. Raises ModelError if there are none."""
     lists = {
         path: module
         for path, module in model.get_submodule(prefix).named_modules(prefix=prefix)
@@ -31,32 +34,20 @@ def find_stack(model: nn.Module, prefix: str) -> Stack:
     )
 
 
-def _child(block: nn.Module, names: tuple[str, ...]) -> str | None:
-    known = dict(block.named_modules())
-    return next((name for name in names if name in known), None)
-
-
-# Paths below a block, by the names the families give them: TrOCR and BART; BERT and RoBERTa; GPT-2.
-_AMONG = ("self_attn", "attention.self", "attn")
-
-
-_ACROSS = ("encoder_attn", "crossattention.self", "crossattention")
-
-
 def decoder_stacks(model: nn.Module, prefix: str) -> dict[str, Stack]:
-    """The stacks `decoder` and `cross` below `prefix`. Raises ModelError where there are no such blocks."""
+    """The stacks `decoder` and `cross` below `prefix`. Raises ModelError if there are no such blocks."""
     for path, module in model.get_submodule(prefix).named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module):
-            among, across = _below(module[0], _AMONG), _below(module[0], _ACROSS)
-            if among and across:
+            own, cross = _child(module[0], _SELF), _child(module[0], _CROSS)
+            if own and cross:
                 blocks = tuple(f"{path}.{i}" for i in range(len(module)))
                 return {
-                    "decoder": Stack(blocks, attention=tuple(f"{b}.{among}" for b in blocks)),
-                    "cross": Stack(blocks, attention=tuple(f"{b}.{across}" for b in blocks)),
+                    "decoder": Stack(blocks, attention=tuple(f"{block}.{own}" for block in blocks)),
+                    "cross": Stack(blocks, attention=tuple(f"{block}.{cross}" for block in blocks)),
                 }
     raise ModelError(f"{type(model).__name__}.{prefix} has no blocks with cross-attention that could be recorded")
 
 
-def _below(block: nn.Module, paths: tuple[str, ...]) -> str | None:
+def _child(block: nn.Module, paths: tuple[str, ...]) -> str | None:
     known = dict(block.named_modules())
     return next((path for path in paths if path in known), None)

@@ -1,4 +1,4 @@
-"""What dual encoders have in common: a text is one direction in the joint embedding, and so is every part of it."""
+"""Texts of dual encoders: tokenization, and one direction of the joint embedding for each text or part of a text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adapters.shared.tokenization import pad, tokenise
+from adapters.shared.tokenization import pad, tokenize
 from grounding.adapter.inputs import Inputs
 from grounding.core.text import Asked, Span, TokenizedText, check_text
 
 Flat = Sequence[tuple[int, Span]]
 
 
-def read_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]], limit: int, pad_id: int) -> Inputs:
-    """The inputs with the texts of each picture: token ids and mask (T, L), padded to the longest text."""
-    found = [tokenise(tokenizer, check_text(text), limit) for own in texts for text in own]
+def prepare_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]], limit: int, pad_id: int) -> Inputs:
+    """Add the texts of each image to the inputs: token ids and mask (T, L), padded to the longest text.
+
+    A text of more than `limit` tokens is truncated, with a warning. Raises TextError.
+    """
+    found = [tokenize(tokenizer, check_text(text), limit) for own in texts for text in own]
     ids, mask = pad([tokens.ids for tokens, _ in found], pad_id, inputs.tensors["pixel_values"].device)
     return replace(
         inputs,
@@ -38,8 +41,8 @@ def text_directions(
     alone: Callable[[Flat], Float[Tensor, "k E"]],
     left_out: Callable[[Flat], Float[Tensor, "k E"]],
 ) -> Float[Tensor, "K E"]:
-    """One direction per (text, span): of the whole text, of the span as a text of its own (`alone`), or what the text's
-    direction loses without it (`left_out`)."""
+    """One direction per (text, span): embedding of the whole text, of the span as a text of its own (`alone`), or the
+    whole text's embedding minus the one with the span masked (`left_out`)."""
     seeds = torch.empty(len(flat), whole.shape[1], dtype=whole.dtype, device=whole.device)
     groups: dict[str, list[int]] = {"whole": [], "alone": [], "left out": []}
     for k, (_, span) in enumerate(flat):
@@ -51,21 +54,21 @@ def text_directions(
 
 
 def scored_as(span: Span, token_target: str | None) -> str:
-    """How a span of a caption is scored: `whole`, `alone` or `left out`."""
+    """How to score a span of a caption: `whole`, `alone` or `left out`."""
     if span.kind == "caption":
         return "whole"
     return "alone" if span.alone or token_target == "alone" else "left out"
 
 
 def span_ids(tokens: TokenizedText, span: Span) -> list[int]:
-    """The ids of a span as a text of its own: its tokens between the caption's special tokens."""
+    """Token ids of a span as a text of its own: its tokens between the caption's special tokens."""
     first, last = tokens.visible[0], tokens.visible[-1]
     return [*tokens.ids[:first], *(tokens.ids[i] for i in span.positions), *tokens.ids[last + 1 :]]
 
 
 def mask_without(mask: Int[Tensor, "T L"], flat: Flat) -> Int[Tensor, "k L"]:
-    """The masks of the texts with each span's tokens hidden."""
-    made = mask[[t for t, _ in flat]].clone()
+    """Attention masks of the texts with each span's tokens masked."""
+    masks = mask[[t for t, _ in flat]].clone()
     for row, (_, span) in enumerate(flat):
-        made[row, list(span.positions)] = 0
-    return made
+        masks[row, list(span.positions)] = 0
+    return masks

@@ -1,4 +1,4 @@
-"""Whether a module is what its family made it, so that a shortcut may compute its parts in its place."""
+"""Check that a module is unmodified (no hooks, wrappers, quantised layers), so that a fast path may recompute it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ LIBRARY = ("transformers.models.", "transformers.activations")
 
 
 def is_unmodified(module: nn.Module) -> bool:
-    """No foreign parts (fine-tuning, quantisation), no `forward` in place of a part's own (as offloading puts), and no
-    hooks but those of transformers, which only look."""
+    """Whether all submodules are of known classes (none of fine-tuning or quantisation), without hooks or wrappers."""
     return all(
         (type(part) in OWN or type(part).__module__.startswith(LIBRARY)) and has_no_hooks(part)
         for part in module.modules()
@@ -18,13 +17,14 @@ def is_unmodified(module: nn.Module) -> bool:
 
 
 def parents_unmodified(model: nn.Module, *paths: str) -> bool:
-    """Whether nothing is attached to any module that the modules at these paths lie in: a shortcut skips those."""
+    """Whether all parents of the modules at these paths `has_no_hooks`: a fast path does not run them."""
     outer = {path.rsplit(".", depth)[0] for path in paths for depth in range(1, path.count(".") + 1)}
     return has_no_hooks(model) and all(has_no_hooks(model.get_submodule(path)) for path in outer)
 
 
 def has_no_hooks(part: nn.Module) -> bool:
-    """Whether no `forward` was put in place of the part's own, and it has no hooks but those of transformers."""
+    """Whether a module has its class's `forward` (offloading replaces it) and no hooks but those of transformers, which
+    only record."""
     hooks = (
         *part._forward_hooks.values(),
         *part._forward_pre_hooks.values(),

@@ -1,4 +1,4 @@
-"""TrOCR and similar encoder-decoders."""
+"""Adapter for TrOCR and other `VisionEncoderDecoderModel`s."""
 
 from adapters.trocr.adapter import TrOcrAdapter
 

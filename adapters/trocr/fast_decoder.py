@@ -1,26 +1,26 @@
-"""Grad-CAM of every token that a TrOCR wrote, from one decoder graph: exact, at the price of a few decoder passes.
+"""Exact pooled gradients of all tokens of a TrOCR text from one decoder graph, at the cost of a few decoder passes.
 
-Grad-CAM needs d logit / d (one shift added to all patches). The decoder sees the encoder through the keys and values of
-its cross-attention alone, so a shift d of all patches only adds W_k d to every patch's key and W_v d to its value: with
-u = W_k d and v = W_v d per head, m the mask of patches, q a query and P the attention weights,
+Grad-CAM needs d logit / d (one shift added to all patches). The decoder depends on the encoder only through the keys
+and values of its cross-attention, so a shift d of all patches adds W_k d to every patch's key and W_v d to its value:
+with u = W_k d and v = W_v d per head, m the mask of patches, q a query and P the attention weights,
 
     scores  += (q u) m        output += (P m) v
 
-and what a backward pass has to carry is a gradient at u and v (H, d) per block, not at all N keys and values.
-A tap before the encoder's final LayerNorm is linearised through it (all that a gradient at zero sees): patch i moves by
+and a backward pass needs a gradient at u and v (H, d) per block, not at all N keys and values.
+A layer before the encoder's final LayerNorm is linearised through it (exact for a gradient at zero): patch i moves by
 
     (g * (d - mean d) - r_i xhat_i g) / sigma_i,    r_i = <xhat_i, d> / D,
 
 so that m becomes m / sigma and a third leaf r (N,) joins u and v: scores -= (q Khat_i) r_i m_i / sigma_i with Khat_i
-the key without its bias terms, and the like for the values. Under the `layernorm` rule sigma counts as constant and r
-falls away.
+the key without its bias terms, and likewise for the values. Under the `layernorm` rule sigma is a constant and there
+is no r.
 
-Rows of the decoder are computed in segments, keys and values of earlier ones kept on the graph: the gradient of a token
-never runs through rows behind its own segment. The tokens of a segment share one backward, batched over their
-directions (`torch.func.vmap`), in which `_ReadBack` joins them to the rows of one product with the picture's keys or
-values. There sum_i P_i dP_i is the gradient times what was read, and q Khat_i is a score less a constant: no product
-with the Khat is needed. The gradient starts at the decoder's last state with the token's own row of the output matrix,
-so that no (rows x vocabulary) gradient is ever made. Held against the slow way by the contract tests.
+Decoder rows are computed in segments, with the keys and values of earlier segments on the graph: the backward pass of a
+token runs through no later segment. The tokens of a segment share one backward pass, batched over their directions
+(`torch.func.vmap`), in which `_ReadBack` stacks them as rows of one product with the image's keys or values. There
+sum_i P_i dP_i is the gradient times the attention output, and q Khat_i is a score minus a constant: no product with the
+Khat is needed. The gradient starts at the decoder's last state with the token's own row of the output matrix, so no
+(rows x vocabulary) gradient is computed. The contract tests compare the result with the slow path.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from transformers import TrOCRForCausalLM
 from adapters.shared.unmodified import is_unmodified
 from grounding.adapter.layernorm import layernorm
 
-# Rows of the decoder per segment: more make longer detours, fewer make more passes.
+# Rows of the decoder per segment: more lengthen each backward pass, fewer need more of them.
 SEGMENT = 10
 
 
 @dataclass(frozen=True, eq=False)
 class _Memory:
-    """The picture in one block: keys and values (H, N, d), m (N,), and of keys and values what r leaves as it is
-    (H, 1, d), none where r does not count."""
+    """The image in one block: keys and values (H, N, d), m (N,), and the part of keys and values that r does not change
+    (H, 1, d); None without r."""
 
     keys: Tensor
     values: Tensor
@@ -55,7 +55,7 @@ class _Memory:
 
 
 class _Read(torch.autograd.Function):
-    """What queries (H, q, d) read of a picture; gradients at the shifts u, v and r too, which are zero."""
+    """Attention of queries (H, q, d) on the image, with gradients also at the shifts u, v and r, which are zero."""
 
     @staticmethod
     def forward(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,16 +67,16 @@ class _Read(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        ctx.seen = inputs[0].detach(), *(t.detach() for t in outputs), inputs[-1]
+        ctx.recorded = inputs[0].detach(), *(t.detach() for t in outputs), inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        query, u, v, *r = _ReadBack.apply(gradient, *ctx.seen)
+        query, u, v, *r = _ReadBack.apply(gradient, *ctx.recorded)
         return query, u, v, r[0] if r else None, None
 
 
 class _ReadBack(torch.autograd.Function):
-    """The gradients of `_Read`, of which only the one it starts from has a batch: it joins the rows of the queries."""
+    """The gradients of `_Read`; only the incoming gradient is batched, and its batch is stacked with the query rows."""
 
     @staticmethod
     def forward(*_: Any) -> tuple[Tensor, ...]:
@@ -87,8 +87,8 @@ class _ReadBack(torch.autograd.Function):
         """Nothing is differentiated twice."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, gradient: Tensor, *seen: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        query, read, scores, weights, memory = seen
+    def vmap(info: Any, in_dims: Any, gradient: Tensor, *recorded: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        query, read, scores, weights, memory = recorded
         size = {"b": info.batch_size}
         begin = rearrange(gradient.movedim(in_dims[0], 0), "b h q d -> h (b q) d")
         towards = rearrange(begin @ memory.values.mT, "h (b q) n -> h b q n", **size)  # at the weights
@@ -113,10 +113,11 @@ class _ReadBack(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """The picture as the decoder sees it, and how a shift of its patches gets there.
+    """The encoder states that the decoder reads, and how a shift at the layer changes them.
 
-    `states` (N, C) are the encoder's, `reach` (N,) is m, over sigma where a norm lies between, `still` (1, C) is the
-    part of each that r does not move where r counts, `back` brings gradients at the shifted states and at r to the tap.
+    `states` (N, C) are the encoder's, `reach` (N,) is m (divided by sigma if a norm is between), `still` (1, C) is the
+    part of each state that r does not change (None without r), `back` maps gradients at the shifted states and at r to
+    a gradient at the layer.
     """
 
     states: Tensor
@@ -127,9 +128,9 @@ class _Image:
 
 @dataclass(frozen=True, eq=False)
 class FastDecoder:
-    """The decoder of one picture's text. `features` (N, D) are those of the tap, `prefix` of them no patches.
+    """The decoder for one text of one image. `features` (N, D) are the layer's output, the first `prefix` no patches.
 
-    `before_norm`: the tap is the last encoder block, not the norm behind it. `rule` is None or "layernorm".
+    `before_norm`: the layer is the last encoder block, not the norm after it. `rule` is None or "layernorm".
     """
 
     model: Any  # a VisionEncoderDecoderModel; its parts have no static types
@@ -142,7 +143,7 @@ class FastDecoder:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether the decoder is TrOCR's own, and nothing that is recomputed here has been changed."""
+        """Whether the decoder is a `TrOCRForCausalLM`, and all modules that are recomputed here are unmodified."""
         parts = [model.decoder, model.encoder.layernorm, getattr(model, "enc_to_dec_proj", nn.Identity())]
         own = isinstance(model.decoder, TrOCRForCausalLM) and isinstance(model.encoder.layernorm, nn.LayerNorm)
         return own and all(is_unmodified(part) for part in parts if not isinstance(part, nn.Identity))
@@ -150,9 +151,9 @@ class FastDecoder:
     def shifts(
         self, ids: Int[Tensor, "L"], pairs: Int[Tensor, "n 2"], log_probability: bool = False
     ) -> Float[Tensor, "n D"]:
-        """d logit / d shift of all patches of the tap, for n pairs of (row, token id); rows get `ids`.
+        """d logit / d (one vector added to all patches), for n pairs of (row, token id) of the decoder's inputs `ids`.
 
-        With `log_probability`, of the token's log-probability.
+        With `log_probability`: of the token's log-probability.
         """
         made = self.features.new_zeros(len(pairs), self.features.shape[-1])
         image = self._image
@@ -169,7 +170,7 @@ class FastDecoder:
                     made[mine] = image.back(*self._gather(_batched(last, leaves, begin)))
         return made
 
-    # ------------------------------------------------------------------ the picture's side
+    # ------------------------------------------------------------------ the image
 
     @cached_property
     def _image(self) -> _Image:
@@ -194,12 +195,12 @@ class FastDecoder:
 
     @property
     def _project(self) -> Any:
-        """From encoder to decoder width, None where they are the same."""
+        """Projection from encoder to decoder width, None if they are the same."""
         return getattr(self.model, "enc_to_dec_proj", None)
 
     @cached_property
     def _cross(self) -> list[_Memory]:
-        """The picture in each block."""
+        """The image's keys and values in each block."""
         image, made = self._image, []
         for block in self._blocks:
             still = None if image.still is None else self._both(block.encoder_attn, image.still)
@@ -212,13 +213,13 @@ class FastDecoder:
         return self._heads(attention, attention.k_proj(states)), self._heads(attention, attention.v_proj(states))
 
     def _leaves(self) -> list[Tensor]:
-        """Where the backward passes end: zero shifts u of each block, then v of each, and r where it counts."""
+        """Leaves of the backward passes: zero shifts u of each block, then v of each, and r if a norm is between."""
         shapes = [self._cross[0].keys[:, :1].shape] * 2 * len(self._blocks)
         shapes += [] if self._image.still is None else [self._image.reach.shape]
         return [self.features.new_zeros(shape).requires_grad_() for shape in shapes]
 
     def _gather(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Gradients (n, ...) at the leaves as those at the shifted encoder states (n, D) and at r (n, N)."""
+        """Convert gradients (n, ...) at the leaves to those at the shifted encoder states (n, D) and at r (n, N)."""
         count = len(self._blocks)
         states = gradients[0].new_zeros(())
         for block, keys, values in zip(self._blocks, gradients[:count], gradients[count : 2 * count], strict=True):
@@ -240,7 +241,7 @@ class FastDecoder:
             return (hidden if decoder.layernorm_embedding is None else decoder.layernorm_embedding(hidden))[0]
 
     def _segment(self, hidden: Float[Tensor, "q C"], first: int, leaves: list[Tensor]) -> Float[Tensor, "q C"]:
-        """The decoder's last states of some rows, those before `first` being known."""
+        """Last decoder states of the rows from `first` on, with the keys and values of earlier segments."""
         rows = torch.arange(first, first + len(hidden), device=hidden.device)
         for number, block in enumerate(self._blocks):
             hidden = layernorm(block.self_attn_layer_norm, hidden + self._among(number, hidden, rows), self.rule)
@@ -251,7 +252,7 @@ class FastDecoder:
         return hidden
 
     def _among(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Attention among the rows up to these."""
+        """Causal self-attention of these rows."""
         attention = self._blocks[number].self_attn
         query = self._heads(attention, attention.q_proj(hidden) * attention.scaling)
         self._own_keys[number].append(self._heads(attention, attention.k_proj(hidden)))
@@ -262,7 +263,7 @@ class FastDecoder:
         return attention.out_proj(rearrange(weights @ values, "h q d -> q (h d)"))
 
     def _across(self, number: int, hidden: Tensor, leaves: list[Tensor]) -> Tensor:
-        """Attention on the picture, with the leaves' shifts in it."""
+        """Cross-attention on the image, differentiable at the leaves."""
         attention = self._blocks[number].encoder_attn
         query = self._heads(attention, attention.q_proj(hidden) * attention.scaling)
         count = len(self._blocks)
@@ -271,7 +272,7 @@ class FastDecoder:
         return attention.out_proj(rearrange(read, "h q d -> q (h d)"))
 
     def _directions(self, last: Tensor, pairs: Int[Tensor, "n 2"], log_probability: bool) -> Float[Tensor, "n q C"]:
-        """d score / d last states: the token's row of the output matrix at its own place, zero elsewhere."""
+        """d score / d last states: the token's row of the output matrix at its own position, zero elsewhere."""
         output = self.model.decoder.output_projection
         row, token = pairs.unbind(1)
         begin = last.new_zeros(len(pairs), *last.shape)
@@ -287,7 +288,7 @@ class FastDecoder:
 
 
 def _batched(last: Tensor, leaves: list[Tensor], begin: Float[Tensor, "n q C"]) -> list[Tensor]:
-    """Gradients (n, ...) at the leaves for n directions at `last`, in one batched backward."""
+    """Gradients (n, ...) at the leaves for n directions at `last`, in one batched backward pass."""
 
     def one(direction: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(last, leaves, direction, retain_graph=True)

@@ -52,7 +52,7 @@ def as_patches(tensor, prefix):
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "swin", "vit", "deit", "deit with teacher", "dinov2"])
 @pytest.mark.parametrize("layer", [None, "0"])
 def test_gradcam_equals_the_oracle(kind, layer):
-    """Three pictures, a class of its own each, in one batch, at the default tap and at the first stage or block."""
+    """Three pictures, a class of its own each, in one batch, at the default layer and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
     path = adapter.resolve(layer)
     found = explain(adapter, PICTURES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
@@ -97,7 +97,7 @@ def test_attention_methods_equal_the_oracle(kind, read):
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("resnet", "none whose weights span the picture"), ("convnext", "none whose"), ("swin", "within windows")],
+    [("resnet", "none whose weights span the image"), ("convnext", "none whose"), ("swin", "within windows")],
 )
 @pytest.mark.parametrize("method", ["rollout", "relevance", "attention", "gradient_rollout"])
 def test_attention_that_cannot_be_chained_is_refused_with_the_reason(kind, why, method):
@@ -175,7 +175,7 @@ def test_classes_have_no_parts_and_texts_no_classes(clip):
     for select in (Selection(words=True), Selection(tokens=["dogs"]), Selection(phrases=["dogs"])):
         with pytest.raises(OptionError, match="a class has no tokens, words or phrases"):
             explain(adapter, PICTURES[0], select=select)
-    with pytest.raises(OptionError, match="writes no text"):
+    with pytest.raises(OptionError, match="generates no text"):
         explain(adapter, PICTURES[0], select=Selection(where="5"))
     with pytest.raises(OptionError, match="nothing to explain"):
         explain(adapter, PICTURES[0], select=Selection(caption=False))
@@ -203,7 +203,9 @@ def test_unnamed_classes_and_models_that_judge_each_class_are_said():
 
 def test_several_classes_that_a_map_cannot_see():
     found = explain(models.classifier_adapter("vit"), PICTURES[0], target=[0, 1])
-    assert any("rollout does not depend on the class here: one map for all entries" in warning for warning in found.warnings)
+    assert any(
+        "rollout does not depend on the class here: one map for all entries" in warning for warning in found.warnings
+    )
 
 
 def test_layers_of_a_network_have_grids_of_their_own():
@@ -223,7 +225,7 @@ def test_layers_of_a_network_have_grids_of_their_own():
         explain(adapter, PICTURES[0], target=1, layers=["0", "2"], average_layers=True)
     with pytest.raises(LayerError, match=r"\(1, 16, 1, 1\) is no patch grid: expected maps over the whole image"):
         explain(adapter, PICTURES[0], target=1, layers=["resnet.pooler"])
-    with pytest.raises(LayerError, match="nothing to point at; use a larger picture"):
+    with pytest.raises(LayerError, match="no grid of patches: use a larger image"):
         models.classifier_adapter(size=(16, 16)).prepare_images(PICTURES[:1])
 
 
@@ -278,11 +280,11 @@ def test_checkpoints_are_loaded_by_the_end_of_their_architecture(kind, tmp_path)
     assert close(found, expected, TUTORIAL)
 
 
-def test_a_model_without_a_known_read_out_is_refused():
+def test_a_model_without_a_known_pooling_is_refused():
     model = models.classifier_model("vit")
     model.config.model_type = "other"
     adapter = ClassifierAdapter(model, ViTImageProcessor(size={"height": 32, "width": 32}))
-    with pytest.raises(ModelError, match="no list of layers with a spatial size, nor a read-out that is known"):
+    with pytest.raises(ModelError, match="no list of layers with a spatial size, nor a known pooling"):
         explain(adapter, PICTURES[0])
 
 

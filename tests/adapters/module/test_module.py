@@ -41,7 +41,7 @@ def tutorial(model, pixels, index, path):
 
 
 @pytest.mark.parametrize(
-    ("net", "tap", "path", "size"),
+    ("net", "layer", "path", "size"),
     [
         (nets.Vgg, "features.28", "features.28", (64, 96)),
         (nets.Vgg, None, "features", (64, 96)),
@@ -157,12 +157,12 @@ def test_grey_images():
     assert found.methods["gradcam"].maps.shape == (1, 8, 12)
     assert found.geometry.seen == (0, 0, 90, 60)
     with pytest.raises(
-        ModelError, match="gives 3 channels, the first convolution of TwoEnds takes 1; mode='L' gives it"
+        ModelError, match="returns 3 channels, the first convolution of TwoEnds takes 1; mode='L' gives it"
     ):
         made(models.TwoEnds(channels=1))
-    with pytest.raises(ModelError, match=r"gives 1 channels, the first convolution of TwoEnds takes 3$"):
+    with pytest.raises(ModelError, match=r"returns 1 channels, the first convolution of TwoEnds takes 3$"):
         made(models.TwoEnds(), **options)
-    with pytest.raises(ModelError, match=r"mode 'CMYK' of pictures is not known \(there are: RGB, L\)"):
+    with pytest.raises(ModelError, match=r"unknown image mode 'CMYK' \(there are: RGB, L\)"):
         made(models.TwoEnds(), mode="CMYK")
 
 
@@ -198,13 +198,13 @@ def test_labels(labels, names):
 
 def test_wrong_labels_and_models_are_refused():
     for labels in (["a"], {1: "a"}, {"zero": "a"}):
-        with pytest.raises(ModelError, match="classes, the model gives 5 scores: one name for each"):
+        with pytest.raises(ModelError, match="classes, the model returns 5 scores: give one name for each"):
             made(nets.MobileNet(), labels=labels)
     with pytest.raises(ModelError, match="needs a torch module, got str"):
         ModuleAdapter("resnet", preprocess=models.to_pixels())
-    with pytest.raises(ModelError, match=r"gives \(1, 3, 64, 64\), expected scores"):
+    with pytest.raises(ModelError, match=r"returns \(1, 3, 64, 64\), expected scores"):
         made(nn.Identity())
-    with pytest.raises(ModelError, match=r"preprocess gives \(64, 64\), expected"):
+    with pytest.raises(ModelError, match=r"preprocess returns \(64, 64\), expected"):
         made(nets.MobileNet(), preprocess=lambda p: torch.zeros(64, 64))
     with pytest.raises(LayerError, match="Sequential has no layer with a spatial size at 64 x 64"):
         made(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2)))
@@ -214,7 +214,7 @@ def test_wrong_labels_and_models_are_refused():
         OptionError, match=r"'rollout' reads vision attention, which nn.Module does not have: it has none"
     ):
         explain(made(nets.MobileNet()), PICTURES[0], methods=["rollout"])
-    with pytest.raises(OptionError, match="attention of a module that is not known cannot be recorded"):
+    with pytest.raises(OptionError, match="attention of an unknown module cannot be recorded"):
         explain(made(nets.ViT()), PICTURES[0], methods=["rollout"])
 
 
@@ -246,7 +246,7 @@ def test_answers_of_any_kind(wrap):
 
 @pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {}, lambda y: (), lambda y: y[0]])
 def test_answers_without_scores(wrap):
-    with pytest.raises(ModelError, match=r"the model gives .*, expected scores of shape"):
+    with pytest.raises(ModelError, match=r"the model returns .*, expected scores of shape"):
         made(Answers(wrap))
 
 
@@ -261,7 +261,7 @@ def test_models_that_normalise_over_the_batch_take_one_image():
     net = nets.MobileNet()
     net.features[0][1] = nn.BatchNorm2d(4, track_running_stats=False)
     adapter = made(net)
-    with pytest.raises(ModelError, match="BatchNorm2d has no running statistics: pictures would change each other"):
+    with pytest.raises(ModelError, match="BatchNorm2d has no running statistics: images would change each other"):
         explain(adapter, PICTURES, target=1)
     assert len(explain(adapter, PICTURES, target=1, batch_size=1)) == 3
 

@@ -12,7 +12,7 @@ from grounding import explain
 from grounding.adapter.classification import ClassNames
 from grounding.core.errors import LayerError, ModelError, ProbeError, TargetError
 from grounding.core.images import open_image
-from grounding.engine.warnings import doubts
+from grounding.engine.warnings import map_warnings
 from grounding.explanation.maps import Status
 from tests.adapters.module.test_module import PICTURES, Answers, made, tutorial
 from tests.conftest import noise
@@ -49,21 +49,21 @@ def test_tokens_behind_the_patches(before):
         assert not [line for line in explanation.warnings if "prefix=" in line]
 
 
-def test_tokens_that_were_assumed_to_stand_before_are_told():
+def test_tokens_assumed_before_the_patches_are_a_warning():
     [line] = [line for line in explain(made(nets.ViT()), PICTURES[0]).warnings if "prefix=" in line]
     assert line == (
-        "2 tokens more than the cells of layer 'conv_proj': taken to stand before the patches; say prefix= if not"
+        "2 tokens more than the cells of layer 'conv_proj': assumed to be before the patches; give prefix= if not"
     )
-    told = explain(made(nets.ViT(), prefix=2), PICTURES[0])
-    assert not [line for line in told.warnings if "prefix=" in line]
-    assert np.array_equal(told[0].raw, explain(made(nets.ViT()), PICTURES[0])[0].raw)
+    given = explain(made(nets.ViT(), prefix=2), PICTURES[0])
+    assert not [line for line in given.warnings if "prefix=" in line]
+    assert np.array_equal(given[0].raw, explain(made(nets.ViT()), PICTURES[0])[0].raw)
 
 
 @pytest.mark.parametrize(
     ("prefix", "words"),
     [
         (-1, "0 or more, got -1"),
-        (3, r"prefix=3, but no layer of ViT has 3 or more tokens over the 8 x 8 cells of layer 'conv_proj'"),
+        (3, r"prefix=3, but no layer of ViT has 3 or more tokens beside the 8 x 8 cells of layer 'conv_proj'"),
     ],
 )
 def test_a_prefix_that_cannot_be(prefix, words):
@@ -75,9 +75,9 @@ def test_labels_as_they_come_from_json():
     assert made(nets.MobileNet(), labels={str(i): name for i, name in enumerate("abcde")}).labels.names == tuple(
         "abcde"
     )
-    with pytest.raises(ModelError, match="labels='abcde' is a text, not a list of class names"):
+    with pytest.raises(ModelError, match="labels='abcde' is a string, not a list of class names"):
         made(nets.MobileNet(), labels="abcde")
-    with pytest.raises(ModelError, match="labels name 6 classes, the model gives 5 scores"):
+    with pytest.raises(ModelError, match="labels name 6 classes, the model returns 5 scores"):
         made(nets.MobileNet(), labels={"0": "a", 0: "b", 1: "c", 2: "d", 3: "e", 4: "f"})
 
 
@@ -93,7 +93,7 @@ def test_one_score_that_was_squeezed(squeeze):
 def test_a_dict_without_logits_names_its_keys():
     with pytest.raises(
         ModelError,
-        match=r"a dict with the keys 'out', 'aux', expected scores of shape \(pictures, classes\) as 'logits'",
+        match=r"a dict with the keys 'out', 'aux', expected scores of shape \(images, classes\) as 'logits'",
     ):
         made(Answers(lambda y: {"out": y, "aux": y}))
     with pytest.raises(ModelError, match="a dict with the keys none, expected"):
@@ -111,13 +111,13 @@ def test_inputs_of_different_sizes_name_what_gives_them():
         return torch.from_numpy(np.asarray(image).astype(np.float64).transpose(2, 0, 1) / 255)
 
     with pytest.raises(
-        ModelError, match=r"^preprocess gives inputs of different sizes \(96x64, 64x96\): use batch_size=1"
+        ModelError, match=r"^preprocess returns inputs of different sizes \(96x64, 64x96\): use batch_size=1"
     ):
         explain(made(nets.MobileNet(), preprocess=plain), [noise(64, 96), noise(96, 64)], target=1)
 
 
 @pytest.mark.parametrize("asked", [-1, "-1"])
-def test_a_negative_index_is_told_the_range(asked):
+def test_a_negative_index_raises_with_the_range(asked):
     with pytest.raises(TargetError, match=r"^ours has no class -1: its 2 classes are 0 to 1$"):
         ClassNames(("dog", "cat"), "ours").find(asked)
     with pytest.raises(TargetError, match=r"^ours has no class -1: its only class is 0$"):
@@ -128,7 +128,7 @@ def test_a_name_that_is_a_number_goes_first():
     assert ClassNames(("dog", "-1"), "ours").find("-1") == 1
 
 
-def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
+def test_an_unknown_kind_of_target_raises_with_the_known_ones():
     adapter = made(nets.MobileNet())
     with pytest.raises(TargetError, match=r"no class 'logit' \(it has 5: .*\); this model's kind of target is class$"):
         explain(adapter, PICTURES[0], target="logit")
@@ -136,7 +136,7 @@ def test_a_kind_of_target_that_a_classifier_has_not_is_told_its_own():
         explain(adapter, PICTURES[0], target=["logit"])
 
 
-@pytest.mark.parametrize("tap", ["encoder.layers.2", "encoder.ln"])
+@pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.ln"])
 def test_a_dead_tap_of_the_users_names_a_live_one(layer):
     adapter = made(nets.ViT(), layer, prefix=2)
     assert adapter.structure.layer == layer
@@ -185,15 +185,15 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "preprocess", "words"),
     [
-        (Five(), models.to_pixels(32, 32), "gives 3 channels, the first convolution of Five takes 1; mode='L' gives"),
+        (Five(), models.to_pixels(32, 32), "returns 3 channels, the first convolution of Five takes 1; mode='L' gives"),
         (
             Fixed(),
             lambda image: torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1),
-            r"Fixed fails on a blank picture of 256 x 256, \(1, 3, 256, 256\) after preprocess: RuntimeError: mat1 and",
+            r"Fixed fails on a blank image of 256 x 256, \(1, 3, 256, 256\) after preprocess: RuntimeError: mat1 and",
         ),
-        (Fixed(), lambda _: None, "preprocess gives a NoneType, expected pixel values"),
-        (Fixed(), lambda image: {"image": image}, r"gives a dict with the keys \['image'\], expected pixel values"),
-        (Fixed(), lambda image: (torch.zeros(3, 32, 32), {}), "preprocess gives a tuple, expected pixel values"),
+        (Fixed(), lambda _: None, "preprocess returns a NoneType, expected pixel values"),
+        (Fixed(), lambda image: {"image": image}, r"returns a dict with the keys \['image'\], expected pixel values"),
+        (Fixed(), lambda image: (torch.zeros(3, 32, 32), {}), "preprocess returns a tuple, expected pixel values"),
     ],
 )
 def test_what_cannot_be_used_says_why(model, preprocess, words):
@@ -226,7 +226,7 @@ def test_models_that_no_gradient_passes_say_so(net):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_traced_module_cannot_be_watched():
-    with pytest.raises(ModelError, match="give the module it was made of"):
+    with pytest.raises(ModelError, match="give the module it was made from"):
         ModuleAdapter(torch.jit.trace(Fixed(), torch.zeros(1, 3, 32, 32)), preprocess=models.to_pixels(32, 32))
 
 
@@ -249,11 +249,9 @@ def standardised(image):
 
 
 @pytest.mark.parametrize("moves", [models.to_pixels(32, 32), lambda image: image.resize((32, 32))])
-def test_what_is_normalised_by_image_needs_its_places_told(moves):
+def test_normalisation_by_image_needs_a_geometry(moves):
     model, image = Fixed().double(), noise(90, 60, 1)
-    with pytest.raises(
-        ProbeError, match="normalised per picture; geometry= takes a callable that does the same to plac"
-    ):
+    with pytest.raises(ProbeError, match="normalised per image; give its geometric steps alone as geometry="):
         explain(ModuleAdapter(model, preprocess=standardised), image, target=0)
     found = explain(ModuleAdapter(model, preprocess=standardised, geometry=moves), image, target=0)
     plain = explain(ModuleAdapter(model, preprocess=models.to_pixels(32, 32)), image, target=0)
@@ -268,7 +266,7 @@ def test_a_tap_may_be_the_module_itself():
     model = nets.Vgg()
     adapter = ModuleAdapter(model, model.features[16], preprocess=models.to_pixels(64, 64))
     assert adapter.structure.layer == "features.16"
-    with pytest.raises(LayerError, match="the Conv2d given as tap is no layer inside Vgg"):
+    with pytest.raises(LayerError, match="the Conv2d given as layer is no module inside Vgg"):
         ModuleAdapter(model, nn.Conv2d(3, 3, 1), preprocess=models.to_pixels(64, 64))
     with pytest.raises(ModelError, match="0 or more, got True"):
         ModuleAdapter(model, preprocess=models.to_pixels(64, 64), prefix=True)
@@ -287,8 +285,8 @@ def test_a_class_with_the_name_of_the_kind_of_target():
 def test_warnings_of_several_layers_name_theirs():
     found = explain(made(nets.Vgg()), PICTURES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
     blank = {key: replace(one, status=(Status("degenerate", "flat"),)) for key, one in found.methods.items()}
-    assert list(doubts(blank, found.entries)) == [
+    assert list(map_warnings(blank, found.entries)) == [
         f"Grad-CAM at {layer} of 'class 1' is no evidence: flat" for layer in ("features.9", "features.28")
     ]
     alone = dict(list(blank.items())[:1])
-    assert list(doubts(alone, found.entries)) == ["Grad-CAM of 'class 1' is no evidence: flat"]
+    assert list(map_warnings(alone, found.entries)) == ["Grad-CAM of 'class 1' is no evidence: flat"]

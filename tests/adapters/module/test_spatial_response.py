@@ -1,4 +1,4 @@
-"""Layers of any module that look like maps of the picture and are none: told apart by what moves them."""
+"""Layers of any module that look like feature maps of the image and are none: found by their response to changes."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def moved(places, rows=8, columns=8):
 def test_cells_that_lie_as_the_image_does():
     assert is_spatial(moved([(1, 1), (1, 6), (6, 1), (6, 6)]))
     assert is_spatial(moved([(0, 3), (2, 4), (5, 2), (7, 7)]))
-    assert is_spatial(moved([(0, 1), (0, 16), (0, 1), (0, 16)], 1, 20))  # one row: nothing to tell up from down by
+    assert is_spatial(moved([(0, 1), (0, 16), (0, 1), (0, 16)], 1, 20))  # one row: no up and down
     assert is_spatial(moved([(1, 0), (1, 0), (16, 0), (16, 0)], 20, 1))
     everywhere = torch.rand(8, 8) * 50  # some cells always move more than others
     assert is_spatial(moved([(1, 1), (1, 6), (6, 1), (6, 6)]) * everywhere)
@@ -163,7 +163,7 @@ class Pairs(nn.Module):
     ("net", "live", "other", "words"),
     [
         (Weights, "patch", "softmax", r"\(64 x 64\)"),
-        (Scores, "patch", "scaled", r"\(64 x 64; a changed quarter of the picture does not change that quarter of it"),
+        (Scores, "patch", "scaled", r"\(64 x 64; a changed quarter of the image does not change that quarter of it"),
         (Channels, "conv", "flat", r"\(its output is \(1, 64, 64\); a changed quarter"),
         (Windows, "conv", "norm", r"\(its output is \(1, 64, 8\); a changed quarter"),
         (Table, "conv", "table", r"\(16 x 16; a changed quarter"),
@@ -220,7 +220,7 @@ class Hybrid(nn.Module):
         return self.head(self.block(tokens)[:, 0])
 
 
-@pytest.mark.parametrize("tap", [None, "stem", "merge"])
+@pytest.mark.parametrize("layer", [None, "stem", "merge"])
 def test_layers_of_a_hybrid_keep_their_grids(layer):
     adapter = made(Hybrid, layer)
     assert adapter.structure.prefix == 1

@@ -160,7 +160,7 @@ def test_a_batch_is_padded_at_the_right_and_the_bottom():
 
 
 def test_settings_that_make_no_sense():
-    with pytest.raises(ProcessorError, match="turns this 300 x 100 picture by 90 degrees"):
+    with pytest.raises(ProcessorError, match="turns this 300 x 100 image by 90 degrees"):
         geometry_of(transformers.DonutImageProcessor(do_align_long_axis=True), 300, 100)
     with pytest.raises(ProcessorError, match="pad_size 32 x 32 is smaller"):
         geometry_of(transformers.ViTImageProcessor(do_pad=True, pad_size={"height": 32, "width": 32}), 300, 100)
@@ -230,13 +230,13 @@ def test_ramps_measure_any_callable(preprocess, seen):
         (lambda image: tensor(ImageOps.flip(small(image))), "mirrored along y"),
         (lambda image: tensor(small(image).transpose(Image.Transpose.ROTATE_90)), "more than a ramp along x: turned"),
         (lambda image: tensor(small(image.rotate(3))), "does not fill one rectangle"),
-        (random_crop(), "answers to one picture differ: the preprocessing is random"),
-        (lambda image: np.tile(tensor(image.resize((48, 48))), (1, 2, 2)), "does not follow a line of the picture"),
+        (random_crop(), "answers to one image differ: the preprocessing is random"),
+        (lambda image: np.tile(tensor(image.resize((48, 48))), (1, 2, 2)), "does not follow a line of the image"),
         (lambda image: tensor(ImageOps.expand(small(image).crop((20, 20, 60, 60)), 9)), "cropped and then padded"),
-        (standardised, "normalised per picture"),
+        (standardised, "normalised per image"),
         (lambda image: tensor(small(image)) ** 2.2, "brightness is bent|does not follow a line"),
         (lambda image: np.asarray(small(image)), r"shape \(80, 96, 3\) have their channels last"),
-        (lambda image: tensor(small(image))[None, None], r"shape \(1, 1, 3, 80, 96\) are not one picture"),
+        (lambda image: tensor(small(image))[None, None], r"shape \(1, 1, 3, 80, 96\) are not one image"),
         (lambda image: {"input_ids": [1]}, "returns .*input_ids.*, no pixel_values"),
         (lambda image: tensor(image.resize((1, 1))), "too few to fit a line"),
     ],
