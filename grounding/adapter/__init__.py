@@ -1,4 +1,4 @@
-"""The contract between engine and architecture, and the tools an adapter is written with."""
+"""The contract between the engine and an architecture, and tools for writing adapters."""
 
 from grounding.adapter.base import Adapter, ModelInfo
 

@@ -1,14 +1,37 @@
-"""What an architecture must answer, and what it inherits.
+"""The contract of an architecture: the base class of all adapters.
 
-An adapter is made around a model and its processor; it never changes either. To add an architecture, subclass
-`Adapter`, answer the abstract methods, give `structure` and `kinds`, and add one line to the table in
-`adapters/_table.py` (or an entry point `grounding.adapters` in a package of your own). Requirements:
+An adapter wraps a model and its processor, and changes neither. The engine calls its methods in this order:
 
-1. `encode_images` runs the vision stack over the B pictures, `score` goes on from there to all K scores; together they are ONE
-   pass, differentiable from every tap to every score. Pictures do not influence each other (no batch statistics), nor
-   do texts: one backward serves one target per picture.
-2. `prepare_images` gives every picture its own `Geometry`, grid included; `prepare_texts` never cuts a text in silence.
-3. `targets` scores a span of a text as `kind` and `token_target` say, or raises TargetError naming what there is.
+    structure                              attention stacks, default layer, pooling of the model
+    prepare_images(images) -> Inputs       B opened images, their geometry, the tensors of the model
+    prepare_texts(inputs, texts) -> Inputs T tokenized texts added
+    targets(inputs, spans, ...) -> Targets K scalars to explain, one for each span of each text
+    encode_images(inputs) -> (B, ...)      features of the images
+    score(inputs, encoded, targets) -> (K) the scalars, differentiable
+
+To add an architecture:
+
+1. Subclass `Adapter`. Implement these six members; set `model`, `info` and `kinds`. A model that scores classes
+   subclasses `grounding.adapter.classification.ClassAdapter` and implements `structure`, `labels`, `prepare_images` and
+   `logits` only.
+2. Register it: a line in `adapters/table.py`, or an entry point of the group `grounding.adapters` in another
+   distribution. The name is the first of `config.architectures`.
+3. In this repository, add a tiny model to FACTORIES in `tests/support/models.py`: the contract tests then run on it.
+
+Requirements:
+
+1. `encode_images` and `score` together are one forward pass, differentiable from every layer to every score.
+2. Images are independent of each other (no batch statistics), and so are texts: one backward pass of a sum of scores
+   gives the gradients of one target per image.
+3. `prepare_images` returns a `Geometry` with patch grid for each image. `prepare_texts` reports truncated texts in
+   `text_warnings`.
+4. `targets` scores a span according to `kind` and `token_target`. It raises TargetError for values that the
+   architecture does not support, and lists those that it does.
+5. Attention modules call an attention function of transformers, or have an argument `output_attentions` and return the
+   weights (B, H, Q, S) that they use beside their output.
+
+`docs/adapters.md` has a complete example. For Hugging Face models `adapters/shared/` has image processors with their
+geometry, tokenization, text targets and text generation.
 """
 
 from __future__ import annotations
@@ -34,41 +57,58 @@ __all__ = ["TOKEN_TARGETS", "Adapter", "ModelInfo", "TokenProbability"]
 
 TOKEN_TARGETS = ("leave-one-out", "alone")
 DEFAULT_METHODS = ("gradcam", "rollout", "relevance")
-# The probability of a token at its place, and the next best ones.
+# The probability of a token (or class) at its position, and the most probable others.
 TokenProbability = tuple[float, tuple[Alternative, ...]]
 
 
 class Adapter(ABC):
-    """Base of all adapters. `kinds` are the targets the architecture has, its default first; `token_targets` how it
-    scores a part of a caption, likewise (none: by itself)."""
+    """Base class of adapters; see the module docstring for its requirements.
+
+    Attributes
+    ----------
+    model: the wrapped model.
+    info: its id, type and revision, for provenance.
+    kinds: supported target kinds (`similarity`, `logit`, ...), the default first.
+    token_targets: how a part of a text is scored, the default first: `leave-one-out` (score of the text minus the score
+        without the part), `alone` (as a text of its own). Empty: each token has its own score.
+    default_methods: methods of an explanation if none are requested.
+    generates: whether the model can generate the text; `prepare_texts` then accepts `Generate` in place of a text.
+    sample_text: the text (or class) that `list_layers` runs the model on if none is given.
+    fast_kinds: target kinds for which `shifts` is implemented at the layers in `fast_taps`.
+    """
 
     model: nn.Module
     info: ModelInfo
     kinds: ClassVar[tuple[str, ...]]
     token_targets: ClassVar[tuple[str, ...]] = TOKEN_TARGETS
     default_methods: ClassVar[tuple[str, ...]] = DEFAULT_METHODS
-    # Whether it can write a text itself: `prepare_texts` then takes `Generate` in place of one.
     generates: ClassVar[bool] = False
-    # The text (or class) that `list_layers` runs the model on if none is given.
     sample_text: ClassVar[Asked] = "picture"
-    # Target kinds that `shifts` knows at a fast tap.
     fast_kinds: ClassVar[tuple[str, ...]] = ()
 
-    # ------------------------------------------------------------------ what an architecture answers
+    # ------------------------------------------------------------------ to implement
 
     @property
     @abstractmethod
     def structure(self) -> ModelStructure:
-        """The structure of this model."""
+        """Attention stacks, default layer and pooling of this model."""
 
     @abstractmethod
     def prepare_images(self, images: Sequence[Any]) -> Inputs:
-        """Inputs of pictures (anything `open_image` takes), without texts. `explain` takes the result in place of the
-        pictures, and then runs the picture tower once for all texts that it is called with."""
+        """Return inputs for B images (anything that `open_image` accepts), without texts.
+
+        Sets `images`, `geometry` (one with patch grid for each image), `tensors` and `warnings`. `explain` accepts the
+        result in place of the images; it then runs the vision stack once for all texts of later calls. Raises
+        ImageError.
+        """
 
     @abstractmethod
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """The inputs with the texts of each picture added (`texts[b]`: any number, any length)."""
+        """Return the inputs with T tokenized texts added; `texts[b]` are those of image b, any number of any length.
+
+        Sets `tokens`, `text_image`, `text_warnings`, and the tensors of the texts with their names in `per_text`.
+        Raises TextError.
+        """
 
     @abstractmethod
     def targets(
@@ -78,70 +118,81 @@ class Adapter(ABC):
         kind: str | None = None,
         token_target: str | None = None,
     ) -> Targets:
-        """Flat targets for `spans[t]` of every text t, text by text in order; None: the architecture's default.
+        """Return K targets, one for each span in `spans[t]` of each text t, in this order.
 
-        Raises TargetError for a kind or token target this architecture does not have.
+        `kind` and `token_target` are among `kinds` and `token_targets`; None: the first. Raises TargetError for others
+        (`check_kind` does).
         """
 
     @abstractmethod
     def encode_images(self, inputs: Inputs) -> Float[Tensor, "B ..."]:
-        """The vision stack's output as the text side reads it, differentiable."""
+        """Run the vision stack: return the features of B images from which `score` continues, differentiable."""
 
     @abstractmethod
     def score(self, inputs: Inputs, encoded: Float[Tensor, "B ..."], targets: Targets) -> Float[Tensor, "K"]:
-        """The scores (K,) from what `encode_images` gave, differentiable."""
+        """Return the scores (K,) from the result of `encode_images`, differentiable."""
 
     @classmethod
     def from_checkpoint(cls, source: Any) -> Adapter:
-        """The adapter of a checkpoint, for `adapters.load`: `source` has `model(class)`, `tokenizer()`,
-        `image_processor()` and `info(model, image_processor)`. Not needed for models that are handed over."""
-        raise ModelError(f"{cls.__name__} cannot load {source.id!r} by name: make it around a model")
+        """Return the adapter of a checkpoint, for `adapters.load`; optional.
 
-    # ------------------------------------------------------------------ what every architecture inherits
+        `source` has `model(class)`, `tokenizer()`, `image_processor()` and `info(model, image_processor)`. Raises
+        ModelError where it is not implemented.
+        """
+        raise ModelError(f"{cls.__name__} cannot load {source.id!r} by name: construct it with a loaded model")
+
+    # ------------------------------------------------------------------ inherited
 
     def asked(self, text: Any) -> Asked:
-        """What is asked of a picture, checked: a text; of a model that writes, also None or `Generate`. Raises
-        TextError."""
+        """Return a checked request: a text; if the model generates texts, also `Generate` (or None for it).
+
+        Raises TextError.
+        """
         if self.generates and (text is None or isinstance(text, Generate)):
             return text or Generate()
         if text is None:
-            raise TextError("nothing to ground: this model writes no text itself, give it one")
+            raise TextError("no text was given, and this model writes no text itself: give it one")
         return check_text(text)
 
     def asked_by(self, target: Any, texts: Any) -> tuple[str | None, Any]:
-        """The kind of target, and the texts or what stands in their place. Raises TargetError."""
+        """Return the target kind and the texts, from the arguments `target` and `texts` of `explain`.
+
+        Overridden where a target names classes. Raises TargetError for a target that is no kind.
+        """
         if target is not None and not isinstance(target, str):
             raise TargetError(f"{self.info.type} has targets {', '.join(self.kinds)} and no classes, got {target!r}")
         return target, texts
 
     @property
     def needs_text(self) -> bool:
-        """Whether there is nothing to explain where no text is given."""
+        """Whether a text must be given."""
         return not self.generates
 
     def looks_first(self, texts: Sequence[Sequence[Asked]]) -> bool:  # noqa: ARG002
-        """Whether `prepare_texts` needs to know what the vision stack gave for these texts."""
+        """Whether `prepare_texts` needs image features for these texts (to generate a text or predict a class)."""
         return self.generates
 
     def aimed(self, kind: str | None, options: Mapping[str, Any] | None = None) -> Adapter:
-        """The adapter for targets of this kind (None: its default), where its sites depend on it; `options` are those
-        of targets, "kind.option" -> value. Raises TargetError, OptionError."""
+        """Return the adapter for a target kind (None: the default), for architectures whose structure depends on it.
+
+        `options` are those of targets, "kind.option" -> value. Raises TargetError, OptionError.
+        """
         self.check_kind(kind)
         for key in options or {}:
             raise OptionError(f"option {key!r}: targets of {self.info.type} have no options")
         return self
 
     def prepare(self, images: Sequence[Any], texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """Pictures and the texts of each."""
+        """Prepare images and the texts of each; `texts[b]` are those of image b."""
         return self.prepare_texts(self.prepare_images(images), texts)
 
     def forward(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
-        """The scores (K,), differentiable, in one pass."""
+        """Return the scores (K,), differentiable, in one forward pass."""
         return self.score(inputs, self.encode_images(inputs), targets)
 
     @property
     def device(self) -> torch.device:
-        """The device of the model. Raises ModelError where weights have none (offloaded to disk, meta device)."""
+        """The device of the model. Raises ModelError for parameters on the meta device (offloaded to disk)."""
         found = list(dict.fromkeys(parameter.device for parameter in self.model.parameters()))
         if any(device.type == "meta" for device in found):
             raise ModelError("some weights are on the meta device (offloaded?): load the whole model onto one device")
@@ -153,15 +204,15 @@ class Adapter(ABC):
         return next((parameter.dtype for parameter in self.model.parameters()), torch.float32)
 
     def sequence(self, path: str) -> tuple[int, bool]:
-        """Number of tokens before the patches in the output of a module, and whether other tokens follow them."""
+        """Return the number of tokens before the patches in a module's output, and whether others follow them."""
         del path
         return self.structure.prefix, False
 
     def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
-        """Weight of each of the `tokens` of the vision stack's output in what is read of it, for `count` targets.
+        """Return the weight of each of the `tokens` of the vision stack in its pooling, for `count` targets.
 
-        None: the output is read by another stack, `cross` or `fusion`. An architecture that pools otherwise than by
-        CLS or mean must override this. Raises ModelError where it does not.
+        Weights sum to 1. None: the output is read by another stack (pooling `cross` or `fusion`). Architectures with
+        another pooling than the CLS token or the mean over patches must override this; it raises ModelError for them.
         """
         row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
         if self.structure.pooling == "cls":
@@ -177,30 +228,30 @@ class Adapter(ABC):
         return row
 
     def chain_start(self, targets: Targets) -> Float[Tensor, "K Q"]:
-        """Positions of the text side's sequence where chains of attention start, as weights that sum to 1.
+        """Return the start of attention chains over the positions of the text side: weights that sum to 1.
 
-        Default: where the targets are read.
+        Default: the positions at which the targets are read (`Targets.rows`).
         """
         assert targets.rows is not None
         return targets.rows
 
     def resolve(self, layer: str | None) -> str:
-        """The module path of a layer as a user names it, see `ModelStructure.find_layer`. Raises LayerError."""
+        """Return the module path of a layer name, see `ModelStructure.find_layer`. Raises LayerError."""
         return self.structure.find_layer(self.model, layer)
 
     def to_grid(
         self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = ""
     ) -> Float[Tensor, "B rows columns D"]:
-        """The patches of the output of the module at `path` (default: of the vision stack), other tokens dropped.
+        """Return the patches in the output of the module at `path` (default: of the vision stack).
 
-        `grid` is that of the default layer; with `ModelStructure.pyramid` a layer's own may be another. Also takes the
-        (B, D, rows, columns) of a convolution. Raises LayerError with the numbers where the tokens are not
-        prefix + rows x columns.
+        `grid` is that of the default layer; with `ModelStructure.pyramid` the layer may have another. Accepts tokens
+        (B, N, D) and feature maps of convolutions (B, D, rows, columns). Raises LayerError where the number of tokens
+        is not prefix + rows x columns.
         """
         return self.layout(hidden, grid, path).fold(hidden)
 
     def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
-        """Positions of the patches in the output of the module at `path`. Raises LayerError as `to_grid`."""
+        """Return the layout of the patches in the output of the module at `path`. Raises LayerError as `to_grid`."""
         prefix, tail = self.sequence(path)
         pyramid = self.structure.pyramid
         found = find_layout(tuple(hidden.shape), grid, prefix, tail=tail, pyramid=pyramid)
@@ -208,7 +259,9 @@ class Adapter(ABC):
             return found
         rows, columns = grid
         if pyramid and not prefix:
-            expected = f"maps over the whole picture, as the {rows} x {columns} of {self.structure.layer!r}, and more than 1 x 1"
+            expected = (
+                f"maps over the whole image, as the {rows} x {columns} of {self.structure.layer!r}, and more than 1 x 1"
+            )
         else:
             expected = (
                 f"{prefix} prefix tokens + {rows} x {columns} patches = {prefix + rows * columns} tokens"
@@ -217,8 +270,10 @@ class Adapter(ABC):
         raise LayerError(f"a layer output of shape {tuple(hidden.shape)} is no patch grid: expected {expected}")
 
     def activations(self, inputs: Inputs, layer: str | None = None) -> Float[Tensor, "B rows columns D"]:
-        """Patch features of a layer (default: the default tap), prefix tokens dropped; of a layer on the text side one
-        row per caption."""
+        """Return the patch features of a layer (None: the default layer), without prefix tokens.
+
+        A layer on the text side has one item per text in place of one per image. Raises LayerError.
+        """
         path = self.resolve(layer)
         with Recorder(self.model, layers={path: False}) as recorder:
             self._run(inputs, path)
@@ -226,9 +281,10 @@ class Adapter(ABC):
         return self.to_grid(recorder.outputs[path], self.grid(inputs), path)
 
     def attentions(self, inputs: Inputs, stack: str = "vision") -> list[Float[Tensor, "B H Q S"]]:
-        """Attention weights of a stack, first block to last, whatever implementation the model was loaded with.
+        """Return the attention weights of a stack, first block to last, for any attention implementation.
 
-        Those of a stack that sees the text have the texts first.
+        Stacks on the text side have one item per text in place of one per image. Raises LayerError for an unknown
+        stack, ModelError where its weights cannot be recorded.
         """
         found = self.structure.stack(stack)
         if not found.attention:
@@ -239,27 +295,27 @@ class Adapter(ABC):
         return [recorder.weights[path] for path in found.attention]
 
     def _run(self, inputs: Inputs, path: str) -> None:
-        """As much of the model as it takes for the module at `path` to run."""
+        """Run the part of the model that contains the module at `path`."""
         encoded = self.encode_images(inputs)
         if self.structure.axis(path) == "text":
             self.score(inputs, encoded, self.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens]))
 
     def scores(self, inputs: Inputs, targets: Targets) -> Float[Tensor, "K"]:
-        """The targets' values."""
+        """Return the scores (K,) without gradients; the state of the model is restored."""
         with Recorder(self.model):
             return self.forward(inputs, targets)
 
     def grid(self, inputs: Inputs) -> tuple[int, int]:
-        """Rows and columns of the patch grid, the same for all pictures of a batch."""
+        """Return (rows, columns) of the patch grid, which is the same for all images of a batch."""
         return inputs.geometry[0].rows, inputs.geometry[0].columns
 
     def text_conditioned(self, kind: str, gradient: bool) -> bool:
-        """Whether a map of a target kind depends on the text: by gradient, or through a stack that sees the text."""
+        """Whether maps of a target kind depend on the text: by their gradient, or through attention that does."""
         return kind != "norm" and (gradient or bool(self.structure.text_stacks))
 
     @property
     def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """Tap -> paths of the other modules whose outputs an overriding `shifts` reads; none by default."""
+        """Layers with a shortcut for the pooled gradient -> the other modules whose outputs `shifts` reads there."""
         return {}
 
     def shifts(
@@ -270,9 +326,10 @@ class Adapter(ABC):
         outputs: Mapping[str, Tensor],
         rule: str | None = None,
     ) -> Float[Tensor, "K D"]:
-        """d score / d (one vector added to all patches of a fast tap), per target: all that Grad-CAM needs.
+        """Return the pooled gradient at a layer in `fast_taps`: d score / d (one vector added to all its patches).
 
-        `outputs` are what the pass gave at the tap and the places that `fast_taps` names for it.
+        `outputs` are the outputs recorded at the layer and at the modules that `fast_taps` lists for it. `rule` is a
+        backward rule as in `Recorder`.
         """
         features = outputs[layer]
         width = self.to_grid(features, self.grid(inputs), layer).shape[-1]
@@ -284,11 +341,11 @@ class Adapter(ABC):
         return gradient
 
     def from_tap(self, layer: str, features: Tensor) -> Tensor | None:  # noqa: ARG002
-        """What `encode_images` gives where a fast tap gives `features`, if nothing but a LayerNorm lies between; else None."""
+        """Return the result of `encode_images` from the output of a layer, if only a LayerNorm follows; else None."""
         return None
 
     def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[TokenProbability | None]:  # noqa: ARG002
-        """Per target the probability of the token it explains, and the next best; None where there is none."""
+        """Return for each target the probability of its token (or class) and the most probable others, or None."""
         return [None] * len(targets)
 
     def score_from(
@@ -300,23 +357,22 @@ class Adapter(ABC):
         outputs: Mapping[str, Tensor] | None = None,  # noqa: ARG002  (for fast overrides)
         rule: str | None = None,
     ) -> Float[Tensor, "K"]:
-        """The scores with one shift vector per target added to all patches of the tap, differentiable in `shift`.
+        """Return the scores with one vector per target added to all patches of a layer, differentiable in `shift`.
 
-        Grad-CAM needs no more than d score / d shift at shift 0. This is the slow, right way: every target gets a
-        picture of its own, the tap's output is shifted, everything is run. An architecture may override it with a fast
-        one for the taps in `fast_taps`, which starts from the recorded `outputs` and need be right only to first order.
-        `rule` is a backward rule as in `Recorder`.
+        Its gradient at shift 0 is the pooled gradient. This general implementation copies the image for each target and
+        runs the whole model. An architecture may override it at the layers in `fast_taps`, where it may start from the
+        recorded `outputs` and has to be exact to first order only. `rule` is a backward rule as in `Recorder`.
         """
         return shifted_scores(self, layer, inputs, targets, shift, rule)
 
     def check_kind(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
-        """Target kind and token target to use (None: the default). Raises TargetError naming what there is."""
+        """Return target kind and token target (None: the default). Raises TargetError listing the supported ones."""
         kind, token_target = kind or self.kinds[0], token_target or next(iter(self.token_targets), None)
-        for what, asked, known in (("target", kind, self.kinds), ("token target", token_target, self.token_targets)):
-            if asked is not None and asked not in known:
+        for what, name, known in (("target", kind, self.kinds), ("token target", token_target, self.token_targets)):
+            if name is not None and name not in known:
                 raise TargetError(
-                    f"{self.info.type} has no {what} {asked!r}{did_you_mean(asked, list(known))} "
-                    f"(it has: {', '.join(known) or 'none, a token is scored by itself'})"
+                    f"{self.info.type} has no {what} {name!r}{did_you_mean(name, list(known))} "
+                    f"(it has: {', '.join(known) or 'none, each token has its own score'})"
                 )
         return kind, token_target
 
@@ -324,14 +380,14 @@ class Adapter(ABC):
 def shifted_scores(
     adapter: Adapter, layer: str, inputs: Inputs, targets: Targets, shift: Float[Tensor, "K D"], rule: str | None
 ) -> Float[Tensor, "K"]:
-    """The scores with one vector per target added to all patches of the tap, differentiable in `shift`."""
+    """Return the scores with one vector per target added to all patches of a layer; see `Adapter.score_from`."""
     inputs, targets = one_image_per_target(inputs, targets)
     module = find_module(adapter.model, layer)
     grid = adapter.grid(inputs)
 
     def shifted(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        # The targets' own sequences come first; others that a score is compared with stay as they are.
+        # The sequences of the targets come first; those whose scores are subtracted are not shifted.
         hidden = adapter.layout(hidden, grid, layer).shifted(hidden, shift)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

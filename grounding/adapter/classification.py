@@ -1,4 +1,4 @@
-"""Models that score classes: what is asked of a picture is one of its classes in place of a text."""
+"""Adapters of models that score classes: explain the logit of a class in place of the score of a text."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from grounding.core.errors import ModelError, TargetError, TextError
 from grounding.core.registry import did_you_mean
 from grounding.core.text import Alternative, Asked, Classes, Span, TokenizedText
 
-# Classes whose probabilities go with an explanation.
+# Number of most probable classes that are stored with an explanation.
 TOP = 5
-# What a checkpoint calls classes that nobody named.
-UNNAMED = re.compile(r"LABEL_\d+")
-LISTED = 8
+# Default class names of transformers.
+DEFAULT_NAME = re.compile(r"LABEL_\d+")
+# Number of class names in a message.
+LISTED_NAMES = 8
 
 
 @dataclass(frozen=True)
 class ClassNames:
-    """The names of classes 0, 1, ... A name may be several, with commas between them: "great white shark, white shark".
+    """Names of classes 0, 1, ...; a class may have several, separated by commas: "great white shark, white shark".
 
-    `what` is the model in words, for messages.
+    `what` is the noun for the model in messages.
     """
 
     names: tuple[str, ...]
@@ -42,45 +43,47 @@ class ClassNames:
     def __len__(self) -> int:
         return len(self.names)
 
-    def find(self, asked: Any, hint: str = "") -> int:
-        """The index of a class that is asked for by index, by its name, or by one of the names it has, case ignored.
+    def find(self, wanted: Any, hint: str = "") -> int:
+        """Return the index of a class, given its index, its name or one of its names; case is ignored.
 
-        Raises TargetError for what is none (it ends in `hint`) and for a name of several classes, TextError for an
-        empty one.
+        Raises TargetError for no class (the message ends in `hint`) and for a name of several classes, TextError for
+        an empty name.
         """
-        if not isinstance(asked, str):
-            return self._checked(asked)
-        name = _folded(asked)
+        if not isinstance(wanted, str):
+            return self._checked(wanted)
+        name = _folded(wanted)
         if not name:
             raise TextError("a class name is empty: give a name or an index")
         found = self._whole.get(name) or self._parts.get(name) or []
         if not found and re.fullmatch(r"-?\d+", name):
             return self._checked(int(name))
         if not found:
-            listed = ", ".join(repr(one) for one in self.names[:LISTED]) + (", ..." if len(self) > LISTED else "")
+            listed = ", ".join(repr(one) for one in self.names[:LISTED_NAMES]) + (
+                ", ..." if len(self) > LISTED_NAMES else ""
+            )
             near = did_you_mean(name, list(dict.fromkeys([*self._whole, *self._parts])))
-            raise TargetError(f"{self.what} has no class {asked!r}{near} (it has {len(self)}: {listed}){hint}")
+            raise TargetError(f"{self.what} has no class {wanted!r}{near} (it has {len(self)}: {listed}){hint}")
         if len(found) > 1:
             listed = ", ".join(f"{index} {self.names[index]!r}" for index in found)
-            raise TargetError(f"{asked!r} names {len(found)} classes of {self.what}: {listed}; give the index")
+            raise TargetError(f"{wanted!r} names {len(found)} classes of {self.what}: {listed}; give the index")
         return found[0]
 
-    def knows(self, name: str) -> bool:
-        """Whether a class has this name, or has it among others."""
+    def contains(self, name: str) -> bool:
+        """Whether a class has this name, alone or among others."""
         return _folded(name) in self._whole or _folded(name) in self._parts
 
     @property
     def unnamed(self) -> bool:
-        """Whether the names say nothing but the index."""
-        return all(UNNAMED.fullmatch(name) for name in self.names)
+        """Whether all names are default names, which state only the index."""
+        return all(DEFAULT_NAME.fullmatch(name) for name in self.names)
 
-    def _checked(self, asked: Any) -> int:
+    def _checked(self, wanted: Any) -> int:
         try:
-            index = operator.index(asked)
+            index = operator.index(wanted)
         except TypeError:
             index = None
-        if index is None or isinstance(asked, bool):
-            raise TargetError(f"a class is asked for by name or index, not by {asked!r} ({type(asked).__name__})")
+        if index is None or isinstance(wanted, bool):
+            raise TargetError(f"a class is given by name or index, not by {wanted!r} ({type(wanted).__name__})")
         if not 0 <= index < len(self):
             range_ = f"its {len(self)} classes are 0 to {len(self) - 1}" if len(self) > 1 else "its only class is 0"
             raise TargetError(f"{self.what} has no class {index}: {range_}")
@@ -97,11 +100,16 @@ class ClassNames:
 
 
 class ClassAdapter(Adapter):
-    """Base of adapters whose target is the score (logit) of a class; they answer `prepare_images`, `structure`, `labels`, `logits`.
+    """Base class of adapters whose target is the logit of a class.
 
-    In place of a text there is one class, or several that share an Explanation; none is the predicted one, for which
-    the picture has to pass through the model once before. With `by_itself` every class has a probability of its own
-    (sigmoid), else they sum to 1 (softmax); with `measures` scores are quantities (regression) and have none.
+    Subclasses implement `prepare_images`, `structure`, `labels` and `logits`. In place of a text there is one class, or
+    several that share an Explanation; None is the predicted class, which costs one more forward pass.
+
+    Attributes
+    ----------
+    labels: the names of the classes.
+    by_itself: classes are independent: probabilities are sigmoids. Otherwise they are a softmax and sum to 1.
+    measures: scores are quantities (regression) without probabilities.
     """
 
     kinds = ("class",)
@@ -113,24 +121,27 @@ class ClassAdapter(Adapter):
 
     @abstractmethod
     def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
-        """The scores of all classes, differentiable."""
+        """Return the logits of all classes, differentiable."""
 
     def asked(self, text: Any) -> Asked:
-        """A class by name or index, several as `Classes`; None: the predicted one. Raises TargetError, TextError."""
-        asked = text if isinstance(text, Classes) else Classes() if text is None else Classes((text,))
-        for one in asked.asked:
+        """Return a checked request: a class by name or index, or `Classes`; None for the predicted class.
+
+        Raises TargetError, TextError.
+        """
+        classes = text if isinstance(text, Classes) else Classes() if text is None else Classes((text,))
+        for one in classes.asked:
             self.labels.find(one)
-        return asked
+        return classes
 
     def asked_by(self, target: Any, texts: Any) -> tuple[str | None, Any]:
-        """The kind `class`, and the classes: those that `target` names, or those that came as texts.
+        """Return the kind `class` and the classes, given as `target` or in place of texts.
 
-        Raises TargetError for a name that is none, and for the name of the kind where a class has it, too.
+        Raises TargetError for a name that is neither class nor kind, and for one that is both.
         """
-        if isinstance(target, str) and target in self.kinds and texts is None and self.labels.knows(target):
+        if isinstance(target, str) and target in self.kinds and texts is None and self.labels.contains(target):
             raise TargetError(
-                f"{target!r} is this model's kind of target and the name of a class: ask for that class by its index "
-                f"or as [{target!r}], for the predicted one without a target"
+                f"{target!r} is this model's kind of target and the name of a class: ask for the class by its index "
+                f"or as [{target!r}], for the predicted class without a target"
             )
         if target is None or (isinstance(target, str) and (texts is not None or target in self.kinds)):
             return target, texts
@@ -139,8 +150,8 @@ class ClassAdapter(Adapter):
         target = target.tolist() if hasattr(target, "tolist") else target  # arrays and their numbers
         many = isinstance(target, list | tuple | range)
         if many and not len(target):
-            raise TargetError("an empty list of classes was asked for: leave the target out for the predicted class")
-        # Checked before any picture is opened; an index may be any whole number's type.
+            raise TargetError("an empty list of classes was given: leave the target out for the predicted class")
+        # Checked before any image is opened; an index may be of any integer type.
         if isinstance(target, str):
             self.labels.find(target, f"; this model's kind of target is {', '.join(self.kinds)}")
         names = [one if isinstance(one, str) else self.labels.find(one) for one in (target if many else [target])]
@@ -148,18 +159,18 @@ class ClassAdapter(Adapter):
 
     @property
     def needs_text(self) -> bool:
-        """A class is predicted where none is given."""
+        """False: without a class the predicted one is explained."""
         return False
 
     def looks_first(self, texts: Sequence[Sequence[Asked]]) -> bool:
-        """For the predicted class."""
+        """Whether a class has to be predicted."""
         return any(isinstance(one, Classes) and not one.asked for own in texts for one in own)
 
     def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """Classes in place of texts, each list of them one item."""
-        asked = [(b, self.asked(text)) for b, own in enumerate(texts) for text in own]
+        """Return the inputs with classes in place of texts, one `TokenizedText` for each request."""
+        requests = [(b, self.asked(text)) for b, own in enumerate(texts) for text in own]
         tokens, origins = [], []
-        for b, one in asked:
+        for b, one in requests:
             assert isinstance(one, Classes)
             known = [self.labels.find(name) for name in one.asked] or [int(encoded_of(self, inputs)[b].argmax())]
             indices = list(dict.fromkeys(known))
@@ -168,8 +179,8 @@ class ClassAdapter(Adapter):
         return replace(
             inputs,
             tokens=tuple(tokens),
-            text_image=tuple(b for b, _ in asked),
-            text_warnings=(tuple(self._doubts()),) * len(asked),
+            text_image=tuple(b for b, _ in requests),
+            text_warnings=(tuple(self._text_warnings()),) * len(requests),
             per_text=(),
             origins=tuple(origins),
         )
@@ -181,7 +192,7 @@ class ClassAdapter(Adapter):
         kind: str | None = None,
         token_target: str | None = None,
     ) -> Targets:
-        """The logit of each class."""
+        """Return one target per class: its logit."""
         kind, token_target = self.check_kind(kind, token_target)
         owner = torch.tensor([text for text, chosen in enumerate(spans) for _ in chosen])
         flat = tuple(span for chosen in spans for span in chosen)
@@ -189,47 +200,47 @@ class ClassAdapter(Adapter):
         return Targets(kind, torch.tensor(inputs.text_image)[owner], owner, flat, {"class": index}, token_target)
 
     def encode_images(self, inputs: Inputs) -> Float[Tensor, "B C"]:
-        """The logits of all classes. Raises ModelError where they are not as many as there are names."""
-        found = self.logits(inputs)
-        if found.shape != (len(inputs.tensors["pixel_values"]), len(self.labels)):
+        """Return the logits of all classes. Raises ModelError if their number is not that of the names."""
+        logits = self.logits(inputs)
+        if logits.shape != (len(inputs.tensors["pixel_values"]), len(self.labels)):
             raise ModelError(
-                f"{self.info.id} gives scores of shape {tuple(found.shape)} for {len(inputs.tensors['pixel_values'])} "
-                f"pictures and {len(self.labels)} class names: expected one per picture and name"
+                f"{self.info.id} gives scores of shape {tuple(logits.shape)} for {len(inputs.tensors['pixel_values'])} "
+                f"images and {len(self.labels)} class names: expected one per image and name"
             )
-        return found
+        return logits
 
     def score(self, inputs: Inputs, encoded: Float[Tensor, "B C"], targets: Targets) -> Float[Tensor, "K"]:  # noqa: ARG002
-        """The logit of each target's class."""
+        """Return the logit of each target's class."""
         return encoded[targets.image.to(encoded.device), targets.data["class"].to(encoded.device)]
 
     def alternatives(self, inputs: Inputs, targets: Targets) -> Sequence[TokenProbability | None]:
-        """The probability of each class, and those of the `TOP` most probable classes that are others."""
+        """Return the probability of each target's class, and the others among the `TOP` most probable classes."""
         if self.measures:
             return [None] * len(targets)
         logits = encoded_of(self, inputs).double()
-        chances = logits.sigmoid() if self.by_itself else logits.softmax(-1)
-        top = chances.topk(min(TOP, len(self.labels))).indices.tolist()
+        probabilities = logits.sigmoid() if self.by_itself else logits.softmax(-1)
+        top = probabilities.topk(min(TOP, len(self.labels))).indices.tolist()
         pairs = zip(targets.image.tolist(), targets.data["class"].tolist(), strict=True)
         return [
             (
-                float(chances[b, own]),
-                tuple(Alternative(self.labels.names[i], i, float(chances[b, i])) for i in top[b] if i != own),
+                float(probabilities[b, own]),
+                tuple(Alternative(self.labels.names[i], i, float(probabilities[b, i])) for i in top[b] if i != own),
             )
             for b, own in pairs
         ]
 
-    def _doubts(self) -> list[str]:
-        doubts = []
+    def _text_warnings(self) -> list[str]:
+        warnings = []
         if self.labels.unnamed:
-            doubts.append(
-                f"{self.info.id} does not name its classes ({self.labels.names[0]}, ...): what an index means is "
-                "written elsewhere"
+            warnings.append(
+                f"{self.info.id} does not name its classes ({self.labels.names[0]}, ...): look up the meaning of an "
+                "index in its documentation"
             )
         if self.by_itself:
-            doubts.append(
-                f"{self.info.id} judges every class by itself: probabilities are sigmoids and do not sum to 1"
+            warnings.append(
+                f"the classes of {self.info.id} are independent: probabilities are sigmoids and do not sum to 1"
             )
-        return doubts
+        return warnings
 
 
 def _folded(name: str) -> str:

@@ -1,8 +1,8 @@
-"""The geometry of any preprocessing, measured: ramps go in, lines come out.
+"""Measure the geometry of any image preprocessing from its response to grey ramps.
 
-A grey ramp along x tells every model input pixel which original x it was made from, and likewise along y. Resizing
-filters keep straight lines straight, so two lines are the whole geometry; what is no line is refused. A black and a
-white picture first undo the normalisation and show where there is padding.
+For an image that is a grey ramp along x, the level of a model input pixel gives the original x that it was computed
+from; likewise along y. Resizing filters keep straight lines straight, so that one line per axis is the whole geometry;
+ProbeError is raised for any other response. A black and a white image give the normalisation and the padding.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from PIL import Image
 from grounding.core.errors import ProbeError
 from grounding.core.geometry import Geometry
 
-# A filter needs pixels on both sides of a point; with fewer there is no line left to fit.
+# Filters read pixels on both sides of a point: with fewer pixels there is no line to fit.
 SMALLEST = 8
-# Ramps run over these 8-bit levels. Across the other axis they tilt by TILT levels, and every pixel is off by up to
-# NOISE: so neighbours and rows are rounded at other places, and their mean is finer than 8 bits. (Filters round between
-# their two passes: without the noise a plain 2 : 1 reduction was measured 0.1 to 0.25 pixels off.)
+# 8-bit levels of the ramps. Along the other axis they tilt by TILT levels, and noise of up to NOISE levels is added, so
+# that rounding differs between pixels and their mean is finer than 8 bits. (Filters round between their two passes:
+# without noise a plain 2 : 1 reduction was measured 0.1 to 0.25 pixels off.)
 DARKEST, BRIGHTEST, TILT, NOISE = 19, 236, 6, 12
 Preprocess = Callable[[Image.Image], Any]
 
 
 def measure_geometry(preprocess: Preprocess, width: int, height: int, mode: str = "RGB") -> Geometry:
-    """Measure how `preprocess` maps a picture of width x height pixels to the model input.
+    """Measure how `preprocess` maps an image of width x height pixels to the model input.
 
-    `preprocess` turns a PIL picture of this `mode` ("RGB" or "L") into an array or tensor (C, H, W) or (1, C, H, W),
+    `preprocess` turns a PIL image of this `mode` ("RGB" or "L") into an array or tensor (C, H, W) or (1, C, H, W),
     or into a mapping with one under `pixel_values`. Its normalisation may be any affine map per channel. It is called
-    12 to 26 times. The grid is left at 1 x 1.
+    12 to 26 times. The patch grid of the result is 1 x 1.
 
-    Accuracy of the seen box, in pixels of the coarser frame (input pixels where the picture is reduced, original
-    pixels where it is enlarged): 0.05 for smooth resize filters, 0.3 for nearest-neighbour. Where the picture fills
-    fewer than 8 input pixels there is little to fit, and it can be 0.6.
+    Accuracy of `Geometry.seen`, in pixels of the coarser frame (input pixels if the image is reduced, original pixels
+    if it is enlarged): 0.05 for smooth resize filters, 0.3 for nearest-neighbour, 0.6 if the image covers fewer than
+    8 input pixels.
 
-    Raises ProbeError for pictures with a side below 8 pixels, for answers that differ from call to call (random crop),
-    that are mirrored, turned or tiled, that do not follow a line, or that were padded after a crop.
+    Raises ProbeError for images with a side below 8 pixels and for preprocessing that is random, mirrors, rotates or
+    tiles the image, pads it after a crop, or is not affine along an axis.
     """
     if min(width, height) < SMALLEST:
-        raise ProbeError(f"cannot measure with a {width} x {height} picture: each side needs {SMALLEST} pixels")
+        raise ProbeError(f"cannot measure with a {width} x {height} image: each side needs {SMALLEST} pixels")
     camera = _Camera.calibrated(preprocess, width, height, mode)
     lines = [_measure_axis(camera, axis) for axis in (0, 1)]
     top, bottom, left, right = camera.box
@@ -52,7 +52,7 @@ def measure_geometry(preprocess: Preprocess, width: int, height: int, mode: str 
         first, last = max(0.0, -start / slope), min(float(end), (length - start) / slope)
         if max(abs(first - low), abs(last - high)) > max(1.5, 0.3 / slope):
             raise ProbeError(
-                f"along {name} the picture should fill input pixels {first:.1f} to {last:.1f} but fills {low} to "
+                f"along {name} the image should fill input pixels {first:.1f} to {last:.1f} but fills {low} to "
                 f"{high}: it was cropped and then padded, which is not one affine map"
             )
     scale = (1 / lines[0][0], 1 / lines[1][0])
@@ -62,10 +62,10 @@ def measure_geometry(preprocess: Preprocess, width: int, height: int, mode: str 
 
 @dataclass(frozen=True, eq=False)
 class _Camera:
-    """`preprocess` with its normalisation undone: pictures in, grey levels in [0, 1] out.
+    """`preprocess` with its normalisation undone.
 
-    `black` and `white` (C, H, W) are its answers to those pictures, `box` (top, bottom, left, right) the input pixels
-    that show the picture at all; the rest is padding.
+    `black` and `white` (C, H, W) are its results for a black and a white image, `box` (top, bottom, left, right) the
+    input pixels that depend on the image; the others are padding.
     """
 
     preprocess: Preprocess
@@ -80,31 +80,31 @@ class _Camera:
     def calibrated(cls, preprocess: Preprocess, width: int, height: int, mode: str) -> _Camera:
         black, white = (_pixels(preprocess(Image.new("L", (width, height), grey).convert(mode))) for grey in (0, 255))
         if black.shape != white.shape:
-            raise ProbeError(f"two pictures of one size came out as {black.shape} and {white.shape}")
+            raise ProbeError(f"two images of one size came out as {black.shape} and {white.shape}")
         contrast = np.abs(white - black).max(axis=0)
         if not contrast.max() > 1e-6:
-            raise ProbeError("a black and a white picture come out alike: brightness is normalised per picture")
+            raise ProbeError("a black and a white image come out alike: brightness is normalised per image")
         shown = contrast > 0.5 * contrast.max()
         rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
         box = (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
         if not shown[box[0] : box[1], box[2] : box[3]].all():
-            raise ProbeError("the picture does not fill one rectangle of the model input: tiles or a mask")
+            raise ProbeError("the image does not fill one rectangle of the model input: tiles or a mask")
         return cls(preprocess, width, height, mode, black, white, box)
 
-    def look(self, image: np.ndarray) -> np.ndarray:
-        """The answer to a grey `image` (height, width) uint8: its levels (H, W) inside `box`, 0 to 255."""
+    def levels(self, image: np.ndarray) -> np.ndarray:
+        """Return the grey levels (H, W) inside `box`, 0 to 255, for a grey `image` (height, width) uint8."""
         answer = _pixels(self.preprocess(Image.fromarray(image).convert(self.mode)))
         if answer.shape != self.white.shape:
-            raise ProbeError(f"two pictures of one size came out as {self.white.shape} and {answer.shape}")
+            raise ProbeError(f"two images of one size came out as {self.white.shape} and {answer.shape}")
         top, bottom, left, right = self.box
         span = (self.white - self.black)[:, top:bottom, left:right]
         level = (answer - self.black)[:, top:bottom, left:right]
-        # Channels weighted by their contrast: one that is constant says nothing.
+        # Channels are weighted by their contrast: a constant one has no information.
         return 255 * (level * span).sum(axis=0) / (span * span).sum(axis=0)
 
 
 def _pixels(answer: Any) -> np.ndarray:
-    """The (C, H, W) float64 array in whatever a preprocessing returns."""
+    """Return the (C, H, W) float64 array in the result of a preprocessing. Raises ProbeError."""
     if hasattr(answer, "keys"):
         if "pixel_values" not in answer:
             raise ProbeError(f"the preprocessing returns {sorted(answer.keys())}, no pixel_values")
@@ -119,31 +119,31 @@ def _pixels(answer: Any) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] in (1, 3, 4) and array.shape[0] not in (1, 3, 4):
         raise ProbeError(f"pixel values of shape {array.shape} have their channels last, not first")
     if array.ndim != 3:
-        raise ProbeError(f"pixel values of shape {array.shape} are not one picture (channels, height, width)")
+        raise ProbeError(f"pixel values of shape {array.shape} are not one image (channels, height, width)")
     return array
 
 
 def _measure_axis(camera: _Camera, axis: int) -> tuple[float, float]:
-    """(slope, start): original coordinate = start + slope * input coordinate, both continuous."""
+    """Return (slope, start): original coordinate = start + slope * input coordinate, both continuous."""
     low, high = _window(camera, axis)
     up, down = (_ramp(camera, axis, low, high, dither) for dither in (1, -1))
-    # The second one as its negative: whatever rounds half-way levels up, or cuts them, does the opposite there.
-    answers = [camera.look(up), 255 - camera.look(255 - down)]
-    again = [camera.look(up), 255 - camera.look(255 - down)]
+    # The second ramp is negated: rounding up or truncation then has the opposite sign.
+    answers = [camera.levels(up), 255 - camera.levels(255 - down)]
+    again = [camera.levels(up), 255 - camera.levels(255 - down)]
     if not np.allclose(answers, again, atol=1e-3):
-        raise ProbeError("two answers to one picture differ: the preprocessing is random")
-    where = _place(np.mean(answers, axis=0), low, high)
+        raise ProbeError("two answers to one image differ: the preprocessing is random")
+    where = _coordinates(np.mean(answers, axis=0), low, high)
     slope, start = _fit(camera, axis, where)
     _check(camera, axis, where, slope, start, level=(high - low) / (BRIGHTEST - DARKEST))
     return slope, start
 
 
 def _window(camera: _Camera, axis: int) -> tuple[float, float]:
-    """The part of the axis that the input shows, with a margin: there the levels are spent."""
+    """Return the part of the axis that the model input contains, with a margin: the ramp covers it."""
     length = float((camera.width, camera.height)[axis])
     low, high = 0.0, length
     for _ in range(8):
-        where = _place(camera.look(_ramp(camera, axis, low, high, 0)), low, high)
+        where = _coordinates(camera.levels(_ramp(camera, axis, low, high, 0)), low, high)
         slope, start = _fit(camera, axis, where)
         first, last = sorted(start + slope * edge for edge in _edges(camera, axis))
         margin = max(2.0, 0.01 * (high - low), 0.1 * (last - first))
@@ -155,9 +155,9 @@ def _window(camera: _Camera, axis: int) -> tuple[float, float]:
 
 
 def _ramp(camera: _Camera, axis: int, low: float, high: float, dither: int) -> np.ndarray:
-    """A grey picture (height, width), uint8: dark at `low`, bright at `high` (original pixels), held beyond.
+    """Return a grey ramp (height, width) uint8, dark at `low`, bright at `high` (original pixels), constant beyond.
 
-    With a `dither` of 1 tilt and noise are added, with -1 the same are taken away.
+    Tilt and noise are multiplied by `dither` (1, 0 or -1).
     """
     along, across = ((np.arange(n) + 0.5, n) for n in (camera.width, camera.height)[:: 1 - 2 * axis])
     level = DARKEST + np.clip((along[0] - low) / (high - low), 0, 1) * (BRIGHTEST - DARKEST)
@@ -167,8 +167,8 @@ def _ramp(camera: _Camera, axis: int, low: float, high: float, dither: int) -> n
     return np.ascontiguousarray(image if axis == 0 else image.T)
 
 
-def _place(level: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The original coordinates at which `_ramp` has these levels."""
+def _coordinates(level: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return the original coordinates at which `_ramp` has these levels."""
     return low + (level - DARKEST) / (BRIGHTEST - DARKEST) * (high - low)
 
 
@@ -178,7 +178,7 @@ def _edges(camera: _Camera, axis: int) -> tuple[int, int]:
 
 
 def _interior(camera: _Camera, axis: int) -> slice:
-    """Where no filter reaches over an edge: three pixels of the coarser frame, if there is that much room."""
+    """The pixels whose filters do not reach an edge: three pixels of the coarser frame away, if there are so many."""
     low, high = _edges(camera, axis)
     enlarged = (high - low) / (camera.width, camera.height)[axis]
     margin = min(3 * max(1.0, enlarged), 0.3 * (high - low))
@@ -198,15 +198,15 @@ def _fit(camera: _Camera, axis: int, where: np.ndarray) -> tuple[float, float]:
     centres = np.arange(inside.start, inside.stop) + 0.5 + _edges(camera, axis)[0]
     if len(centres) < 2:
         low, high = _edges(camera, axis)
-        raise ProbeError(f"the picture fills {high - low} input pixels along {'xy'[axis]}: too few to fit a line")
+        raise ProbeError(f"the image fills {high - low} input pixels along {'xy'[axis]}: too few to fit a line")
     slope, start = np.polyfit(centres, profile, 1)
     return float(slope), float(start)
 
 
 def _check(camera: _Camera, axis: int, where: np.ndarray, slope: float, start: float, level: float) -> None:
-    """Refuse places (H, W) that depend on the other axis or follow no rising line.
+    """Raise ProbeError for coordinates `where` (H, W) that depend on the other axis or do not follow a rising line.
 
-    `level` is one 8-bit step, original pixels. A nearest-neighbour resize is off by half a pixel of the coarser frame.
+    `level` is one 8-bit step in original pixels. Nearest-neighbour is off by half a pixel of the coarser frame.
     """
     name = "xy"[axis]
     low, high = _edges(camera, axis)
@@ -217,12 +217,12 @@ def _check(camera: _Camera, axis: int, where: np.ndarray, slope: float, start: f
             f"a ramp along {name} comes out as more than a ramp along {name}: turned, tiled, or brightness is bent"
         )
     if slope * (high - low) < -4 * level:
-        raise ProbeError(f"the picture is mirrored along {name}")
+        raise ProbeError(f"the image is mirrored along {name}")
     centres = np.arange(one.start, one.stop) + 0.5 + low
     residual = float(np.abs(profile - (start + slope * centres)).max())
     allowed = 1.5 * level + 0.75 * max(1.0, abs(slope))
     if slope <= 0 or residual > allowed:
         raise ProbeError(
-            f"along {name} the model input does not follow a line of the picture (off by up to {residual:.1f} original "
+            f"along {name} the model input does not follow a line of the image (off by up to {residual:.1f} original "
             f"pixels, {allowed:.1f} allowed): it is not made by resize, crop and pad"
         )

@@ -1,6 +1,6 @@
-"""The data that flows between the parts: frozen, tensors inside, no behaviour beyond selection.
+"""Inputs and Targets: the frozen data that adapters, engine and methods exchange.
 
-Axis letters, the same everywhere:
+Axis letters, the same in all packages:
 B images, T texts, K targets, P patches (= rows x columns, row-major), N tokens of a stack (prefix + patches),
 L text tokens, D width, H heads, Q queries, S keys, E width of a joint embedding.
 """
@@ -20,14 +20,22 @@ from grounding.core.text import Span, TokenizedText
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What `Adapter.prepare_images` makes of B pictures and `Adapter.prepare_texts` adds of T texts.
+    """Prepared inputs of a model: B images from `Adapter.prepare_images`, T texts from `Adapter.prepare_texts`.
 
-    `tensors` are the model's own inputs (`pixel_values` (B, C, H, W), `input_ids` (T, L), ...), `text_image[t]` is the
-    index of the picture that text t belongs to, `warnings[b]` and `text_warnings[t]` say what a user must know;
-    `per_image` and `per_text` name the tensors that have the pictures, or the texts, first. `origins[t]` says where
-    text t is from (`given`, `generated`, `forced`; none: all given). `memory` is the engine's: what it recorded of the
-    vision stack without gradients, for later texts of the same pictures while the model stays as it is; `notes` are
-    the adapter's own, of these texts.
+    Parameters
+    ----------
+    images: the opened images.
+    geometry: for each image the map from original to input pixels, with the patch grid of the default layer.
+    tensors: inputs of the model by name: `pixel_values` (B, C, H, W), `input_ids` (T, L), ...
+    warnings: for each image messages to the user.
+    tokens: the tokenized texts.
+    text_image: for each text the index of its image.
+    text_warnings: for each text messages to the user.
+    per_image, per_text: names of the tensors whose leading axis counts images, or texts.
+    memory: cache of the engine: outputs of the vision stack recorded without gradients, for later texts of the same
+        images; valid while the model is unchanged.
+    origins: for each text `given`, `generated`, `forced` or `predicted`; empty: all given.
+    notes: cache of the adapter for these texts.
     """
 
     images: tuple[Picture, ...]
@@ -46,14 +54,18 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """K flat targets: the scalars that are explained.
+    """K targets: the scalars that are explained.
 
-    `image` and `text` (K,) say where each belongs, `spans[k]` which part of its text it is about, `kind` what is
-    measured (`similarity`, `logit`, ...), `token_target` how a part of a caption is scored. `unit` (K,) says which of
-    the text side's sequences a target is read in (none: that of its text), `rows` (K, Q) at which places of it, as
-    weights that sum to 1, where each place is read by itself. `other` (K,) is the sequence that a target's own is
-    compared with (a caption without a token; -1: none): its score is the difference of the two's. `data` holds whatever
-    the adapter needs to compute the scores, every tensor with K first.
+    Parameters
+    ----------
+    kind: what is measured (`similarity`, `logit`, ...).
+    image, text: (K,) indices of the image and the text of each target.
+    spans: for each target the part of its text.
+    data: tensors from which the adapter computes the scores, with K as leading axis.
+    token_target: how a part of a text is scored.
+    rows: (K, Q) weights, summing to 1, of the positions at which a target is read, if each position has its own score.
+    unit: (K,) index of the text side's sequence in which a target is read; None: the sequence of its text.
+    other: (K,) index of a second sequence whose score is subtracted (a text without a token; -1: none).
     """
 
     kind: str
@@ -71,11 +83,11 @@ class Targets:
 
     @property
     def units(self) -> Int[Tensor, "K"]:
-        """The sequence of each target."""
+        """(K,) index of the sequence of each target."""
         return self.text if self.unit is None else self.unit
 
     def select(self, indices: Sequence[int]) -> Targets:
-        """The targets at `indices`, in that order."""
+        """Return the targets at `indices`, in that order."""
         index = self.image.new_tensor(list(indices))
         return replace(
             self,

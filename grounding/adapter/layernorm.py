@@ -20,7 +20,7 @@ from grounding.core.errors import ModelError
 
 LAYERNORM_RULE = "layernorm"
 # The axis of the channels in maps (B, D, rows, columns).
-CHANNELS_FIRST = (-3,)
+CHANNEL_AXIS = (-3,)
 
 
 def layernorm(norm: nn.LayerNorm, x: Float[Tensor, "*batch D"], rule: str | None) -> Float[Tensor, "*batch D"]:
@@ -62,7 +62,7 @@ def _normalised_axes(norm: nn.LayerNorm, x: Tensor, output: Tensor) -> tuple[int
     last = tuple(range(-len(norm.normalized_shape), 0))
     if type(norm).forward is nn.LayerNorm.forward:
         return last
-    for axes in (last, CHANNELS_FIRST) if x.ndim == 4 else (last,):
+    for axes in (last, CHANNEL_AXIS) if x.ndim == 4 else (last,):
         if tuple(x.shape[i] for i in axes) == tuple(norm.normalized_shape):
             found = _with_bias(norm, _scaled(norm, x.detach(), axes), axes)
             if torch.allclose(found.float(), output.detach().float(), rtol=0.02, atol=0.02):
@@ -72,4 +72,4 @@ def _normalised_axes(norm: nn.LayerNorm, x: Tensor, output: Tensor) -> tuple[int
 
 def _along(parameter: Tensor, axes: tuple[int, ...]) -> Tensor:
     """A parameter of a norm over `axes`, shaped to broadcast over the input of the norm."""
-    return parameter[:, None, None] if axes == CHANNELS_FIRST else parameter
+    return parameter[:, None, None] if axes == CHANNEL_AXIS else parameter

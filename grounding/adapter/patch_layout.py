@@ -1,4 +1,4 @@
-"""How a patch grid lies in a layer's output: as maps, channels first or last, or as a run of tokens."""
+"""Layout of the patch grid in a layer's output: feature maps (channels first or last) or a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-# Axes of a layer's output.
-FIRST, LAST, TOKENS = "b d r c", "b r c d", "b n d"
+# Axes of a layer's output, as einops patterns.
+CHANNELS_FIRST, CHANNELS_LAST, TOKENS = "b d r c", "b r c d", "b n d"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`rows` x `columns` patches along `axes`; of tokens, `prefix` come before them and others may come after."""
+    """A grid of `rows` x `columns` patches along `axes`; in a token sequence `prefix` tokens precede the patches."""
 
     axes: str
     rows: int
@@ -24,20 +24,20 @@ class Layout:
     prefix: int = 0
 
     def fold(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "B rows columns D"]:
-        """The patches of a layer's output."""
+        """Return the patches of a layer's output, in any layout."""
         if self.axes == TOKENS:
             patches = hidden[:, self.prefix : self.prefix + self.rows * self.columns]
             return rearrange(patches, "b (r c) d -> b r c d", r=self.rows)
         return rearrange(hidden, f"{self.axes} -> b r c d")
 
     def shifted(self, hidden: Float[Tensor, "..."], shift: Float[Tensor, "K D"]) -> Float[Tensor, "..."]:
-        """The output with one vector per item added to all patches of the first K items; the rest stays as it is."""
+        """Return the output with vector k added to all patches of item k, for the first K items."""
         if self.axes == TOKENS:
-            place = torch.arange(hidden.shape[1], device=hidden.device) - self.prefix
-            patches = (place >= 0) & (place < self.rows * self.columns)
+            index = torch.arange(hidden.shape[1], device=hidden.device) - self.prefix
+            patches = (index >= 0) & (index < self.rows * self.columns)
             moved = patches[None, :, None] * shift[:, None, :]
         else:
-            moved = (shift[:, :, None, None] if self.axes == FIRST else shift[:, None, None, :]).expand(
+            moved = (shift[:, :, None, None] if self.axes == CHANNELS_FIRST else shift[:, None, None, :]).expand(
                 -1, *hidden.shape[1:]
             )
         own = torch.arange(len(shift), device=hidden.device)
@@ -47,15 +47,16 @@ class Layout:
 def find_layout(
     shape: tuple[int, ...], grid: tuple[int, int], prefix: int, *, tail: bool = False, pyramid: bool = False
 ) -> Layout | None:
-    """The layout of an output of this shape, None where it is no patch grid.
+    """Return the layout of an output of this shape, None if it is no patch grid.
 
-    `grid` is that of the default tap. With `pyramid` a layer may have one of its own over the same picture: 4^k times
-    as many tokens, or maps whose sides have about the same ratio.
+    `grid` is that of the default layer, `prefix` the number of tokens before the patches; with `tail`, other tokens may
+    follow them. With `pyramid` a layer may have another grid over the same image: 4^k times as many tokens, or feature
+    maps whose sides have about the same ratio.
     """
     rows, columns = grid
     last = prefix + rows * columns
     if len(shape) == 4:
-        return Layout(FIRST, *grid) if tuple(shape[-2:]) == grid else _maps(shape, grid) if pyramid else None
+        return Layout(CHANNELS_FIRST, *grid) if tuple(shape[-2:]) == grid else _maps(shape, grid) if pyramid else None
     if len(shape) != 3:
         return None
     if shape[1] > last if tail else shape[1] == last:
@@ -68,15 +69,15 @@ def find_layout(
 
 
 def _maps(shape: tuple[int, ...], grid: tuple[int, int]) -> Layout | None:
-    """Channels first or last, whichever has its sides in the grid's ratio; of both, the one that fits better."""
-    found = [Layout(FIRST, *shape[2:]), Layout(LAST, *shape[1:3])]
+    """Feature maps, channels first or last: the layout whose sides are closer to the grid's ratio; None for neither."""
+    found = [Layout(CHANNELS_FIRST, *shape[2:]), Layout(CHANNELS_LAST, *shape[1:3])]
     fitting = [layout for layout in found if layout.rows * layout.columns > 1 and _same_image(layout, grid)]
-    # The first of equals: channels first is the custom.
+    # min() returns the first of equals: channels first, the convention of torch.
     return min(fitting, key=lambda one: abs(log(one.rows / grid[0]) - log(one.columns / grid[1])), default=None)
 
 
 def _same_image(layout: Layout, grid: tuple[int, int]) -> bool:
-    """Whether one factor takes the grid to the layout's, each side rounded to whole cells."""
+    """Whether one scale factor relates both grids, with each side rounded to whole cells."""
     sides = list(zip((layout.rows, layout.columns), grid, strict=True))
     low = max((own - 1) / other for own, other in sides)
     high = min((own + 1) / max(other - 1, 0.5) for own, other in sides)

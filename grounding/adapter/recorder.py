@@ -1,8 +1,8 @@
-"""Taps: what one forward pass leaves behind, recorded without leaving a trace on the model.
+"""Record layer outputs and attention weights of one forward pass, and restore the state of the model afterwards.
 
-The pass runs without gradients up to the first place where one is wanted. There the recorder cuts: the tensor is
-detached, made a leaf, and gradients are switched on, so that nothing before it is ever differentiated. Everything
-wanted later is simply recorded where it stands, on the graph that grew from the cut.
+The pass runs without gradients up to the first output whose gradient is wanted. There the recorder cuts the graph: the
+tensor is detached and made a leaf, and gradients are enabled, so that nothing before it is differentiated. Later
+outputs are recorded on the graph that begins at this leaf.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grounding.adapter.attention import record_attention
 from grounding.adapter.layernorm import LAYERNORM_RULE, replace_gradient
 from grounding.core.errors import LayerError, ModelError
 
-# One recorder at a time on a model: threads wait for each other, or one would restore the other's state.
+# One recorder at a time per model: a second thread waits, or it would restore the state set by the first.
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _registering = Lock()
 
@@ -30,14 +30,15 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
 
     Parameters
     ----------
-    model: the user's model. Inside the block it is in eval mode with frozen parameters; afterwards (also after an
-        error) modes, `requires_grad`, hooks, attention implementations and the random state are as before.
-    taps: module path -> whether its gradient is wanted.
+    model: the user's model. Inside the block it is in eval mode with frozen parameters. Afterwards, also after an
+        error, modes, `requires_grad`, hooks, attention implementations and the random state are as before.
+    layers: module path -> whether its gradient is wanted.
     attention: path of an attention module -> whether the gradient of its weights is wanted.
-    rule: a backward rule. `layernorm`: every LayerNorm's standard deviation counts as a constant in the backward pass
-        (Ali et al. 2022, conservative propagation); values of the forward pass are the same to the bit.
+    rule: None or the backward rule `layernorm` (`grounding.adapter.layernorm`): the standard deviation of every
+        LayerNorm is a constant in the backward pass. The values of the forward pass are bit for bit the same.
 
-    After the pass `outputs[path]` is a layer's output tensor and `weights[path]` the attention (B, H, Q, S).
+    After the pass `outputs[path]` is the output of a layer and `weights[path]` are attention weights (B, H, Q, S).
+    Raises ValueError for an unknown rule, ModelError for parameters that no gradient can pass.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         self._stack.close()
 
     def check(self) -> None:
-        """Raise ModelError where something that was asked for never ran, LayerError likewise for a tap."""
+        """Raise LayerError if a layer did not run, ModelError if attention weights were not recorded."""
         for path in self.layers:
             if path not in self.outputs:
                 raise LayerError(f"layer {path!r} took no part in the forward pass; see --list-layers")
@@ -98,7 +99,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
                 )
 
     def _take_attention(self, module: nn.Module, weights: Tensor) -> Tensor:
-        """Record the weights of a wanted module; return what the pass goes on with."""
+        """Record the weights of a wanted module; return those with which the pass continues."""
         path = self._modules.get(module)
         if path is None:
             return weights
@@ -110,22 +111,22 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
     def _take_output(self, path: str, output: Any, gradient: bool) -> Any:
         tensor = output[0] if isinstance(output, tuple) else output
         if not isinstance(tensor, Tensor):
-            raise LayerError(f"layer {path!r} returns {type(tensor).__name__}, no tensor: it cannot be a tap")
+            raise LayerError(f"layer {path!r} returns {type(tensor).__name__}, no tensor: it has no patch grid")
         if path in self.outputs:
             raise LayerError(f"layer {path!r} ran twice in one pass: its output would be ambiguous")
         self.outputs[path] = tensor = _cut(tensor) if gradient else tensor
-        # A copy goes on, so that an in-place operation behind the tap cannot overwrite what was recorded.
+        # The pass continues with a copy: an in-place operation after the layer must not overwrite the record.
         return (tensor.clone(), *output[1:]) if isinstance(output, tuple) else tensor.clone()
 
 
 def _cut(tensor: Tensor) -> Tensor:
-    """The tensor on a graph: as it is where one has begun before it, else as the leaf that begins it."""
+    """Return the tensor if it is on a graph, else a leaf that begins one; enable gradients."""
     torch.set_grad_enabled(True)
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path. Raises LayerError naming the nearest existing parent and its children."""
+    """Return the module at a dotted path. Raises LayerError with the nearest existing parent and its children."""
     module, walked = model, ""
     for name in path.split("."):
         child = dict(module.named_children()).get(name)
@@ -140,7 +141,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _hook(module: nn.Module, take: Any) -> Iterator[None]:
-    # First in line: transformers installs capture hooks of its own, which must see what the pass goes on with.
+    # First: the capture hooks of transformers must get the tensor with which the pass continues.
     handle = module.register_forward_hook(lambda _module, _args, out: take(out), prepend=True)
     try:
         yield
@@ -150,7 +151,7 @@ def _hook(module: nn.Module, take: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter on the graph; each module and parameter gets its own state back.
+    """Inside the block the model is in eval mode without trainable parameters; then all states are restored.
 
     Raises ModelError for parameters that no gradient can pass.
     """
@@ -174,9 +175,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Torch's random state, of the CPU and of the model's device, is the same after the block as before.
+    """Restore torch's random state of the CPU and of the model's device after the block.
 
-    Inside, both start from `seed` where one is given; no other device is touched.
+    If `seed` is given, both start from it inside the block. Other devices are not touched.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

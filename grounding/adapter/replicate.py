@@ -1,20 +1,16 @@
-"""Inputs repeated: a picture per target (for shifts of a tap, the slow and right way), or versions of one picture."""
+"""Repeat inputs: one image per target, or several copies of one image."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from grounding.adapter.inputs import Inputs, Targets
 
-if TYPE_CHECKING:
-    pass
-
 
 def one_image_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Targets]:
-    """Inputs whose k-th picture and text are those of target k, and the targets so renumbered."""
+    """Return inputs whose k-th image and text are those of target k, and the targets with these indices."""
     image, text = targets.image.tolist(), targets.text.tolist()
     per_text = set(inputs.per_text)
     tensors = {
@@ -36,8 +32,10 @@ def one_image_per_target(inputs: Inputs, targets: Targets) -> tuple[Inputs, Targ
 
 
 def repeat_image(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, Targets]:
-    """Inputs with `count` pictures in place of the one that there is, each with all texts, and K x count targets:
-    those of the first target on every picture, then those of the second."""
+    """Return inputs with `count` copies of their one image, each with all texts, and K x count targets.
+
+    The targets are ordered by the original target, then by copy.
+    """
     texts = range(len(inputs.tokens))
     tensors = {
         name: tensor[[0] * count] if name in inputs.per_image
@@ -55,6 +53,6 @@ def repeat_image(inputs: Inputs, targets: Targets, count: int) -> tuple[Inputs, 
         per_text=inputs.per_text,
     )
     every = targets.select([k for k in range(len(targets)) for _ in range(count)])
-    version = torch.arange(count).repeat(len(targets))
-    unit = None if every.unit is None else every.unit * count + version
-    return repeated, replace(every, image=version, text=every.text * count + version, unit=unit, other=None)
+    copy = torch.arange(count).repeat(len(targets))
+    unit = None if every.unit is None else every.unit * count + copy
+    return repeated, replace(every, image=copy, text=every.text * count + copy, unit=unit, other=None)

@@ -1,4 +1,4 @@
-"""Structure of a model as data: attention stacks, layer names, pooling, and where the model came from."""
+"""Structure of a model as data: attention stacks, layer names and pooling; origin of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from grounding.core.errors import LayerError
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model came from, for provenance."""
+    """Origin of a model, for provenance.
+
+    `id` is a Hugging Face id or a path, `type` the model type in messages, `processor` the settings of its
+    image processor.
+    """
 
     id: str
     type: str
@@ -25,10 +29,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Stack:
-    """One run of attention blocks, as module paths in the model, first to last.
+    """A sequence of attention blocks, as module paths in the model, first to last.
 
-    `blocks` are the blocks themselves, `inputs` the modules whose output enters each block's attention (its first
-    layer norm), `attention` the modules that compute the attention weights (H, Q, S).
+    `blocks` are the blocks, `inputs` the modules whose output is the input of each block's attention (its first layer
+    norm), `attention` the modules that compute the attention weights (B, H, Q, S).
     """
 
     blocks: tuple[str, ...]
@@ -38,17 +42,23 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """Where things are in one architecture, as data.
+    """Structure of one model: its attention stacks, default layer, pooling and text side.
 
-    Stacks have the same names everywhere: `vision` (the picture's own), `cross` (from text positions to the vision
-    stack's output), `decoder` (among text positions), `fusion` (picture and text in one sequence), `text`. `tap` is the
-    default layer for Grad-CAM: a live one. `pooling` says how the vision stack is read: `cls`, `mean`,
-    `attention_pool`, `cross` (by the `cross` stack) or `fusion` (its tokens go on in that stack). `prefix` counts the
-    tokens before the patches (CLS, registers). With `pyramid`, layers may have grids of their own (convolutions, merged
-    patches); the inputs' geometry has that of `tap`. `unrecorded`: why a stack has blocks but no `attention` that could
-    be recorded. `text_stacks` are the stacks whose attention rows see the text,
-    `text_side` the parts of the model (module paths) that run on texts: their outputs have a text's sequence first,
-    those of all others a picture.
+    Parameters
+    ----------
+    stacks: name -> stack. Names are the same for all architectures: `vision` (image tokens), `cross` (from text
+        positions to the vision stack's output), `decoder` (among text positions), `fusion` (image and text tokens in
+        one sequence), `text` (text encoder).
+    layer: the default layer of class activation maps: one on whose patches the score depends.
+    pooling: how the output of the vision stack is read: `cls`, `mean`, `attention_pool`, `cross` (by that stack) or
+        `fusion` (its tokens continue in that stack).
+    prefix: number of tokens before the patches (CLS, registers).
+    text_stacks: stacks whose attention weights depend on the text.
+    text_side: module paths of the parts that run on texts. The leading axis of their outputs counts text sequences,
+        that of all other modules images.
+    pyramid: layers may have other patch grids than `layer` (convolutions, merged patches); the geometry of `Inputs` has
+        the grid of `layer`.
+    unrecorded: why a stack has blocks but no `attention` that can be recorded.
     """
 
     stacks: Mapping[str, Stack]
@@ -61,21 +71,21 @@ class ModelStructure:
     unrecorded: str = ""
 
     def stack(self, name: str) -> Stack:
-        """The stack of that name. Raises LayerError naming those there are."""
+        """Return the stack of a name. Raises LayerError listing the stacks."""
         if name not in self.stacks:
             raise LayerError(f"the model has no stack {name!r} (it has: {', '.join(self.stacks)})")
         return self.stacks[name]
 
     def axis(self, path: str) -> Literal["image", "text"]:
-        """What the leading axis of the output of the module at `path` counts: images, or the sequences of texts."""
+        """Return what the leading axis of a module's output counts: images, or text sequences."""
         inside = any(f"{path}.".startswith(f"{part}.") for part in self.text_side)
         return "text" if inside else "image"
 
     def find_layer(self, model: nn.Module, layer: str | None) -> str:
-        """The module path of a layer as a user names it.
+        """Return the module path of a layer name.
 
-        `None`: the default layer. `-1`: the output of that block of the vision stack; `-1.in`: the input of its
-        attention; `fusion:-1.in`: in another stack; anything else: a dotted module path. Raises LayerError.
+        None is the default layer, `-1` the output of that block of the vision stack, `-1.in` the input of its
+        attention, `fusion:-1.in` that in another stack; any other name is a dotted module path. Raises LayerError.
         """
         if layer is None:
             return self.layer
@@ -94,7 +104,7 @@ class ModelStructure:
         return paths[int(index)]
 
     def aliases(self) -> dict[str, str]:
-        """Module path -> short name, as `find_layer` takes it."""
+        """Return module path -> short name, as accepted by `find_layer`."""
         found: dict[str, str] = {}
         for name, stack in self.stacks.items():
             prefix = "" if name == "vision" else f"{name}:"
@@ -103,13 +113,16 @@ class ModelStructure:
         return found
 
     def attention(self, stack: str) -> tuple[str, ...]:
-        """The attention modules of a stack, none where there is no such stack."""
+        """Return the attention modules of a stack; empty if there is no such stack."""
         return self.stacks[stack].attention if stack in self.stacks else ()
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose output is a patch grid. `alias`: its short name; `live`: the score depends on its patches."""
+    """A layer whose output is a patch grid.
+
+    `shape` is that of its output, `alias` its short name, `live` whether the score depends on its patches.
+    """
 
     path: str
     shape: tuple[int, ...]

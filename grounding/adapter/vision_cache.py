@@ -1,4 +1,4 @@
-"""What passes through the vision stack left behind, for later texts of the same pictures."""
+"""Cache of image features and recorded signals, reused for later texts on the same images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from grounding.adapter.inputs import Inputs
 from grounding.adapter.recorder import Recorder
 from grounding.core.errors import NumericError
 
-# What the vision stack gave, among what is remembered of a pass.
+# The key of the image features among the recorded outputs.
 ENCODED = "encoded"
 
 
 def remembered(
     adapter: Adapter, inputs: Inputs, layers: Mapping[str, bool], attention: Mapping[str, bool]
 ) -> Mapping[str, Tensor]:
-    """What one pass of the vision stack without gradients left behind: run now, unless an earlier one left it all."""
+    """Return image features, layer outputs and attention weights recorded in a pass without gradients.
+
+    The vision stack runs unless the cache of `inputs` contains all of them. Raises NumericError for NaN or Inf.
+    """
     memory = inputs.memory
     if not _same(inputs) or not {ENCODED, *layers, *attention} <= memory.keys():
         with Recorder(adapter.model, layers, attention) as recorder:
@@ -32,17 +35,17 @@ def remembered(
 
 
 def encoded_of(adapter: Adapter, inputs: Inputs) -> Tensor:
-    """What `Adapter.encode_images` gives for these pictures, off the graph: run unless an earlier pass left it."""
+    """Return the result of `Adapter.encode_images`, off the graph, from the cache if it is there."""
     return remembered(adapter, inputs, {}, {})[ENCODED]
 
 
 def _same(inputs: Inputs) -> bool:
-    """Whether what is remembered is of these pictures and not of others."""
+    """Whether the cache belongs to these images."""
     return all(inputs.memory.get(name) is inputs.tensors[name] for name in inputs.per_image)
 
 
 def keep(inputs: Inputs, found: Mapping[str, Tensor]) -> None:
-    """Remember what a pass gave for these pictures, beside what earlier ones did."""
+    """Add the outputs of a pass to the cache of these images."""
     if not _same(inputs):
         inputs.memory.clear()
     inputs.memory.update(found)
@@ -50,8 +53,8 @@ def keep(inputs: Inputs, found: Mapping[str, Tensor]) -> None:
 
 
 def finite(tensor: Tensor, what: str) -> None:
-    """Raises NumericError where a tensor holds NaN or Inf."""
-    # A sum is finite only if every term is: one pass without a mask. It may overflow by itself, so look again.
+    """Raise NumericError if a tensor contains NaN or Inf."""
+    # The sum is finite only if all terms are, and needs no mask. It may also overflow: then count.
     if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

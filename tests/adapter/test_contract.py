@@ -16,8 +16,8 @@ from grounding.engine.layers import list_layers
 from grounding.engine.passes import run_passes
 from grounding.engine.plan import available, plan_methods
 from grounding.engine.request import Request
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.tolerances import SLOPE, close
 
 CAPTION = "a man in a red jacket"
@@ -34,7 +34,7 @@ def test_every_architecture_in_the_table_is_tested():
 
 
 def test_every_adapter_in_the_folder_is_in_the_table():
-    """An architecture is one file and one line: this is what fails while the line is missing."""
+    """Fails while the line of an adapter is missing in the table."""
     targets = {ADAPTERS.target(name) for name in ADAPTERS}
     found = []
     for path in Path(adapters.__file__).parent.rglob("*.py"):
@@ -71,7 +71,7 @@ def test_activations_and_attentions_are_uniform(any_adapter):
 
 
 def test_shift_gradient_equals_score_from(any_adapter):
-    """The engine's shift signal against the contract's slow, right way: one vector added to all patches of a tap."""
+    """The pooled gradient of the engine equals the gradient of `score_from`, which adds a vector to all patches."""
     inputs, targets = prepared(any_adapter)
     for layer in (None, "0", "-1.in" if any_adapter.structure.stacks["vision"].inputs else "-1"):
         layer = any_adapter.resolve(layer)
@@ -90,8 +90,8 @@ def test_shift_gradient_equals_score_from(any_adapter):
 
 
 @pytest.mark.parametrize("rule", [None, "layernorm"])
-def test_fast_taps_equal_the_slow_way(any_adapter, rule):
-    """Scores and shift gradients at every fast tap, pictures and texts mixed, against substituting the tap's output."""
+def test_shortcuts_equal_the_general_path(any_adapter, rule):
+    """Scores and pooled gradients at layers with a shortcut, for several images and texts, equal the general path."""
     texts = [["a man in a red jacket", "two dogs"], ["red car"]]
     inputs = any_adapter.prepare([noise(90, 60), noise(50, 70, 3)], texts)
     targets = any_adapter.targets(inputs, [[t.caption(), *t.tokens()] for t in inputs.tokens])
@@ -116,10 +116,10 @@ def test_one_forward_pass_for_all_methods(any_adapter, image):
     texts = [["red car", "two dogs"], ["a bus"]]
     known = available(any_adapter)
     methods = [name for name in ("gradcam", "gradcam_ln", "rollout", "attention") if name in known]
-    any_adapter.prepare_images([image])  # grids of convolutional networks are found once, by a pass of a blank picture
+    any_adapter.prepare_images([image])  # grids of convolutional networks are measured once, by a pass on a blank image
     counted.clear()
     explain(any_adapter, [image, noise(40, 40)], texts, methods=methods)
-    # Off the fast taps the backward rule has a pass of its own, through the vision stack where the tap is in it.
+    # At layers without a shortcut the backward rule needs another pass, through the vision stack if they are in it.
     assert len(counted) == (
         1 if any_adapter.fast_taps or any_adapter.structure.axis(any_adapter.structure.layer) == "text" else 2
     )
@@ -127,7 +127,7 @@ def test_one_forward_pass_for_all_methods(any_adapter, image):
     methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
     explain(any_adapter, [image, noise(40, 40)], texts, methods=[name for name in methods if name in known])
     handle.remove()
-    # A model that writes looks once before it does; gradients inside the vision stack need another pass.
+    # Generation needs one pass of the vision stack; gradients inside the vision stack need another one.
     assert len(counted) == 1 + any_adapter.generates
 
 
@@ -151,7 +151,7 @@ def test_shift_gradient_equals_finite_differences(any_adapter):
     assert close(found, slope.detach(), SLOPE)
 
 
-def test_list_layers_tells_live_from_dead(any_adapter, image):
+def test_list_layers_marks_live_and_dead_layers(any_adapter, image):
     layers = {layer.path: layer for layer in list_layers(any_adapter, image, CAPTION)}
     assert sum(layer.default for layer in layers.values()) == 1
     assert next(layer for layer in layers.values() if layer.default).live
@@ -167,11 +167,11 @@ def test_wrong_targets_name_what_there_is(any_adapter, image):
     kind, known = any_adapter.kinds[0], any_adapter.token_targets
     with pytest.raises(TargetError, match=f"no target '{kind}s'; did you mean '{kind}'"):
         explain(any_adapter, image, CAPTION, target=f"{kind}s")
-    with pytest.raises(TargetError, match=f"it has: {', '.join(known) or 'none, a token is scored by itself'}"):
+    with pytest.raises(TargetError, match=f"it has: {', '.join(known) or 'none, each token has its own score'}"):
         explain(any_adapter, image, CAPTION, token_target="left")
 
 
-def test_text_independent_maps_are_stored_once_and_said(any_adapter, image):
+def test_text_independent_maps_are_stored_once_with_a_warning(any_adapter, image):
     if any_adapter.structure.text_stacks:
         found = explain(any_adapter, image, CAPTION, methods=["rollout"])
         assert found.methods["rollout"].maps.shape[0] == len(found.entries)

@@ -1,4 +1,4 @@
-"""No trace is left on the user's model: after success, after an error anywhere, after Ctrl-C."""
+"""The state of the user's model is restored: after success, after an error anywhere, after Ctrl-C."""
 
 import gc
 import types
@@ -6,69 +6,18 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
 
 from grounding import METHODS, explain
 from grounding.core.errors import ModelError, NumericError
 from grounding.engine.layers import list_layers
 from grounding.engine.plan import available
 from grounding.methods.base import Method
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
+from tests.support.model_state import disturb, snapshot, unchanged
 
 CAPTION = "a man in a red jacket"
 BROKEN = None
-
-
-def snapshot(model):
-    """Everything the state contract names, as comparable values."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return {
-        "values": {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]},
-        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
-        "training": {n: m.training for n, m in model.named_modules()},
-        "hooks": {
-            n: (
-                list(m._forward_hooks),
-                list(m._forward_pre_hooks),
-                list(m._backward_hooks),
-                list(m._backward_pre_hooks),
-            )
-            for n, m in model.named_modules()
-        },
-        "attention": [getattr(c, "_attn_implementation", None) for c in configs.values()],
-        # Not the state of `random`: the run-time type checks of these tests draw from it.
-        "random": (torch.get_rng_state(), np.random.get_state()[1].tolist()),
-        "pil": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-    }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def unchanged(before, after):
-    changed = [name for name in before if not same(before[name], after[name])]
-    print("changed:", changed)
-    return not changed
-
-
-def disturb(model):
-    """A state nobody would choose, so that restoring to a default is caught: mixed modes, frozen parts, gradients."""
-    model.train()
-    for i, module in enumerate(model.modules()):
-        module.training = i % 3 == 0
-    for i, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(i % 2 == 0)
-        parameter.grad = torch.full_like(parameter, 0.5) if i % 4 == 0 else None
 
 
 class Break(torch.autograd.Function):
@@ -98,7 +47,7 @@ def break_backward(model, error):
 
 
 def last_leaf(model):
-    """A module that runs behind every tap: the last block's last linear layer, or that of a head of classes."""
+    """A module that runs after every recorded layer: the last linear layer of the last block or of a class head."""
     heads = ("classifier", "cls_classifier", "head")
     if head := next((h for name, h in model.named_children() if name in heads), None):
         return [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -151,7 +100,7 @@ def test_an_error_in_a_method_leaves_no_trace_either(any_adapter, error, monkeyp
 
 
 def test_snapshot_notices_what_it_should(any_adapter):
-    """The comparison itself: each kind of change is seen."""
+    """The comparison detects each kind of change."""
     model = any_adapter.model
     before = snapshot(model)
     assert unchanged(before, snapshot(model))
@@ -205,7 +154,7 @@ def test_nan_is_an_error_and_never_a_map(any_adapter, value):
 
 
 def test_memory_stays_flat(clip):
-    """500 calls leave no tensor behind."""
+    """500 calls leak no tensor."""
     image = noise(40, 30)
 
     def live():
