@@ -1,4 +1,4 @@
-"""What maps cost, as ratios to one bare forward pass of the same model, measured in one process on this machine.
+"""Measure the cost of maps as ratios to one bare forward pass of the same model, in one process on this machine.
 
 python scripts/benchmark.py clip
 python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import sys
+from functools import partial
 
 from grounding.cli.main import run
 from grounding.explanation.text_table import table
@@ -22,30 +23,24 @@ from grounding.explanation.text_table import table
 FAMILIES = ("clip", "trocr", "flava", "classifier", "batch")
 
 
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
-    return int(text)
-
-
-def several(text: str) -> int:
-    """A whole number, 3 or more: as many tokens as the tutorial loop is measured on."""
-    if positive(text) < 3:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 3 or more, got {text!r}")
+def count(text: str, least: int = 1) -> int:
+    """Parse a whole number. Raises ArgumentTypeError for a number below `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
+    at_least_3 = partial(count, least=3)  # the tutorial loop is measured on 3 tokens
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("family", nargs="+", choices=FAMILIES, help="which architecture, at full size, random weights")
-    made.add_argument("--pictures", nargs="+", type=positive, default=[1, 32], help="clip: batch sizes (default: 1 32)")
-    made.add_argument("--tokens", nargs="+", type=several, default=[20, 50], help="trocr: lengths (default: 20 50)")
-    made.add_argument("--words", nargs="+", type=several, default=[12], help="flava: text lengths (default: 12)")
-    made.add_argument("--dataset", nargs="+", type=positive, default=[100], help="batch: pictures (default: 100)")
-    made.add_argument("--images", nargs="+", type=positive, default=[16], help="classifier: batch sizes (default: 16)")
-    made.add_argument("--repeats", type=positive, default=3, help="runs of each case; the median counts (default: 3)")
+    made.add_argument("--pictures", nargs="+", type=count, default=[1, 32], help="clip: batch sizes (default: 1 32)")
+    made.add_argument("--tokens", nargs="+", type=at_least_3, default=[20, 50], help="trocr: lengths (default: 20 50)")
+    made.add_argument("--words", nargs="+", type=at_least_3, default=[12], help="flava: text lengths (default: 12)")
+    made.add_argument("--dataset", nargs="+", type=count, default=[100], help="batch: images (default: 100)")
+    made.add_argument("--images", nargs="+", type=count, default=[16], help="classifier: batch sizes (default: 16)")
+    made.add_argument("--repeats", type=count, default=3, help="runs of each case; the median is reported (default: 3)")
     made.add_argument("--format", choices=["text", "json"], default="text")
     made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failure")
     made.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -53,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    """Measure every family that was asked for and print its cases."""
+    """Measure every requested family and print its cases."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: CPU time is that of one thread
     found, units = {}, {}
     for family in args.family:
@@ -71,7 +66,7 @@ def benchmark(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 with one line."""
+    """Return the exit code: 0 done, 1 failed with one line on stderr."""
     return run(benchmark, parser().parse_args(argv))
 
 

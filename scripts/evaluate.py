@@ -58,15 +58,15 @@ def score(args: argparse.Namespace) -> int:
 
     loading = {"device": args.device, "dtype": args.dtype, "revision": args.revision}
     adapter = load(args.model, **loading) if args.model and not args.data else None  # it decides which demo data
-    kind = kinds.evaluation_of(args.data) if args.data else kinds.suited(adapter)
-    rules = kind.rules_of({name: getattr(args, name) for name in kinds.OPTIONS})
+    kind = kinds.evaluation_of(args.data) if args.data else kinds.evaluation_for(adapter)
+    config = kind.config_from({name: getattr(args, name) for name in kinds.OPTIONS})
     dataset = kind.open(args.data or kind.demo(), args.split)
     path = report.check_file(args.output) if args.output else None
     request = options.request_of(args)
     default = str(demo_model("trocr")) if kind.name == "lines" else None
     adapter = adapter or load(args.model or default, **loading)
-    document = kind.score(adapter, dataset, rules, request, progress=sys.stderr.isatty() and not args.quiet)
-    return evaluate.tell(args, document, [document], kind.markdown, path)
+    document = kind.score(adapter, dataset, config, request, progress=sys.stderr.isatty() and not args.quiet)
+    return evaluate.print_report(args, document, [document], kind.markdown, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Show which part of a picture makes a model connect it with a caption, or with a class.
+"""Show which parts of an image a model's score of a caption, or of a class, depends on.
 
 python scripts/ground.py --caption "man in red jacket"
 python scripts/ground.py --image photo.jpg --model openai/clip-vit-base-patch16 --caption "a dog on a sofa"
@@ -11,14 +11,16 @@ import argparse
 import sys
 
 from grounding.cli import options
-from grounding.cli import report as cli_report
 from grounding.cli.main import parse, run
+from grounding.cli.report import Report
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--caption", metavar="TEXT", help="the text to ground (default: what the model writes, if any)")
+    made.add_argument(
+        "--caption", metavar="TEXT", help="the text to ground (default: the text that the model generates, if it can)"
+    )
     options.image_options(made)
     options.model_options(made)
     options.explain_options(made)
@@ -28,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def ground(args: argparse.Namespace) -> int:
-    """Explain every picture; a failing one costs its own line and the exit code, never the others' results."""
+    """Explain every image. A failure on one image is one line and the exit code; the others are still explained."""
     from adapters import load
     from grounding.core.demo import demo_image
     from grounding.core.errors import OptionError, TextError
@@ -36,7 +38,6 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.core.text import check_text
     from grounding.engine.explain import explain_request
     from grounding.engine.layers import list_layers
-    from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
 
     if args.caption is None and not args.list_layers and not args.model:
@@ -44,18 +45,17 @@ def ground(args: argparse.Namespace) -> int:
         raise TextError(f"nothing to ground: give --caption TEXT{classes}")
     caption = None if args.caption is None else check_text(args.caption)
     if args.revision and not args.model:
-        raise OptionError("--revision belongs to --model, which was not given")
+        raise OptionError("--revision needs --model")
     images = args.image or [str(demo_image())]
     folders = options.output_folders(args, images)
     request = options.request_of(args)
-    check_options(**options.figure_keywords(args))
+    report = Report(args, several=len(images) > 1)
     adapter = load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], caption, request.target)))
         return 0
     if caption is None and adapter.needs_text:
-        raise TextError("nothing to ground: this model writes no text itself, give --caption TEXT")
-    report = cli_report.Report(args, several=len(images) > 1)
+        raise TextError("nothing to ground: this model generates no text, give --caption TEXT")
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
             opened = open_image(image, **options.image_keywords(args))
@@ -65,7 +65,7 @@ def ground(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
+    """Return the exit code: 0 done, 1 failed, 2 wrong option or text, 130 interrupted."""
     return run(ground, parse(parser(), argv))
 
 

@@ -1,4 +1,4 @@
-"""Ground every caption of every picture of a data set: a run that can be killed at any moment and started again.
+"""Ground every caption of every image of a data set, in a batch run that resumes after any interruption.
 
 python scripts/ground_flickr30k.py
 python scripts/ground_flickr30k.py --data flickr30k --model openai/clip-vit-base-patch16 --output runs/flickr30k
@@ -20,22 +20,22 @@ from grounding.cli.main import parse, run
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     batch.add_options(made)
     return made
 
 
 def load(*args: Any, **options: Any) -> Any:
-    """An adapter, as `adapters.load` makes it; imported where it is needed."""
+    """Return `adapters.load(...)`, imported only when a model is needed."""
     import adapters
 
     return adapters.load(*args, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 could not do it, 2 an option makes no sense or the folder holds another run, 3 done but some
-    rows failed, 4 stopped as too much failed, 130 / 143 interrupted."""
+    """Return the exit code: 0 done, 1 failed, 2 wrong option or the folder holds another run, 3 done but rows failed,
+    4 stopped because too many rows failed, 130 or 143 interrupted."""
     return run(partial(batch.ground, load=load), parse(parser(), argv))
 
 

@@ -1,10 +1,10 @@
-"""Show, token by token, where in the picture an OCR model read what it wrote.
+"""Show for each token that an OCR model generated where in the image it was read.
 
 python scripts/inspect_ocr.py
 python scripts/inspect_ocr.py --image line.png --model microsoft/trocr-base-printed
-python scripts/inspect_ocr.py --text 'Total $12.60'       why did it not read this?
+python scripts/inspect_ocr.py --text 'Total $12.60'       why was this text not generated?
 python scripts/inspect_ocr.py --contrast 5 6              why a 5 and not a 6?
-python scripts/inspect_ocr.py --tokens @0 --where z       is there a z anywhere, seen from the first place?
+python scripts/inspect_ocr.py --tokens @0 --where z       is there a z anywhere, at the first position?
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import argparse
 import sys
 
 from grounding.cli import ocr, options
-from grounding.cli import report as cli_report
 from grounding.cli.main import parse, run
+from grounding.cli.report import Report
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ocr.reading_options(made)
     options.image_options(made)
@@ -30,29 +30,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Read every picture; a failing one costs its own line and the exit code, never the others' results."""
+    """Explain every image. A failure on one image is one line and the exit code; the others are still explained."""
     from adapters import load
     from grounding.core.demo import demo_line, demo_model
     from grounding.core.errors import OptionError
     from grounding.core.images import open_image
     from grounding.engine.explain import explain_request
     from grounding.engine.layers import list_layers
-    from grounding.explanation.figures.options import check_options
     from grounding.explanation.text_table import layer_table
 
     if args.revision and not args.model:
-        raise OptionError("--revision belongs to --model, which was not given")
+        raise OptionError("--revision needs --model")
     images = args.image or [str(demo_line())]
     folders = options.output_folders(args, images, demo="demo-trocr")
     text, request = ocr.reading_request(args, options.request_of(args))
-    check_options(**options.figure_keywords(args))
+    report = Report(args, several=len(images) > 1)
     adapter = load(args.model or str(demo_model("trocr")), device=args.device, dtype=args.dtype, revision=args.revision)
     if not adapter.generates:
-        raise OptionError(f"{adapter.info.type} writes no text: use scripts/ground.py with --caption")
+        raise OptionError(f"{adapter.info.type} generates no text: use scripts/ground.py with --caption")
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], "a", args.target)))
         return 0
-    report = cli_report.Report(args, several=len(images) > 1)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=args.text is None):
             opened = open_image(image, **options.image_keywords(args))
@@ -62,7 +60,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 could not do it, 2 an option or text makes no sense, 130 interrupted."""
+    """Return the exit code: 0 done, 1 failed, 2 wrong option or text, 130 interrupted."""
     return run(inspect, parse(parser(), argv))
 
 

@@ -1,1 +1,1 @@
-"""Options and reports of the commands; imports no torch."""
+"""Options, reports and exit codes of the commands. Imports no torch."""

@@ -1,5 +1,4 @@
-"""What `scripts/evaluate.py` says and writes, and what it does with a batch run: no model is loaded there, so options
-that are about one are refused. Imports no torch."""
+"""Score the stored maps of a batch run without a model, and print scores. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,16 +13,19 @@ from grounding.core.errors import OptionError
 from grounding.core.printable import escape
 from grounding.evaluation import report
 
-__all__ = ["PROTOCOLS", "score_run", "tell"]
+__all__ = ["PROTOCOLS", "print_report", "score_run"]
 
-# Options that --run knows: those of its rules, and the others.
+# Options that --run accepts: fields of RunScoreConfig, and the others.
 RULES = ("captions", "peak", "min_entities", "threshold", "seed", "protocol")
 OTHERS = ("run", "data", "format", "output", "verbose", "quiet")
 Document = Mapping[str, Any]
 
 
 def score_run(args: argparse.Namespace) -> int:
-    """Score a run, print, write. Raises GroundingError; OptionError for options that need a model."""
+    """Score the run in `--run`, print the scores and return the exit code.
+
+    Raises OptionError for options that need a model, GroundingError for a run that cannot be scored.
+    """
     given = _rules(args)
     from grounding.batch.run_folder import RunFolder
     from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
@@ -34,17 +36,20 @@ def score_run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and not args.quiet
     found = evaluate_run(run, run_dataset(run, args.data), rules, progress=progress)
     parts = tuple(found.values())
-    return tell(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.phrase_markdown, path)
+    return print_report(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.phrase_markdown, path)
 
 
-def tell(
+def print_report(
     args: argparse.Namespace,
     document: Document,
     parts: Sequence[Document],
     markdown: Callable[[Document], str],
     path: Path | None,
 ) -> int:
-    """Warnings to stderr, the document or a table for each of its parts to stdout, the document to `path`; then 0."""
+    """Print warnings to stderr and scores to stdout, write `document` to `path` (None: nowhere); return 0.
+
+    The scores are the document as JSON, or one Markdown table per part.
+    """
     warnings = dict.fromkeys(line for part in parts for line in report.warnings_of(part))
     for line in () if args.quiet else warnings:
         print(f"warning: {escape(line)}", file=sys.stderr)
@@ -55,12 +60,12 @@ def tell(
 
 
 def _rules(args: argparse.Namespace) -> dict[str, Any]:
-    """The rules that were given, by name."""
+    """Return the given fields of RunScoreConfig. Raises OptionError for options that need a model."""
     if not args.run:
-        raise OptionError("--protocol is for --run; where a model is given, phrases are scored by mention-anybox")
+        raise OptionError("--protocol is for --run; with a model, phrases are scored by mention-anybox")
     for name, value in vars(args).items():
         given = value is not None and value is not False and value not in ([], "auto")
         if given and name not in (*RULES, *OTHERS):
-            raise OptionError(f"--{name.replace('_', '-')} needs a model; --run scores the maps that the run has")
+            raise OptionError(f"--{name.replace('_', '-')} needs a model; --run scores the stored maps of a run")
     rules = {name: getattr(args, name) for name in RULES if getattr(args, name) is not None}
     return rules | {"protocol": tuple(dict.fromkeys(args.protocol or ()))}

@@ -1,4 +1,4 @@
-"""Run a command: parse, one line per failure with its exit code, standard streams. Imports no torch."""
+"""Run a command: parse arguments, print one line per failure, return the exit code. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from grounding.core.printable import escape, one_line
 from grounding.core.streams import open_standard_streams
 
 EXIT_INTERRUPTED = 130
-
-
 LONGEST_ERROR = 2000  # characters
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; `--layer -1.in` means what it says, which argparse alone would take for an option named -1.in."""
+    """Parse the arguments (None: those of the process).
+
+    `--layer -1.in` is parsed as `--layer=-1.in`: argparse alone would take -1.in for an option.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     joined: list[str] = []
     for item in given:
@@ -31,10 +32,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Do the work; a failure is one line on stderr and an exit code, with the traceback only where `-v` asks for it."""
+    """Call `work` and return the exit code. A failure is one line on stderr, after its traceback with `--verbose`."""
     open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows escapes in place of an error
+        if hasattr(stream, "reconfigure"):  # an ASCII terminal shows escapes instead of raising an error
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty() or args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -43,10 +44,11 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         status = work(args)
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more, while Python shuts down: at once, and no traceback
+        # A second Ctrl-C, while Python shuts down, ends the process at once and without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         return int(getattr(stopped, "exit_code", EXIT_INTERRUPTED))
     except BrokenPipeError:
-        # The reader left (`| head`): nothing more to say, not even while Python shuts down.
+        # The reader closed the pipe (`| head`): Python must not flush to it at shutdown either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -55,7 +57,10 @@ def run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 
 
 def fail(error: BaseException, *, verbose: bool = False, about: str = "") -> int:
-    """Print one line about an error (or its traceback) and return the exit code that goes with it."""
+    """Print an error as one line on stderr, with `verbose` after its traceback; return its exit code.
+
+    `about` is printed before the message.
+    """
     if verbose:
         traceback.print_exception(error)
     print(f"error: {escape(about)}{one_line(error, LONGEST_ERROR)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What all commands share: their options, one line per failure with the right exit code, a table. Imports no torch."""
+"""Command-line options that the commands share, and the values made from them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from grounding.core.text import WORD_RULE
 
 if TYPE_CHECKING:
     from grounding.engine.request import Request
+    from grounding.explanation.inspection import Inspection
 
-INSPECTED = 8  # channels
+DEFAULT_CHANNELS = 8  # of --inspect
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model` and how it is loaded."""
+    """Add `--model` and how it is loaded."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="ID|DIR", help="Hugging Face id or folder (default: the embedded demo model)")
     group.add_argument("--revision", help="branch, tag or commit of --model on the hub")
@@ -28,38 +29,40 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def explain_options(parser: argparse.ArgumentParser) -> None:
-    """What is explained, and by which methods."""
+    """Add what is explained, and by which methods."""
     group = parser.add_argument_group("what is explained")
-    group.add_argument("--target", help="the scalar that is explained; a wrong one names those the model has")
+    group.add_argument("--target", help="the scalar that is explained; an unknown name lists those of the model")
     group.add_argument(
         "--target-class",
         action="append",
         default=[],
         metavar="NAME|INDEX",
-        help="a class that a classifier knows, repeatable (default: the predicted one)",
+        help="a class of a classifier, repeatable (default: the predicted one)",
     )
     group.add_argument(
         "--token-target",
         choices=["leave-one-out", "alone"],
-        help="a part of the caption is scored by what the whole loses without it (default), or as a text of its own; "
-        "for models that compare picture and text",
+        help="score of a part of the caption: what the caption's score loses without it (default), or its score as a "
+        "separate text; for models that compare image and text",
     )
     group.add_argument(
         "--tokens",
         nargs="*",
         metavar="TOKEN",
-        help="only these tokens, by text or by index as @0; none after it: no tokens (default: all)",
+        help="only these tokens, by text or by index as @0; without a value: no tokens (default: all)",
     )
-    group.add_argument("--words", action="store_true", help=f"words in place of tokens: {WORD_RULE}")
+    group.add_argument("--words", action="store_true", help=f"words instead of tokens: {WORD_RULE}")
     group.add_argument(
         "--phrase",
         action="append",
         default=[],
         metavar="TEXT",
-        help="part of the text, scored alone where the model compares; repeatable",
+        help="part of the text, scored as a separate text if the model compares image and text; repeatable",
     )
     group = parser.add_argument_group("methods")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help="default: default, those of the model's kind")
+    group.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="default: default, the default methods of the architecture"
+    )
     group.add_argument(
         "--option",
         action="append",
@@ -72,50 +75,52 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LAYER",
-        help="tap of Grad-CAM: block index (-2: its output; -1.in: input of its attention) or a module "
-        "path; repeated: one column each",
+        help="layer of Grad-CAM: block index (-2: its output; -1.in: input of its attention) or a module path; "
+        "repeatable: one map per layer",
     )
-    group.add_argument("--average-layers", action="store_true", help="join repeated --layer into one column")
+    group.add_argument("--average-layers", action="store_true", help="average the maps of repeated --layer into one")
     group.add_argument("--attention-layer", type=int, metavar="N", help="block of the method `attention`")
     group.add_argument("--head", type=int, metavar="N", help="head of the method `attention` (default: their mean)")
-    group.add_argument("--list-layers", action="store_true", help="list the taps with output shapes, and stop")
+    group.add_argument("--list-layers", action="store_true", help="list the layers with their output shapes, and stop")
 
 
 def figure_options(parser: argparse.ArgumentParser) -> None:
-    """How maps are drawn."""
+    """Add how maps are drawn."""
     group = parser.add_argument_group("figure")
-    group.add_argument("--layout", choices=["rows", "panels"], help="side by side, or original | heat map | overlay")
+    group.add_argument(
+        "--layout",
+        choices=["rows", "panels"],
+        help="maps side by side, or original | heat map | overlay (default: rows)",
+    )
     group.add_argument("--scale", choices=["entry", "caption", "fixed"], help="which maps share a colour scale")
     group.add_argument("--fixed", nargs=2, type=float, metavar=("LOW", "HIGH"), help="limits of --scale fixed")
     group.add_argument("--cmap", metavar="NAME", help="matplotlib colour map (default: magma)")
-    group.add_argument("--opacity", type=float, help="of the heat over the picture, 0 to 1")
-    group.add_argument("--background", choices=["picture", "edges"], help="what lies under the heat")
+    group.add_argument("--opacity", type=float, help="of the heat map over the image, 0 to 1")
+    group.add_argument("--background", choices=["picture", "edges"], help="what is drawn under the heat map")
     group.add_argument("--grid", action="store_true", help="draw the patch grid")
-    group.add_argument("--cells", action="store_true", help="the coarse map as it is: one flat colour per patch")
+    group.add_argument("--cells", action="store_true", help="one flat colour per patch, not interpolated")
     group.add_argument("--signed", action="store_true", help="raw signed maps in diverging colours, zero in the middle")
 
 
 def image_options(parser: argparse.ArgumentParser) -> None:
-    """Which pictures, and what they may be."""
-    group = parser.add_argument_group("pictures")
+    """Add which images are explained, and how they may be opened."""
+    group = parser.add_argument_group("images")
+    group.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="images (default: the embedded one)")
     group.add_argument(
-        "--image", nargs="+", action="extend", metavar="FILE", help="pictures (default: the embedded one)"
+        "--crop", type=_crop, metavar="X0,Y0,X1,Y1", help="use only this part of every image, in its pixels"
     )
-    group.add_argument(
-        "--crop", type=_crop, metavar="X0,Y0,X1,Y1", help="use only this part of every picture, in its pixels"
-    )
-    group.add_argument("--allow-url", action="store_true", help="fetch pictures given as http(s) addresses")
-    group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default: 100 million)")
+    group.add_argument("--allow-url", action="store_true", help="fetch images given as http(s) addresses")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 100 million)")
 
 
 def image_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `open_image`."""
+    """Return the keyword arguments of `open_image`."""
     given = {name: getattr(args, name) for name in ("max_pixels", "crop") if getattr(args, name) is not None}
     return {"allow_url": args.allow_url} | given
 
 
 def _crop(text: str) -> tuple[int, ...]:
-    """Four whole numbers with commas between them."""
+    """Parse X0,Y0,X1,Y1 in original pixels. Raises ArgumentTypeError for anything but four whole numbers."""
     parts = text.split(",")
     if len(parts) != 4 or not all(part.strip().lstrip("-").isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"expected four whole numbers X0,Y0,X1,Y1, got {text!r}")
@@ -123,26 +128,26 @@ def _crop(text: str) -> tuple[int, ...]:
 
 
 def output_options(parser: argparse.ArgumentParser) -> None:
-    """Where results go."""
+    """Add where results go, and in which form."""
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output", metavar="DIR", help="default: outputs/<picture>-<model>/; an earlier result there is replaced"
+        "--output", metavar="DIR", help="default: outputs/<image>-<model>/; an earlier result there is replaced"
     )
     group.add_argument(
         "--write",
         nargs="*",
         choices=["png", "npz", "json"],
         default=["png", "npz", "json"],
-        help="files to write (default: all; none after it: none)",
+        help="files to write (default: all; without a value: none)",
     )
-    group.add_argument("--per-token", action="store_true", help="one overlay per entry and method, too")
+    group.add_argument("--per-token", action="store_true", help="write one overlay per entry and method, too")
     group.add_argument(
         "--inspect",
         nargs="?",
         type=int,
-        const=INSPECTED,
+        const=DEFAULT_CHANNELS,
         metavar="K",
-        help="inspect.png, too: per entry and --layer the K strongest channels (default: %(const)s) with their "
+        help="write inspect.png, too: per entry and --layer the K strongest channels (default: %(const)s) with their "
         "gradients, the channel weights, the map before and after the ReLU",
     )
     group.add_argument("--format", choices=["text", "json"], default="text", help="what is printed")
@@ -151,18 +156,25 @@ def output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def figure_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """The figure options that were given; what was left out is the library's default."""
+    """Return the given figure options as keyword arguments, validated; the defaults are those of FigureOptions.
+
+    Raises OptionError.
+    """
+    from grounding.explanation.figures.options import FigureOptions
+
     names = ("layout", "scale", "cmap", "opacity", "background")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.fixed is not None:
         given = {"scale": "fixed"} | given | {"fixed": tuple(args.fixed)}
-    return given | {name: True for name in ("grid", "signed", "cells") if getattr(args, name)}
+    given |= {name: True for name in ("grid", "signed", "cells") if getattr(args, name)}
+    FigureOptions.of(given)
+    return given
 
 
 def request_of(args: argparse.Namespace) -> Request:
-    """The request that the options make. `--attention-layer` and `--head` are options of the method `attention`, which
-    they add to the methods.
+    """Return the request made from the options.
 
+    `--attention-layer` and `--head` add the method `attention`, and take precedence over its `--option`.
     Raises OptionError for a malformed `--option`, UnknownNameError for an unknown method.
     """
     from grounding.core.errors import OptionError
@@ -194,19 +206,19 @@ def request_of(args: argparse.Namespace) -> Request:
 
 
 def _target(args: argparse.Namespace) -> Any:
-    """The kind of target, or the classes that are asked for. Raises OptionError for both."""
+    """Return the kind of target, or the requested classes. Raises OptionError for both."""
     from grounding.core.errors import OptionError
 
     if args.target_class and args.target not in (None, "class"):
-        raise OptionError(f"--target-class goes with the target class, not with --target {args.target}")
+        raise OptionError(f"--target-class is for the target class, not for --target {args.target}")
     return args.target_class or args.target
 
 
 def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = "") -> list[Path]:
-    """Where each picture's files go, checked before any work. `demo`: what the model is called where none was given.
-    Raises OSError or GroundingError.
+    """Return one output folder per image, checked before any work. `demo` names the model if `--model` is not given.
 
-    Several pictures of the same name get a number; with `--output`, several pictures get a folder each inside it.
+    Images of the same name are numbered. With `--output`, several images get one folder each inside it.
+    Raises OSError or GroundingError.
     """
     from grounding.core.demo import DEMO_NAME
     from grounding.core.errors import OptionError
@@ -215,7 +227,7 @@ def output_folders(args: argparse.Namespace, images: Sequence[str], demo: str = 
     if args.output is not None and not args.output.strip():
         raise OptionError("--output is empty: name a folder")
     if args.per_token and "png" not in args.write:
-        raise OptionError("--per-token writes pictures, but --write leaves png out")
+        raise OptionError("--per-token needs png among the values of --write")
     if args.inspect is not None:
         _check_inspect(args)
     model = slug(Path(args.model).name if args.model else demo or DEMO_NAME)
@@ -239,11 +251,11 @@ def _check_inspect(args: argparse.Namespace) -> None:
 
     check_channels(args.inspect)
     if "png" not in args.write:
-        raise OptionError("--inspect writes a picture, but --write leaves png out")
+        raise OptionError("--inspect needs png among the values of --write")
 
 
-def inspected(args: argparse.Namespace, adapter: Any, image: Any, text: Any, request: Request) -> list[Any]:
-    """The inspections for `--inspect`; none where it was not given."""
+def inspected(args: argparse.Namespace, adapter: Any, image: Any, text: Any, request: Request) -> list[Inspection]:
+    """Return the inspections of `--inspect`; an empty list without it."""
     if args.inspect is None:
         return []
     from grounding.engine.inspect import inspect_request

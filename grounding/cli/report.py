@@ -1,4 +1,4 @@
-"""What a command prints and writes: each explanation as it comes, files at once, the paths last. Imports no torch."""
+"""Write the files of explanations and print their tables, JSON, warnings and paths. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """What a command prints and writes: each explanation as it comes, files at once, the paths last."""
+    """Output of a command: files and table of each explanation at once, JSON and the paths at the end.
+
+    `several`: the command was given more than one image. Raises OptionError for figure options.
+    """
 
     def __init__(self, args: argparse.Namespace, *, several: bool) -> None:
         self.args = args
+        self.figure_options = figure_keywords(args)
         self.several = several
         self.status = 0
         self.written: list[Path] = []
@@ -33,7 +37,7 @@ class Report:
         self.compared: list[Explanation] = []
 
     def add(self, explanation: Explanation, folder: Path, inspections: Sequence[Inspection] = ()) -> None:
-        """Write the files of one explanation and print its table (or keep its JSON for the end)."""
+        """Write the files of one explanation and print its table (`--format json`: collect its document)."""
         from grounding.explanation.storage import listed, to_json
         from grounding.explanation.text_table import explanation_table, headline
 
@@ -51,44 +55,45 @@ class Report:
         print(headline(explanation), explanation_table(explanation), "", sep="\n")
 
     def _save(self, explanation: Explanation, folder: Path, inspections: Sequence[Inspection]) -> dict[str, Path]:
-        options = figure_keywords(self.args)
+        options: dict[str, Any] = {"per_token": self.args.per_token}
         if inspections:
             options |= {"inspections": inspections, "channels": self.args.inspect}
-        return explanation.save(folder, self.args.write, per_token=self.args.per_token, **options)
+        return explanation.save(folder, self.args.write, **options, **self.figure_options)
 
     @contextlib.contextmanager
     def guarded(self, image: str, *, own_text: bool = False) -> Iterator[None]:
-        """Work on one picture: where it cannot be explained, say so and go on with the others.
+        """Report a failure on one image and continue with the others.
 
-        What was asked for and does not exist, no other picture will have: that error goes on, unless every picture has
-        a text of its own (`own_text`) and it is that which does not hold it.
+        An error in the request (exit code 2) would occur on every image and is raised. Exceptions, with several
+        images: a crop outside this image, and a token or phrase that is missing from this image's text, if every
+        image has its own (`own_text`).
         """
         from grounding.core.errors import CropError, GroundingError, TextError
 
         try:
             yield
         except GroundingError as error:
-            own = isinstance(error, CropError) or (own_text and isinstance(error, TextError))
-            if error.exit_code != 1 and not (own and self.several):
+            only_here = isinstance(error, CropError) or (own_text and isinstance(error, TextError))
+            if error.exit_code != 1 and not (only_here and self.several):
                 raise
             self.failed(image, error)
 
     def failed(self, image: str, error: GroundingError) -> None:
-        """One picture could not be explained: say so."""
+        """Print why an image could not be explained; the exit code becomes that of the error."""
         named = f"{image}: " if self.several and image not in str(error) else ""
         self.status = max(self.status, fail(error, verbose=self.args.verbose, about=named))
         self.documents.append({"image": {"path": image}, "status": error.status, "error": str(error)})
 
-    def _together(self) -> None:
-        """Classes on several pictures stand in one figure, too."""
+    def _save_comparison(self) -> None:
+        """Write one figure of all images on which classes were explained."""
         from grounding.explanation.figures.class_comparison import save
 
-        self.written.append(save(self.compared, together_folder(self.args), **figure_keywords(self.args)))
+        self.written.append(save(self.compared, comparison_folder(self.args), **self.figure_options))
 
     def end(self) -> int:
-        """Print what remains; return the exit code."""
+        """Write the comparison figure, print the JSON or the paths, return the exit code."""
         if len(self.compared) > 1:
-            self._together()
+            self._save_comparison()
         if self.args.format == "json":
             if self.several:
                 print(json.dumps(self.documents, indent=2, allow_nan=False))
@@ -100,17 +105,17 @@ class Report:
         return self.status
 
 
-def together_folder(args: argparse.Namespace) -> Path:
-    """Where the figure of several pictures goes."""
+def comparison_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the figure that compares several images."""
     from grounding.explanation.storage import slug
 
-    return (
-        Path(args.output) / "together" if args.output else Path("outputs") / f"together-{slug(Path(args.model).name)}"
-    )
+    if args.output:
+        return Path(args.output) / "together"
+    return Path("outputs") / f"together-{slug(Path(args.model).name)}"
 
 
 def warn(explanation: Explanation, *, named: bool = False) -> None:
-    """What the reader of an explanation must know, on stderr; `named`: with the picture's name."""
-    name = f"{escape(explanation.image.path or 'picture')}: " if named else ""
+    """Print the warnings of an explanation on stderr, with `named` after the image's path."""
+    name = f"{escape(explanation.image.path or 'image')}: " if named else ""
     for warning in explanation.warnings:
         print(f"warning: {name}{escape(warning)}", file=sys.stderr)
