@@ -1,20 +1,27 @@
 """Fixtures of the command tests."""
 
+from functools import partial
+
 import pytest
 
-from tests.conftest import noise
-from tests.support.commands import answer, script
+from tests.support.commands import ROOT, answer, script
+from tests.support.images import noise
 
 
 @pytest.fixture
-def ground(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder: exit code, stdout, stderr."""
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command by name in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*argv):
-        return answer(script(), argv, capsys)
+    def run(name, *argv):
+        return answer(script(ROOT / "scripts" / f"{name}.py"), argv, capsys)
 
     return run
+
+
+@pytest.fixture
+def ground(command):
+    return partial(command, "ground")
 
 
 @pytest.fixture

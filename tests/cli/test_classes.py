@@ -1,7 +1,6 @@
-"""Classes at the command line: which one, on several pictures, on a part of them; and their figure."""
+"""Commands on image classifiers: choice of classes, several images, crops."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +8,9 @@ import torch
 from PIL import Image
 
 from grounding import Explanation, explain
-from grounding.core.errors import OptionError
 from grounding.core.images import open_image
-from grounding.explanation.figures.class_comparison import figure
-from tests.conftest import noise
-from tests.explanation.figures.test_wording import said
 from tests.support import models
+from tests.support.images import noise
 from tests.support.tolerances import TUTORIAL, close
 
 
@@ -58,32 +54,21 @@ def test_classes_by_name_and_index(ground, photo, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "message"),
     [
         (["--target-class", "hamerhead"], "has no class 'hamerhead' (it has 9: 'a man in a red jacket'"),
         (["--target-class", "two dog"], "did you mean 'two dogs'?"),
         (["--target-class", "9"], "no class 9: its 9 classes are 0 to 8"),
-        (["--target-class", "1", "--target", "similarity"], "--target-class goes with the target class"),
         (["--target", "similarity"], "has no class 'similarity'"),
-        (["--methods", "rollout"], "it has none whose weights span the picture"),
+        (["--methods", "rollout"], "it has none whose weights span the image"),
         (["--words"], "a class has no tokens, words or phrases"),
         (["--caption", "a dog"], "has no class 'a dog'"),
-        (["--crop", "0,0,500,10"], "crop 0,0,500,10 is no part of a picture of 120 x 80 pixels"),
-        (["--crop=-1,0,5,10"], "is no part of"),
-        (["--crop", "5,5,5,10"], "is no part of"),
-        (["--crop", "a,b,c,d"], "expected four whole numbers X0,Y0,X1,Y1, got 'a,b,c,d'"),
     ],
 )
-def test_what_does_not_exist_ends_with_2_and_one_line(ground, photo, checkpoint, argv, words):
+def test_requests_that_a_classifier_cannot_answer_are_errors(ground, photo, checkpoint, argv, message):
     code, out, err = ground("--image", photo, "--model", checkpoint, *argv)
     assert (code, out) == (2, "")
-    assert words in err.splitlines()[-1]
-
-
-def test_classes_are_asked_of_classifiers_alone(ground, photo):
-    code, _, err = ground("--image", photo, "--caption", "a dog", "--target-class", "dog")
-    assert code == 2
-    assert "clip has targets similarity and no classes, got ['dog']" in err
+    assert message in err.splitlines()[-1]
 
 
 def test_layers_of_a_classifier(ground, photo, checkpoint):
@@ -93,7 +78,7 @@ def test_layers_of_a_classifier(ground, photo, checkpoint):
     assert "1 x 16 x 4 x 6" in out
 
 
-def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):
+def test_several_images_share_one_figure(ground, tmp_path, checkpoint):
     for number, size in enumerate([(120, 80), (60, 100)]):
         noise(*size, number).save(tmp_path / f"{number}.png")
     argv = ["--image", tmp_path / "0.png", tmp_path / "1.png", "--model", checkpoint, "--target-class", "1"]
@@ -108,7 +93,7 @@ def test_several_images_stand_in_one_figure(ground, tmp_path, checkpoint):
 
 
 def test_a_crop_is_the_image(ground, tmp_path, photo, checkpoint):
-    """Model, overlay and positions are those of the crop, and the result says so and can be drawn again."""
+    """Model input, overlay and positions are those of the crop; the stored result can be drawn again."""
     code, _, err = ground(
         "--image", photo, "--model", checkpoint, "--target-class", "1", "--crop", "30,10,90,70", "--output", "out"
     )
@@ -125,28 +110,7 @@ def test_a_crop_is_the_image(ground, tmp_path, photo, checkpoint):
     assert open_image(photo, crop=(0, 0, 120, 80)).crop == (0, 0, 120, 80)
 
 
-def test_the_joint_figure_says_what_is_where():
-    adapter = models.classifier_adapter()
-    images = [noise(90, 60, 1), noise(40, 120, 2)]
-    both = [explain(adapter, p, target=[1, 2], methods=["gradcam", "hirescam"]) for p in images]
-    made = figure(both, grid=True, scale="caption")
-    words = said(made)
-    for part in ("2 pictures", "two dogs", "red car", "Grad-CAM", "HiResCAM", "Score of a class: its logit"):
-        assert part in words
-    limits = {line for line in words.splitlines() if line.startswith("scale ")}
-    names = [image.get_gid() for image in made.axes[0].images]
-    assert names.count("picture") == 2  # beside its first class
-    assert [name for name in names if name.startswith("overlay")].count("overlay:hirescam:1") == 2
-    assert len(limits) <= 2  # one range per method, over all pictures
-    with pytest.raises(OptionError, match="nothing to draw"):
-        figure([])
-    with pytest.raises(OptionError, match="different columns cannot stand in one figure"):
-        figure([both[0], explain(adapter, images[1], target=1)])
-    with pytest.raises(OptionError, match="no figure option 'colour'"):
-        figure(both, colour="red")
-
-
-def test_a_crop_that_one_image_does_not_have_costs_that_image(ground, photo, checkpoint, tmp_path):
+def test_a_crop_outside_one_image_fails_for_that_image_only(ground, photo, checkpoint, tmp_path):
     small = tmp_path / "small.png"
     noise(30, 30).save(small)
     argv = ["--image", small, photo, "--model", checkpoint, "--crop", "0,0,60,60", "--format", "json", "--write"]
@@ -157,30 +121,3 @@ def test_a_crop_that_one_image_does_not_have_costs_that_image(ground, photo, che
     refused, explained = json.loads(out)
     assert refused["status"] == "failed_input"
     assert explained["image"]["crop"] == [0, 0, 60, 60]
-
-
-def test_layers_may_be_numbers():
-    adapter = models.classifier_adapter(dtype=torch.float32)
-    found = explain(adapter, noise(40, 40), methods=["gradcam"], layers=[-1, 0])
-    assert list(found.methods) == ["gradcam@-1", "gradcam@0"]
-
-
-def test_several_classes_have_no_score_in_common():
-    adapter = models.classifier_adapter(dtype=torch.float32)
-    assert explain(adapter, noise(40, 40), target=1).score is not None
-    assert explain(adapter, noise(40, 40), target=[1, 2]).score is None
-
-
-def test_warnings_of_a_joint_figure_name_their_images():
-    adapter = models.classifier_adapter(dtype=torch.float32)
-    found = explain(adapter, [noise(40, 40, seed) for seed in range(5)], target=1)
-    paths = ["one.jpg", "two.jpg", "three.jpg", "four.jpg", "five.jpg"]
-    own = [("all",), ("all", "some"), ("all", "some"), ("all", "some", "x"), ("all", "some")]
-    named = [
-        replace(one, image=replace(one.image, path=path), warnings=texts)
-        for one, path, texts in zip(found, paths, own, strict=True)
-    ]
-    words = said(figure(named))
-    assert "Warning: all Warning: two.jpg, three.jpg, four.jpg and 1 more: some Warning: four.jpg: x" in words
-    many = [replace(one, warnings=tuple(f"w{i}" for i in range(9))) for one in named]
-    assert "Warning: w4 Warning: and 4 more" in said(figure(many))

@@ -1,51 +1,48 @@
-"""inspect.png: written with the other files or not at all, by every command and family."""
+"""inspect.png: written atomically with the other files, by every command and family."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from grounding.core import files
-from grounding.explanation import storage
-from grounding.explanation.figures.inspection import figure
+from grounding.explanation.figures.inspection import draw, figure
+from grounding.explanation.figures.options import FigureOptions
+from grounding.explanation.inspection import CHANNELS
 from grounding.explanation.storage import OutputError, load
-from tests.engine.test_inspect import made
+from tests.support.commands import ROOT
 from tests.support.explanations import explanation
+from tests.support.inspections import inspection
 
-ROOT = Path(__file__).parents[2]
 PLAIN = ["explanation.json", "figure.png", "maps.npz", "picture.png"]
+
+
+COARSE = {"oversampling": 0.2}  # figures of few pixels
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Figures of few pixels: what is in them is tested elsewhere."""
-    monkeypatch.setattr("grounding.explanation.figures.sheet.DPI", 30)
-    monkeypatch.setattr("grounding.explanation.figures.comparison.OVERSAMPLING", 0.2)
-    monkeypatch.setattr("grounding.explanation.figures.inspection.OVERSAMPLING", 0.2)
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls of the inspection figure: (number of sections, channels, options); its panels have few pixels."""
+    calls = []
 
+    def record(inspections, channels, options):
+        calls.append((len(inspections), channels, options))
+        return draw(inspections, channels, replace(options, **COARSE))
 
-def run(script, *argv):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        return importlib.import_module(script).main([str(a) for a in argv])
-    except SystemExit as error:  # argparse
-        return error.code
-    finally:
-        sys.path.pop(0)
+    monkeypatch.setattr("grounding.explanation.figures.inspection.draw", record)
+    return calls
 
 
 def test_it_is_written_and_listed_and_the_rest_is_the_same(tmp_path):
     shown = explanation()
     plain = shown.save(tmp_path / "plain")
-    written = shown.save(tmp_path / "with", inspections=[made()], channels=2)
+    written = shown.save(tmp_path / "with", inspections=[inspection()], channels=2)
     assert names(tmp_path / "with") == sorted([*PLAIN, "inspect.png"])
     assert written["inspect"] == tmp_path / "with" / "inspect.png"
     assert "inspect" not in plain
@@ -55,29 +52,29 @@ def test_it_is_written_and_listed_and_the_rest_is_the_same(tmp_path):
     for name in ("figure.png", "maps.npz"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert load(tmp_path / "with").caption == shown.caption
-    with Image.open(tmp_path / "with/inspect.png") as drawn:
-        assert drawn.info["Software"].startswith("grounding")
-        assert drawn.size == figure([made()], 2).canvas.get_width_height()
+    with Image.open(tmp_path / "with/inspect.png") as image:
+        assert image.info["Software"].startswith("grounding")
+        assert image.size == figure([inspection()], 2).canvas.get_width_height()
 
 
 def test_an_earlier_one_is_replaced_or_removed(tmp_path):
     shown = explanation()
-    shown.save(tmp_path / "out", inspections=[made()], channels=2)
+    shown.save(tmp_path / "out", inspections=[inspection()], channels=2)
     first = (tmp_path / "out/inspect.png").read_bytes()
-    shown.save(tmp_path / "out", inspections=[made()], channels=3)
+    shown.save(tmp_path / "out", inspections=[inspection()], channels=3)
     assert (tmp_path / "out/inspect.png").read_bytes() != first
     shown.save(tmp_path / "out", ["png", "npz", "json"])
     assert names(tmp_path / "out") == PLAIN
-    shown.save(tmp_path / "out", ["npz", "json"], inspections=[made()])
+    shown.save(tmp_path / "out", ["npz", "json"], inspections=[inspection()])
     assert "inspect.png" not in names(tmp_path / "out")
 
 
-def test_somebody_elses_is_never_touched(tmp_path):
+def test_a_foreign_file_is_never_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     Image.new("RGB", (3, 3)).save(tmp_path / "out/inspect.png")
     before = (tmp_path / "out/inspect.png").read_bytes()
     with pytest.raises(OutputError, match=r"inspect.png was not written by grounding"):
-        explanation().save(tmp_path / "out", inspections=[made()])
+        explanation().save(tmp_path / "out", inspections=[inspection()])
     assert names(tmp_path / "out") == ["inspect.png"]
     assert (tmp_path / "out/inspect.png").read_bytes() == before
 
@@ -94,27 +91,22 @@ def test_a_failure_changes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_fill", full)
     with pytest.raises(OutputError, match="No space left"):
-        explanation().save(tmp_path / "out", inspections=[made()], channels=2)
+        explanation().save(tmp_path / "out", inspections=[inspection()], channels=2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     with pytest.raises(ValueError, match="channels to show must be from 1 to 64, got 99"):
-        explanation().save(tmp_path / "out", inspections=[made()], channels=99)
+        explanation().save(tmp_path / "out", inspections=[inspection()], channels=99)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_colour_map_of_the_figure_is_that_of_the_map(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(storage.pngs, "printed", lambda made: b"")
-    monkeypatch.setattr(
-        "grounding.explanation.figures.inspection.figure",
-        lambda inspections, channels, **options: asked.append((channels, options)),
+def test_the_options_of_the_figure_are_those_of_the_inspection(tmp_path, drawn):
+    explanation().save(
+        tmp_path / "out", ["png"], inspections=[inspection()], channels=5, cmap="jet", grid=True, **COARSE
     )
-    storage.pngs.inspection_png([made()], 5, {"cmap": "jet", "grid": True})
-    storage.pngs.inspection_png([made()], 8, {"grid": True})
-    assert asked == [(5, {"cmap": "jet"}), (8, {})]
+    assert drawn == [(1, 5, FigureOptions(cmap="jet", grid=True, **COARSE))]
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "sections"),
+    ("name", "argv", "sections"),
     [
         ("ground", ["--caption", "man in red jacket", "--tokens", "red", "--layer", "-1.in", "--layer", "-2"], 4),
         ("ground", ["--caption", "red jacket", "--tokens", "--model", ROOT / "data/demo/models/flava"], 1),
@@ -122,51 +114,19 @@ def test_the_colour_map_of_the_figure_is_that_of_the_map(tmp_path, monkeypatch):
         ("ground", ["--caption", "a 5", "--model", ROOT / "data/demo/models/trocr", "--tokens", "@0"], 2),
     ],
 )
-def test_every_command_and_family(script, argv, sections, tmp_path, monkeypatch, capsys):
-    asked = []
-
-    def count(inspections, channels, **options):
-        asked.append((len(inspections), channels))
-        return figure(inspections, channels, **options)
-
-    monkeypatch.setattr("grounding.explanation.figures.inspection.figure", count)
+def test_every_command_and_family(command, name, argv, sections, tmp_path, drawn):
     out = tmp_path / "out"
-    image = ["--image", ROOT / "data/demo/line.png"] if "trocr" in str(argv) else []
-    assert run(script, *argv, *image, "--inspect", "2", "--output", out) == 0
-    assert asked == [(sections, 2)]
-    assert str(out / "inspect.png") in capsys.readouterr().out.splitlines()[-1]
-    with Image.open(out / "inspect.png") as drawn:
-        assert np.asarray(drawn).std() > 0
+    source = ["--image", ROOT / "data/demo/line.png"] if "trocr" in str(argv) else []
+    code, printed, _ = command(name, *argv, *source, "--inspect", "2", "--output", out)
+    assert code == 0
+    assert [call[:2] for call in drawn] == [(sections, 2)]
+    assert str(out / "inspect.png") in printed.splitlines()[-1]
+    with Image.open(out / "inspect.png") as image:
+        assert np.asarray(image).std() > 0
 
 
-def test_the_number_of_channels_is_eight_unless_told(tmp_path, monkeypatch):
-    asked = []
-
-    def count(inspections, channels, **options):
-        asked.append(channels)
-        return figure(inspections, channels, **options)
-
-    monkeypatch.setattr("grounding.explanation.figures.inspection.figure", count)
+def test_eight_channels_by_default(ground, tmp_path, drawn):
     argv = ("--caption", "man", "--tokens", "--methods", "gradcam", "--output", tmp_path / "out")
-    assert run("ground", *argv, "--inspect") == 0
-    assert run("ground", *argv) == 0
-    assert asked == [8]
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--inspect", "0"], "channels to show must be from 1 to 64, got 0"),
-        (["--inspect", "many"], "invalid int value: 'many'"),
-        (["--inspect", "--write", "json"], "--inspect writes a picture, but --write leaves png out"),
-        (["--inspect", "--methods", "rollout"], "'rollout' has no channel weights to inspect"),
-        (["--inspect", "--methods", "gradcam", "--layer", "-1"], "is dead"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(argv, words, tmp_path, capsys, monkeypatch):
-    if "--methods" not in argv:  # before any work
-        monkeypatch.setattr("adapters.load", lambda *_, **__: pytest.fail("a model was loaded"))
-    code = run("ground", "--caption", "man", "--output", tmp_path / "out", *argv)
-    assert code == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert ground(*argv, "--inspect")[0] == 0
+    assert ground(*argv)[0] == 0
+    assert [channels for _, channels, _ in drawn] == [CHANNELS] == [8]
