@@ -1,4 +1,4 @@
-"""What a batch run computes: by names and numbers, so that any process can do a part of it, and its fingerprint."""
+"""Configuration of a batch run (plain values, so any process can compute a shard) and its fingerprint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grounding.adapter.base import Adapter
-from grounding.batch.failure_limit import IN_A_ROW, SHARE, FailureLimit
+from grounding.batch.failure_limit import MAX_IN_A_ROW, MAX_SHARE, FailureLimit
 from grounding.batch.requests import PROTOCOLS, Captions
 from grounding.batch.rows import RunMetadata
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
@@ -24,18 +24,33 @@ from grounding.engine.plan import for_target, plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import BATCH_SIZE, Request
 
-# Makes the adapter, in whichever process.
-Load = Callable[[], Adapter]
+# Loads the adapter in the process that computes; picklable for Ray.
+LoadAdapter = Callable[[], Adapter]
 SHARD_SIZE = 64
-METHODS = ("gradcam", "rollout")
+# Methods of a run without `methods`, for models that generate no text.
+DEFAULT_METHODS = ("gradcam", "rollout")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run. `data` is a folder or a name that `open_dataset` takes; `request` is what to compute of each
-    image. `captions` and the methods of the request are None until the model is known (`settled`); `protocols` name the texts about phrases that are explained, too. `shard_size` and
-    `batch_size` count pictures. `workers` processes decode pictures; `threads` of torch compute (None: as many as it
-    takes by itself). `max_failed` is the part of the rows that may fail before the run is stopped as hopeless (1: all).
+    """What a batch run computes, as plain values.
+
+    Parameters
+    ----------
+    data: a folder or a name of a data set, as `open_dataset` takes them.
+    split: split of the data set; None: all of it.
+    captions: captions of an image to explain: "first", "all", or "none" (the model generates the text). None: the
+        default of the model, "none" if it generates text, else "all".
+    protocols: evaluation protocols whose texts about annotated phrases are explained, too.
+    request: what to compute for every text. `methods=None` is the default of the model.
+    shard_size: images per shard.
+    batch_size: images per forward pass.
+    workers: processes that decode images; 0: this process decodes.
+    threads: threads of torch; None: the number torch chooses.
+    max_pixels: width x height of the largest image that is decoded.
+    max_failed: share of the rows that may fail before the run stops early; 1: never stop.
+
+    Raises OptionError for a value out of range or an unknown protocol.
     """
 
     data: str
@@ -48,7 +63,7 @@ class RunConfig:
     workers: int = 1
     threads: int | None = None
     max_pixels: int = MAX_PIXELS
-    max_failed: float = SHARE
+    max_failed: float = MAX_SHARE
 
     def __post_init__(self) -> None:
         for name, least in (("shard_size", 1), ("batch_size", 1), ("workers", 0), ("max_pixels", 1), ("threads", 1)):
@@ -56,61 +71,61 @@ class RunConfig:
             if value is not None and value < least:
                 raise OptionError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.max_failed <= 1:
-            raise OptionError(f"max_failed must be a part of the rows, from 0 to 1, got {self.max_failed}")
+            raise OptionError(f"max_failed must be a share of the rows, from 0 to 1, got {self.max_failed}")
         if unknown := [name for name in self.protocols if name not in PROTOCOLS]:
             raise OptionError(f"no protocol {unknown[0]!r} (there are: {', '.join(PROTOCOLS)})")
 
-    def budget(self) -> FailureLimit:
-        """When the run is hopeless."""
-        return FailureLimit(share=self.max_failed, in_a_row=IN_A_ROW if self.max_failed < 1 else None)
+    def failure_limit(self) -> FailureLimit:
+        """A new count of failures with the limits of this run."""
+        return FailureLimit(share=self.max_failed, in_a_row=MAX_IN_A_ROW if self.max_failed < 1 else None)
 
     def dataset(self) -> Dataset:
-        """The data set. Raises DataError."""
+        """Open the data set. Raises DataError."""
         return open_dataset(self.data, self.split)
 
-    def settled(self, adapter: Adapter) -> RunConfig:
-        """With what depends on the model: one that writes texts is asked for its own, by the methods it shows best.
+    def resolve(self, adapter: Adapter) -> RunConfig:
+        """Fill in `captions` and the methods of the request with the defaults of the model, where they are None.
 
-        Raises OptionError where it shall write a text and cannot.
+        Raises OptionError if captions are "none" and the model generates no text.
         """
         if self.captions == "none" and not adapter.generates:
-            raise OptionError(f"without captions the model must write its own, and {adapter.info.type} writes no text")
-        usual = adapter.default_methods if adapter.generates else METHODS
+            raise OptionError(f"captions 'none' needs a model that generates text; {adapter.info.type} does not")
+        default_methods = adapter.default_methods if adapter.generates else DEFAULT_METHODS
         return replace(
             self,
             captions=self.captions or ("none" if adapter.generates else "all"),
-            request=replace(self.request, methods=self.request.methods or usual),
+            request=replace(self.request, methods=self.request.methods or default_methods),
         )
 
-    def about(self, adapter: Adapter) -> RunMetadata:
-        """What all rows will have in common. Raises what is wrong with the methods, options, layers or target."""
+    def metadata(self, adapter: Adapter) -> RunMetadata:
+        """What all rows of the run share. Raises errors of the request: methods, options, layers, target."""
         request = self.request
-        aimed, own = for_target(adapter, request)
-        plan = plan_methods(aimed, own)
-        target, token_target = aimed.check_kind(request.target, request.token_target)
-        return RunMetadata.of(aimed, plan, target, token_target, request.seed)
+        target_adapter, method_request = for_target(adapter, request)
+        calls = plan_methods(target_adapter, method_request)
+        target, token_target = target_adapter.check_kind(request.target, request.token_target)
+        return RunMetadata.of(target_adapter, calls, target, token_target, request.seed)
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """A run as the process sees it that computes it: its fingerprint, what rows have in common, threads of torch."""
+    """A run as described by the process that computes it: fingerprint, metadata of its rows, threads of torch."""
 
     fingerprint: Mapping[str, Any]
-    about: RunMetadata
+    metadata: RunMetadata
     threads: int
 
 
 def describe(config: RunConfig, adapter: Adapter, dataset: Dataset, ids: Sequence[str]) -> RunDescription:
-    """Of settled config. Raises what is wrong with the methods, options, layers or target, and DataError."""
-    about = config.about(adapter)
+    """Describe a run from its resolved configuration. Raises errors of the request, and DataError."""
+    metadata = config.metadata(adapter)
     threads = config.threads or torch.get_num_threads()
-    return RunDescription(fingerprint(config, adapter, about, dataset, ids), about, threads)
+    return RunDescription(fingerprint(config, adapter, metadata, dataset, ids), metadata, threads)
 
 
 def fingerprint(
-    config: RunConfig, adapter: Adapter, about: RunMetadata, dataset: Dataset, ids: Sequence[str]
+    config: RunConfig, adapter: Adapter, metadata: RunMetadata, dataset: Dataset, ids: Sequence[str]
 ) -> dict[str, Any]:
-    """Everything that the rows depend on. Where two runs lie in one folder they must agree in all of it."""
+    """Everything the rows depend on. A run is resumed only with an equal fingerprint."""
     provenance = {
         name: value for name, value in provenance_of(adapter, config.request.seed).items() if name != "schema_version"
     }
@@ -123,9 +138,9 @@ def fingerprint(
         "captions": config.captions,
         "protocols": list(config.protocols) if dataset.boxes else [],
         "select": asdict(config.request.select),
-        "methods": about.methods,
-        "target": about.target,
-        "token_target": about.token_target,
+        "methods": metadata.methods,
+        "target": metadata.target,
+        "token_target": metadata.token_target,
         "target_options": dict(config.request.options),
         **provenance,
         "weights": weights_digest(adapter.model),
@@ -137,7 +152,7 @@ def fingerprint(
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 over the names and bytes of all parameters and buffers."""
+    """sha256 over names, types, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -148,14 +163,14 @@ def weights_digest(model: torch.nn.Module) -> str:
 def begin(
     folder: Path, config: RunConfig, description: RunDescription, dataset: Dataset, ids: Sequence[str]
 ) -> RunFolder:
-    """The run in a folder: begun by writing its manifest, or the one that is there if it has the same fingerprint.
+    """Write the manifest of a new run, or open the run in `folder` if its fingerprint is the same.
 
-    Raises DifferentRunError naming what differs, DataError for a manifest that cannot be read, OSError.
+    Raises DifferentRunError with the differences, DataError for an unreadable manifest, OSError.
     """
     if not (folder / MANIFEST).exists():
         manifest = {
             "fingerprint": description.fingerprint,
-            "about": asdict(description.about),
+            "about": asdict(description.metadata),
             "data": {"folder": config.data, "split": config.split, "layout": dataset.layout},
             "threads": description.threads,
             "problems": list(dataset.problems),
@@ -167,25 +182,26 @@ def begin(
     return run
 
 
-# Digests: what stands there says nothing to a reader.
-HASHED = ("ids", "data", "weights")
+# Digests: their values mean nothing to a reader of the message.
+DIGESTS = ("ids", "data", "weights")
 
 
-def check_same(run: RunFolder, found: Mapping[str, Any]) -> None:
-    """Raises DifferentRunError where a run computes something else than `found` says."""
-    there = run.manifest["fingerprint"]
-    differing = [name for name in {**there, **found} if there.get(name) != found.get(name)]
+def check_same(run: RunFolder, fingerprint: Mapping[str, Any]) -> None:
+    """Raises DifferentRunError, with the differences, if the run has another fingerprint."""
+    stored = run.manifest["fingerprint"]
+    differing = [name for name in {**stored, **fingerprint} if stored.get(name) != fingerprint.get(name)]
     if differing:
-        pairs = [(name, _short(there.get(name)), _short(found.get(name))) for name in differing]
-        said = "; ".join(
-            name if old == new or name in HASHED else f"{name}: {old} there, {new} now" for name, old, new in pairs
+        pairs = [(name, _short(stored.get(name)), _short(fingerprint.get(name))) for name in differing]
+        differences = "; ".join(
+            name if old == new or name in DIGESTS else f"{name}: {old} there, {new} now" for name, old, new in pairs
         )
         raise DifferentRunError(
-            f"{run.path} holds another run, which differs in {said}; resume it as it was, or choose another folder"
+            f"{run.path} holds another run, which differs in {differences}; resume it with its own options, or choose "
+            "another folder"
         )
 
 
 def _short(value: Any) -> str:
-    named = isinstance(value, dict) and any(isinstance(one, dict) for one in value.values())
-    text = ", ".join(value) if named else json.dumps(value)
+    by_method = isinstance(value, dict) and any(isinstance(one, dict) for one in value.values())
+    text = ", ".join(value) if by_method else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:50]}..."

@@ -1,6 +1,6 @@
-"""The rows of pictures: explained together, and where that fails, halved until what fails stands alone.
+"""Explain images in batches; a batch that fails is halved until each error is attributed to a single text.
 
-Out of memory, a number that is not finite, a text that the model cannot read: each costs its own row only.
+Out of memory, a number that is not finite, a text that the model cannot process: each costs one row.
 """
 
 from __future__ import annotations
@@ -21,64 +21,76 @@ from grounding.engine.request import Request
 from grounding.engine.selection import Selection
 from grounding.explanation.explanation import Explanation
 
-# What was asked for is wrong for every picture alike.
+# Errors of the request, not of an image: every image would raise them.
 REQUEST_ERRORS = (LayerError, OptionError, TargetError, UnknownNameError)
-# What a model may raise on an input it cannot take; Ctrl-C and the like go on.
-BROKEN = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError)
+# Errors that a model may raise for an input it cannot process; KeyboardInterrupt and SystemExit propagate.
+INPUT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One opened picture and the texts to explain of it."""
+    """A decoded image and the texts to explain of it; `sample` is the image's id in the data set."""
 
     sample: str
     image: Picture
-    asks: tuple[TextRequest, ...]
+    requests: tuple[TextRequest, ...]
 
 
 class BatchExplainer:
-    """Explain images and their texts for a request, whose selection is that of the captions."""
+    """Explain images and their texts for one request; `request.select` applies to captions."""
 
     def __init__(self, adapter: Adapter, request: Request) -> None:
         self.adapter, self.request = adapter, request
-        self._worked = False
+        self._succeeded = False
 
     def rows(self, jobs: Sequence[ImageJob]) -> list[Row]:
-        """One row per text, in order. Raises what is wrong for every picture alike, as long as none has worked."""
+        """Explain all texts of all jobs: one row per text, in order.
+
+        Raises errors of the request (REQUEST_ERRORS) until a first batch has succeeded; later they become rows.
+        """
         try:
-            made = self._explained(jobs)
-            self._worked = True
+            made = self._explain(jobs)
+            self._succeeded = True
             return made
         except REQUEST_ERRORS as error:
-            if not self._worked:
+            if not self._succeeded:
                 raise
-            status, words = MODEL, str(error)
+            status, message = MODEL, str(error)
         except GroundingError as error:
-            status, words = error.status, str(error)
-        except (*BROKEN, MemoryError) as error:
+            status, message = error.status, str(error)
+        except (*INPUT_ERRORS, MemoryError) as error:
             short = isinstance(error, MemoryError) or should_reduce_batch_size(error)
-            status, words = OUT_OF_MEMORY if short else MODEL, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        # Here, as the error itself would keep what the failed pass had made.
+            status = OUT_OF_MEMORY if short else MODEL
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        # Outside of `except`: the error's traceback would keep the tensors of the failed pass alive.
         if status == OUT_OF_MEMORY:
             clear_device_cache(garbage_collection=True)
-        return self._apart(jobs, status, words)
+        return self._split(jobs, status, message)
 
-    def _apart(self, jobs: Sequence[ImageJob], status: str, words: str) -> list[Row]:
+    def _split(self, jobs: Sequence[ImageJob], status: str, message: str) -> list[Row]:
         """The rows of jobs that failed together: in halves, down to a single text."""
         if len(jobs) > 1:
             middle = len(jobs) // 2
             return self.rows(jobs[:middle]) + self.rows(jobs[middle:])
         [job] = jobs
-        if len(job.asks) > 1:
-            middle = len(job.asks) // 2
-            return [
-                row for asks in (job.asks[:middle], job.asks[middle:]) for row in self.rows([replace(job, asks=asks)])
-            ]
-        [ask] = job.asks
-        return [failed_row(job.sample, ask.line, ask.caption, status, words)]
+        if len(job.requests) > 1:
+            middle = len(job.requests) // 2
+            halves = job.requests[:middle], job.requests[middle:]
+            return [row for half in halves for row in self.rows([replace(job, requests=half)])]
+        [request] = job.requests
+        return [failed_row(job.sample, request.line, request.caption, status, message)]
 
-    def _explained(self, jobs: Sequence[ImageJob]) -> list[Row]:
-        texts = [_texts(job.asks) for job in jobs]
+    def _explain(self, jobs: Sequence[ImageJob]) -> list[Row]:
+        texts = [_texts(job.requests) for job in jobs]
         found = explain_request(
             self.adapter,
             [job.image for job in jobs],
@@ -91,21 +103,23 @@ class BatchExplainer:
         )
         return [row for job, own, made in zip(jobs, texts, found, strict=True) for row in _rows(job, own, made)]
 
-    def _selection(self, job: ImageJob, place: int) -> Selection:
-        """What is explained of a picture's text: of a caption what was asked for, of a text about a phrase itself."""
-        if place >= len(job.asks):
+    def _selection(self, job: ImageJob, index: int) -> Selection:
+        """The entries of a text: the requested ones of a caption, the whole text alone of a prompt."""
+        if index >= len(job.requests):
             return Selection(tokens=False)
-        return replace(self.request.select, phrases=job.asks[place].phrases)
+        return replace(self.request.select, phrases=job.requests[index].phrases)
 
 
-def _texts(asks: Sequence[TextRequest]) -> list[str | Generate]:
-    """The captions, then every text about their phrases once."""
-    return [*(ask.text for ask in asks), *dict.fromkeys(text for ask in asks for text in ask.prompts.values())]
+def _texts(requests: Sequence[TextRequest]) -> list[str | Generate]:
+    """The captions, then each distinct prompt once."""
+    prompts = dict.fromkeys(text for request in requests for text in request.prompts.values())
+    return [*(request.text for request in requests), *prompts]
 
 
 def _rows(job: ImageJob, texts: Sequence[str | Generate], found: Sequence[Explanation]) -> list[Row]:
-    about = dict(zip(texts[len(job.asks) :], found[len(job.asks) :], strict=True))
+    count = len(job.requests)
+    prompts = dict(zip(texts[count:], found[count:], strict=True))
     return [
-        to_row(job.sample, ask.line, one, {place: about[text] for place, text in ask.prompts.items()})
-        for ask, one in zip(job.asks, found, strict=False)
+        to_row(job.sample, request.line, one, {span: prompts[text] for span, text in request.prompts.items()})
+        for request, one in zip(job.requests, found, strict=False)
     ]

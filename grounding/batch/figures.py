@@ -1,4 +1,4 @@
-"""Figures from the maps that a batch run stored: the pictures are opened again, no model is needed."""
+"""Draw figures from the stored maps of a batch run: images are opened again, no model is loaded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grounding.batch.decode_pool import Opening
+from grounding.batch.decode_pool import ImageOpener
 from grounding.batch.rows import Row, from_row
 from grounding.batch.run_folder import RunFolder
-from grounding.core.errors import GroundingError
+from grounding.core.errors import GroundingError, ImageError
 from grounding.core.files import NAME_BYTES, slug, write_whole
-from grounding.core.images import ImageError, Picture
+from grounding.core.images import Picture
 from grounding.datasets.records import Dataset
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.png import figure_png
@@ -22,38 +22,39 @@ FIGURES = "figures"
 
 
 def explanations(
-    run: RunFolder, dataset: Dataset, images: Collection[str] | None, told: Callable[[str], None]
+    run: RunFolder, dataset: Dataset, images: Collection[str] | None, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, Explanation]]:
-    """(id, explanation) of every row that did not fail, of these pictures (None: all); `told` hears why one has none.
+    """Yield (row id, explanation) for every row that did not fail, of these images (None: all images).
 
-    Raises DataError for shards that are damaged.
+    `on_skip` is called with a one-line reason for every row or image without an explanation. Raises DataError for
+    damaged shards.
     """
-    opening = Opening(dataset.root, run.manifest["fingerprint"]["max_pixels"])
+    opener = ImageOpener(dataset.root, run.manifest["fingerprint"]["max_pixels"])
     for rows in run.images():
         if images is not None and rows[0]["image"] not in images:
             continue
         good = [row for row in rows if row["entries"] is not None]
         for row in rows:
             if row["entries"] is None:
-                told(f"{row['id']}: {row['status']}: {row['error']}")
+                on_skip(f"{row['id']}: {row['status']}: {row['error']}")
         if not good:
             continue
         try:
-            image = _image(dataset, opening, good[0])
+            image = _image(dataset, opener, good[0])
         except GroundingError as error:
-            told(f"{rows[0]['image']}: {error}")
+            on_skip(f"{rows[0]['image']}: {error}")
             continue
         shared = run.shared(rows)
-        yield from ((row["id"], from_row(row, run.about, image, shared)) for row in good)
+        yield from ((row["id"], from_row(row, run.metadata, image, shared)) for row in good)
 
 
-def _image(dataset: Dataset, opening: Opening, row: Row) -> Picture:
-    """The picture that a row is about. Raises GroundingError where there is none, or another one."""
-    found = opening(dataset.read(row["image"]).image)
+def _image(dataset: Dataset, opener: ImageOpener, row: Row) -> Picture:
+    """Open the image of a row. Raises GroundingError if it cannot be opened or has changed."""
+    found = opener(dataset.read(row["image"]).image)
     if isinstance(found, ImageError):
         raise found
     if found.sha256 != row["image_sha256"]:
-        raise GroundingError("the picture has changed since its maps were made (sha256 differs)")
+        raise GroundingError("the image has changed since its maps were computed (sha256 differs)")
     return found
 
 
@@ -62,17 +63,17 @@ def draw(
     dataset: Dataset,
     images: Collection[str] | None,
     options: Mapping[str, Any],
-    told: Callable[[str], None],
+    on_skip: Callable[[str], None],
 ) -> Iterator[Path]:
     """Write figures/<id>.png in the run's folder for each row, and yield its path. Raises OptionError, OSError.
 
-    What a file name cannot hold is replaced in it. Where that makes pictures of the run alike, whether they are drawn
-    or not, signs of the id's sha256 tell them apart: no selection overwrites the figures of another.
+    Characters that file names cannot hold are replaced. If that makes the names of two images of the run equal, drawn
+    or not, part of the id's sha256 is appended: figures of one selection never overwrite those of another.
     """
     folder = run.path / FIGURES
     folder.mkdir(exist_ok=True)
     alike = Counter(slug(image) for image in run.ids)
-    for name, explanation in explanations(run, dataset, images, told):
+    for name, explanation in explanations(run, dataset, images, on_skip):
         stem, image = slug(name, "picture"), name.rpartition("#")[0]
         if alike[slug(image)] > 1 or len(stem.encode()) > NAME_BYTES - 4:
             stem += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

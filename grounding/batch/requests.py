@@ -1,4 +1,4 @@
-"""What a batch run asks of each picture: which captions, which of their phrases, and which texts about those."""
+"""What a batch run explains of each image: its captions, their phrases, and protocol texts about the phrases."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from grounding.datasets.records import Caption, Dataset, Failure, normal
 
 Captions = Literal["first", "all", "none"]
 CAPTIONS: tuple[Captions, ...] = ("first", "all", "none")
-# The published protocols of the pointing game, and the text about a phrase that each of them explains: the phrase as a
-# text of its own, or a sentence about it.
+# The published protocols of the pointing game. Each explains another text about a phrase: the phrase as a text of its
+# own, or a sentence about it.
 PHRASE_ALONE, UNION_BOX = "mention-anybox", "chain-unionbox"
 PROTOCOLS = (PHRASE_ALONE, UNION_BOX)
 SENTENCE = "image of {}"
@@ -22,7 +22,11 @@ SENTENCE = "image of {}"
 
 @dataclass(frozen=True)
 class TextRequest:
-    """One text of a picture: what to explain of it. `phrases` and `prompts` are about characters [start, end)."""
+    """One text of an image, and what to explain of it.
+
+    `line` is the caption's number within its image. `phrases` are spans of the text, and `prompts` map a span to a text
+    about it. Spans are characters [start, end).
+    """
 
     line: int
     text: str | Generate
@@ -31,24 +35,27 @@ class TextRequest:
 
     @property
     def caption(self) -> str | None:
-        """The text, if it is given."""
+        """The text; None if the model generates it."""
         return self.text if isinstance(self.text, str) else None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is asked of it; `failures` are rows that cannot be explained whatever the model does. A row of
-    the data set that is not `listed` under a picture has its own name as id."""
+    """One image and the texts to explain of it.
+
+    `failures` become rows without running the model. `listed` is false for a row of the data set that belongs to no
+    image: its id is its own name.
+    """
 
     id: str
     image: Path | bytes | None
-    asks: tuple[TextRequest, ...]
+    requests: tuple[TextRequest, ...]
     failures: tuple[Failure, ...] = ()
     listed: bool = True
 
 
 def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequence[str]) -> Sample:
-    """What is asked of a picture, or of a broken row of the data set, which has a failure and nothing else."""
+    """The sample of an id of the data set; an id that cannot be read gives a sample with one failure."""
     if name in dataset.broken:
         return Sample(name, None, (), (Failure(0, dataset.broken[name]),), listed=False)
     try:
@@ -59,25 +66,25 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
         return Sample(name, None, (), record.failures if captions == "all" else record.failures[:1])
     if captions == "none":
         return Sample(name, record.image, (TextRequest(0, Generate()),))
-    asks, failures = [], list(record.failures)
+    requests, failures = [], list(record.failures)
     for caption in record.captions:
         try:
-            asks.append(_ask(caption, protocols))
+            requests.append(_text_request(caption, protocols))
         except TextError as error:
             failures.append(Failure(caption.line, str(error), caption.text))
     if captions == "first":
-        asks, failures = asks[:1], [] if asks else failures[:1]
-    if not asks and not failures:
-        failures = [Failure(0, "the picture has no caption")]
-    return Sample(name, record.image, tuple(asks), tuple(failures))
+        requests, failures = requests[:1], [] if requests else failures[:1]
+    if not requests and not failures:
+        failures = [Failure(0, "the image has no caption")]
+    return Sample(name, record.image, tuple(requests), tuple(failures))
 
 
-def _ask(caption: Caption, protocols: Sequence[str]) -> TextRequest:
-    places = tuple(dict.fromkeys((phrase.start, phrase.end) for phrase in caption.phrases))
-    about = {(p.start, p.end): SENTENCE.format(normal(p.text)) for p in caption.phrases}
+def _text_request(caption: Caption, protocols: Sequence[str]) -> TextRequest:
+    spans = tuple(dict.fromkeys((phrase.start, phrase.end) for phrase in caption.phrases))
+    prompts = {(p.start, p.end): SENTENCE.format(normal(p.text)) for p in caption.phrases}
     return TextRequest(
         caption.line,
         check_text(caption.text),
-        places if PHRASE_ALONE in protocols else (),
-        about if UNION_BOX in protocols else {},
+        spans if PHRASE_ALONE in protocols else (),
+        prompts if UNION_BOX in protocols else {},
     )

@@ -1,15 +1,15 @@
-"""Tables of a batch run: one row per picture-caption pair, in Parquet.
+"""Rows of a batch run as Parquet tables: schema, and conversion of an Explanation to a row and back.
 
-A row always has `id`, `image`, `line`, `status`; a failed one also `error`, all others the fields of an explanation.
-Maps are stored per method in a struct column of the method's key:
+There is one row per image-caption pair. Every row has `id`, `image`, `line` and `status`; a failed row has `error`, any
+other row the fields of an explanation. The maps of a method are a struct column named by the method's key:
 
 - `values`: raw signed maps divided by their `scales`, little-endian float16, (maps, rows, columns) in C order;
 - `scales`: float32 per map, its largest absolute value; raw = values * scale;
 - `status`, `reason`: per map, `ok` or `degenerate` and why.
 
-There is one map per entry. A method that does not see the text has one map per picture, stored in the first row of that
-picture that did not fail; in the others its column is null. `geometry` is as in `Geometry`, with the box `seen`
-(x0, y0, x1, y1), original pixels; characters [start, end) of an entry are those of the caption.
+There is one map per entry. A method that does not depend on the text has one map per image, stored in the first row of
+the image that did not fail; its column is null in the other rows. `geometry` has the fields of `Geometry` and the box
+`seen`, (x0, y0, x1, y1) in original pixels, origin top-left. Entries refer to characters [start, end) of the caption.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from grounding.adapter.base import Adapter
     from grounding.engine.plan import MethodCall
 
-# Where a table says who wrote it, in its metadata.
-ABOUT = b"grounding"
+# Key of the run's metadata in the metadata of a table's schema.
+METADATA_KEY = b"grounding"
 Row = dict[str, Any]
 
 _ENTRY = pa.struct(
@@ -94,7 +94,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What all rows of a run share: per column key the method, and what was explained how. See `MethodMaps`."""
+    """What all rows of a run share. `methods`: key of a column -> fields of its `MethodMaps`, maps and status apart."""
 
     methods: Mapping[str, Mapping[str, Any]]
     target: str
@@ -104,87 +104,86 @@ class RunMetadata:
 
     @classmethod
     def of(
-        cls, adapter: Adapter, plan: Sequence[MethodCall], target: str, token_target: str | None, seed: int
+        cls, adapter: Adapter, calls: Sequence[MethodCall], target: str, token_target: str | None, seed: int
     ) -> RunMetadata:
-        """What the explanations of a plan will have in common."""
-        # Here, as who only looks at a run needs no torch.
+        """The metadata of the explanations that these method calls compute."""
+        # Imported here: reading a run needs no torch.
         from grounding.engine.provenance import provenance_of
         from grounding.explanation.serialization import to_builtin
 
         methods = {
-            column.key: {
-                "method": column.name,
-                "title": column.method.title,
-                "layer": column.layer,
-                "options": to_builtin(column.options),
-                "signed": column.method.signed,
-                "text_conditioned": adapter.text_conditioned(target, column.method.reads_gradient),
+            call.key: {
+                "method": call.name,
+                "title": call.method.title,
+                "layer": call.layer,
+                "options": to_builtin(call.options),
+                "signed": call.method.signed,
+                "text_conditioned": adapter.text_conditioned(target, call.method.reads_gradient),
             }
-            for column in plan
+            for call in calls
         }
         model = {"id": adapter.info.id, "type": adapter.info.type}
         return cls(methods, target, token_target, model, to_builtin(provenance_of(adapter, seed)))
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The columns whose maps do not see the text."""
+        """Keys of the methods whose maps do not depend on the text."""
         return tuple(key for key, method in self.methods.items() if not method["text_conditioned"])
 
     def to_json(self) -> str:
-        """One line of JSON, the same for the same content."""
+        """One line of JSON, equal for equal content."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RunMetadata:
-        """The inverse. Raises GroundingError for anything else."""
+        """The inverse of `to_json`. Raises GroundingError for any other text."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise GroundingError(f"not a table of a batch run: {error}") from None
 
 
-def schema(about: RunMetadata) -> pa.Schema:
-    """The columns of a run's tables."""
-    fields = _FIELDS | dict.fromkeys(about.methods, _MAPS)
-    return pa.schema(fields, metadata={ABOUT: about.to_json()})
+def schema(metadata: RunMetadata) -> pa.Schema:
+    """The Parquet schema of a run's tables."""
+    fields = _FIELDS | dict.fromkeys(metadata.methods, _MAPS)
+    return pa.schema(fields, metadata={METADATA_KEY: metadata.to_json()})
 
 
-def to_table(rows: Sequence[Row], about: RunMetadata) -> pa.Table:
-    """Rows as a table; what a row does not have is null."""
-    return pa.Table.from_pylist(list(rows), schema=schema(about))
+def to_table(rows: Sequence[Row], metadata: RunMetadata) -> pa.Table:
+    """Rows as a table; missing fields are null."""
+    return pa.Table.from_pylist(list(rows), schema=schema(metadata))
 
 
-def maps_bytes(rows: Sequence[Row], about: RunMetadata) -> int:
-    """What the maps of these rows take by themselves: two bytes a patch, and four for the scale of each map."""
-    stored = [maps for row in rows for key in about.methods if (maps := row.get(key)) is not None]
+def maps_bytes(rows: Sequence[Row], metadata: RunMetadata) -> int:
+    """Uncompressed size of the maps of these rows: two bytes per patch, and four per map for its scale."""
+    stored = [maps for row in rows for key in metadata.methods if (maps := row.get(key)) is not None]
     return sum(len(maps["values"]) + 4 * len(maps["scales"]) for maps in stored)
 
 
-def doubts_of(rows: Sequence[Row], about: RunMetadata) -> Counter[str]:
-    """Rows by warning, and by method that has no evidence for the caption; what else methods say stands in the rows."""
-    titles = tuple(f"{method['title']} " for method in about.methods.values())
-    said = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
-    for key, method in about.methods.items():
+def count_warnings(rows: Sequence[Row], metadata: RunMetadata) -> Counter[str]:
+    """Number of rows by warning, and by method without evidence for the caption.
+
+    Other warnings of a method are about one map, so they are left to the rows.
+    """
+    titles = tuple(f"{method['title']} " for method in metadata.methods.values())
+    counts = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
+    for key, method in metadata.methods.items():
         where = f" at {method['layer']}" if method["layer"] else ""
         blank = sum(1 for row in rows if row.get(key) and row[key]["status"][0] != "ok")
-        said.update({f"{method['title']}{where} has no evidence for the caption": blank} if blank else {})
-    return said
+        counts.update({f"{method['title']}{where} has no evidence for the caption": blank} if blank else {})
+    return counts
 
 
-def about_of(table: pa.Table | pa.Schema) -> RunMetadata:
-    """What a table's rows have in common. Raises GroundingError for a table that is none of ours."""
-    metadata = (table if isinstance(table, pa.Schema) else table.schema).metadata or {}
-    if ABOUT not in metadata:
+def metadata_of(table: pa.Table | pa.Schema) -> RunMetadata:
+    """The run's metadata stored in a table. Raises GroundingError for a table that no batch run wrote."""
+    stored = (table if isinstance(table, pa.Schema) else table.schema).metadata or {}
+    if METADATA_KEY not in stored:
         raise GroundingError("the table was not written by a batch run: it has no 'grounding' metadata")
-    return RunMetadata.from_json(metadata[ABOUT])
+    return RunMetadata.from_json(stored[METADATA_KEY])
 
 
 OK, TRUNCATED, DEGENERATE = "ok", "ok_truncated", "degenerate"
-
-
 CRASHED, OUT_OF_MEMORY, MODEL, INPUT = "failed_crash", "failed_oom", "failed_model", "failed_input"
-
-
 STATUSES = (
     OK,
     TRUNCATED,
@@ -197,14 +196,12 @@ STATUSES = (
     OUT_OF_MEMORY,
     CRASHED,
 )
-
-
-# Entries of this kind are texts of their own about a phrase, e.g. "image of two young guys".
+# Kind of an entry that is a separate text about a phrase, e.g. "image of two young guys".
 PROMPT = "prompt"
 
 
 def failed_row(sample: str, line: int, caption: str | None, status: str, error: str, name: str | None = None) -> Row:
-    """The row of a pair that could not be explained; `name` where it is not `sample#line`."""
+    """The row of an image-caption pair that could not be explained; `name` is its id, by default `sample#line`."""
     return {
         "id": name or f"{sample}#{line}",
         "image": sample,
@@ -216,7 +213,8 @@ def failed_row(sample: str, line: int, caption: str | None, status: str, error: 
 
 
 def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[int, int], Explanation]) -> Row:
-    """The row of an explanation with, by characters [start, end) of its caption, those of its prompts."""
+    """The row of an explanation. `prompts`: characters [start, end) of the caption -> explanation of a text about them,
+    which becomes an entry of kind "prompt"."""
     entries = [entry_json(entry) for entry in found.entries]
     for (start, end), one in prompts.items():
         entries.append(entry_json(one.entries[0]) | {"label": one.caption, "kind": PROMPT, "start": start, "end": end})
@@ -225,7 +223,7 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
         "image": sample,
         "line": line,
         "caption": found.caption,
-        "status": status_of(found),
+        "status": row_status(found),
         "image_sha256": found.image.sha256,
         "origin": found.origin,
         "truncated": found.truncated,
@@ -234,23 +232,26 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
         "geometry": found.geometry.to_dict() | {"seen": [float(v) for v in found.geometry.seen]},
         "warnings": list(dict.fromkeys(w for one in (found, *prompts.values()) for w in one.warnings)),
     }
-    for key, column in found.methods.items():
-        parts = [column] if column.shared else [column, *(one.methods[key] for one in prompts.values())]
+    for key, own in found.methods.items():
+        parts = [own] if own.shared else [own, *(one.methods[key] for one in prompts.values())]
         maps = np.concatenate([part.maps for part in parts])
         row[key] = _packed(maps, [status for part in parts for status in part.status])
     return row
 
 
-def status_of(found: Explanation) -> str:
-    """`degenerate` where a method has no evidence for the caption (or the first entry), else whether it was cut."""
+def row_status(found: Explanation) -> str:
+    """`degenerate` if a method has no evidence for the caption (or the first entry), else `ok_truncated` or `ok`."""
     first = next((i for i, entry in enumerate(found.entries) if entry.kind == "caption"), 0)
-    if not all(column.status[column.index(first)] for column in found.methods.values()):
+    if not all(method.status[method.index(first)] for method in found.methods.values()):
         return DEGENERATE
     return TRUNCATED if found.truncated else OK
 
 
 def deduplicate_shared_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
-    """Keep the maps that do not see the text in the first row of each picture that has them."""
+    """Remove maps that do not depend on the text from all rows of an image but the first that has them.
+
+    `shared` are the keys of their methods. The rows are changed in place.
+    """
     for key in shared:
         stored: set[str] = set()
         for row in rows:
@@ -261,7 +262,8 @@ def deduplicate_shared_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
 
 
 def _packed(maps: np.ndarray, status: Sequence[Status]) -> Row:
-    """Scaled to [-1, 1] by the largest absolute value: float16 then has about three digits of every map."""
+    """Maps (E, rows, columns) as stored: scaled to [-1, 1] by the largest absolute value of each, so that float16 keeps
+    about three digits whatever the size of the map."""
     scales = np.abs(maps).max(axis=(1, 2)).astype(np.float32)
     divisor = np.where(scales > 0, scales, np.float32(1))[:, None, None]
     values = (maps / divisor).astype("<f2")
@@ -274,34 +276,35 @@ def _packed(maps: np.ndarray, status: Sequence[Status]) -> Row:
 
 
 def from_row(
-    row: Row, about: RunMetadata, image: Picture, shared: Mapping[str, Row], *, prompts: bool = False
+    row: Row, metadata: RunMetadata, image: Picture, shared: Mapping[str, Row], *, prompts: bool = False
 ) -> Explanation:
-    """The explanation of a row that did not fail; `shared` are the maps of its picture that do not see the text.
+    """The explanation stored in a row.
 
-    With `prompts` its entries of that kind are kept, too. Maps are as they were to float16. Raises GroundingError.
+    `shared` are the maps of the image that do not depend on the text, by method (`RunFolder.shared`). `prompts` keeps
+    entries of kind "prompt". Maps have the precision of float16. Raises GroundingError for a failed row.
     """
     if row["entries"] is None:
         raise GroundingError(f"row {row['id']!r} has no maps: {row['status']} ({row['error']})")
     kept = [i for i, entry in enumerate(row["entries"]) if prompts or entry["kind"] != PROMPT]
     geometry = Geometry.from_dict({k: v for k, v in row["geometry"].items() if k != "seen"})
-    columns = {}
-    for key, method in about.methods.items():
+    methods = {}
+    for key, method in metadata.methods.items():
         stored = row[key] if method["text_conditioned"] else shared[key]
         maps, status = _unpacked(stored, geometry)
         if method["text_conditioned"]:
             maps, status = maps[kept], tuple(status[i] for i in kept)
-        columns[key] = MethodMaps(key=key, **method, maps=maps, status=status)
+        methods[key] = MethodMaps(key=key, **method, maps=maps, status=status)
     return Explanation(
         image=image,
         caption=row["caption"],
         entries=tuple(_entry_of(row["entries"][i]) for i in kept),
-        methods=columns,
+        methods=methods,
         geometry=geometry,
-        target=about.target,
-        token_target=about.token_target,
-        model=about.model,
+        target=metadata.target,
+        token_target=metadata.token_target,
+        model=metadata.model,
         warnings=tuple(row["warnings"]),
-        provenance=about.provenance,
+        provenance=metadata.provenance,
         origin=row["origin"],
         truncated=row["truncated"],
     )
@@ -322,5 +325,5 @@ def _entry_of(item: Row) -> Entry:
 
 
 def _number(value: float | None) -> float:
-    """A number that a table has as null where it was not finite."""
+    """A number of a table, where null stands for one that is not finite."""
     return float("nan") if value is None else value

@@ -1,12 +1,13 @@
-"""The folder of a batch run: a manifest, and shards that are there whole or not at all.
+"""Folder of a batch run: a manifest, and shards that are written atomically.
 
-    manifest.json                        what is computed, over which pictures: written first
-    part-00012.parquet  part-00012.json  the rows of a shard, and its sidecar: rows, counts by status, sha256, failures
-    failures.jsonl                       every row that failed, once the run ended
-    run.lock                             held by the process that writes
+    manifest.json                        fingerprint, metadata and image ids of the run: written first
+    part-00012.parquet  part-00012.json  rows of a shard, and its sidecar: rows, counts by status, sha256, failures
+    failures.jsonl                       every failed row, written at the end of the run
+    run.lock                             locked by the process that writes
 
-A shard is done when its sidecar can be read and fits the table beside it. Both are written under another name, synced
-and renamed, the sidecar last: whatever kills a run, what is done is done, and the rest is computed again.
+A shard is done when its sidecar can be parsed and matches the table beside it. Both files are written under a temporary
+name, synced and renamed, the sidecar last. A run that is killed at any moment keeps its finished shards; the next run
+computes the others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from grounding.batch.rows import Row, RunMetadata, about_of, doubts_of, maps_bytes, to_table
+from grounding.batch.rows import Row, RunMetadata, count_warnings, maps_bytes, metadata_of, to_table
 from grounding.core.errors import DataError, GroundingError, OutputError
 from grounding.core.files import PART, STAGING, try_writing, write_whole
 from grounding.core.printable import escape
@@ -35,21 +36,21 @@ FORMAT = "grounding.run"
 SCHEMA_VERSION = 1
 MANIFEST, FAILURES, MERGED = "manifest.json", "failures.jsonl", "merged.parquet"
 ASIDE = ".damaged-"
-# Distinct warnings that a sidecar counts: those of most rows.
-WARNINGS = 20
-# What a sidecar says, at least.
-SIDECAR = {"shard", "rows", "counts", "bytes", "maps_bytes", "sha256", "seconds", "failures"}
+# Distinct warnings counted in a sidecar: the most frequent ones.
+MAX_WARNINGS = 20
+# Keys that every sidecar has.
+SIDECAR_KEYS = {"shard", "rows", "counts", "bytes", "maps_bytes", "sha256", "seconds", "failures"}
 
 
 class RunFolder:
-    """A run that has a manifest. Rows of a picture stand together and never cross shards."""
+    """A run with a manifest. The rows of an image are contiguous, and in one shard."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.manifest = path, manifest
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The run in a folder. Raises DataError where there is none, or one of another version."""
+        """Open the run in a folder. Raises DataError if there is none, or one of another version."""
         path = Path(path)
         file = path / MANIFEST
         try:
@@ -65,156 +66,149 @@ class RunFolder:
             raise DataError(f"{escape(file)} has schema version {version!r}, this version reads {SCHEMA_VERSION}")
         return cls(path, manifest)
 
-    @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Whether a folder holds a run of ours."""
-        with suppress(DataError):
-            cls.open(path)
-            return True
-        return False
-
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """The pictures, and the broken rows of the data set, in order."""
+        """Ids of the images, and of the broken rows of the data set, in order."""
         return tuple(self.manifest["ids"])
 
     @property
-    def about(self) -> RunMetadata:
-        """What all rows have in common."""
+    def metadata(self) -> RunMetadata:
+        """What all rows share."""
         return RunMetadata(**self.manifest["about"])
 
     @property
     def shards(self) -> range:
-        """The numbers of all shards."""
+        """Numbers of all shards."""
         return range(-(-len(self.ids) // self.manifest["fingerprint"]["shard_size"]))
 
     def members(self, shard: int) -> tuple[str, ...]:
-        """The ids of a shard."""
+        """Ids of a shard."""
         size = self.manifest["fingerprint"]["shard_size"]
         return self.ids[shard * size : (shard + 1) * size]
 
-    def part(self, shard: int) -> Path:
-        """The table of a shard."""
+    def table_path(self, shard: int) -> Path:
+        """Path of a shard's table."""
         return self.path / f"part-{shard:05d}.parquet"
 
-    def sidecar(self, shard: int) -> Path:
-        """What is said of a shard."""
+    def sidecar_path(self, shard: int) -> Path:
+        """Path of a shard's sidecar."""
         return self.path / f"part-{shard:05d}.json"
 
     # ------------------------------------------------------------------ writing
 
     def commit(self, shard: int, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
-        """Write a shard: table, then sidecar; returns the sidecar. Raises OutputError; nothing half-written stays."""
-        data = encode(to_table(rows, self.about))
-        said = {
+        """Write a shard, table first; return its sidecar. Raises OutputError; no partial file stays."""
+        data = encode(to_table(rows, self.metadata))
+        sidecar = {
             "format": FORMAT,
             "shard": shard,
             "rows": len(rows),
             "counts": dict(sorted(Counter(row["status"] for row in rows).items())),
             "bytes": len(data),
-            "maps_bytes": maps_bytes(rows, self.about),
+            "maps_bytes": maps_bytes(rows, self.metadata),
             "sha256": hashlib.sha256(data).hexdigest(),
             "seconds": round(seconds, 3),
-            "warnings": dict(doubts_of(rows, self.about).most_common(WARNINGS)),
+            "warnings": dict(count_warnings(rows, self.metadata).most_common(MAX_WARNINGS)),
             "failures": [
                 {name: row[name] for name in ("id", "image", "status", "error")} for row in rows if row.get("error")
             ],
         }
         try:
-            # Without its sidecar a table counts as not there, whatever is in it: never an old one beside a new table.
-            self.sidecar(shard).unlink(missing_ok=True)
-            write_whole(self.part(shard), data)
-            write_whole(self.sidecar(shard), _json(said))
+            # Removed first: an old sidecar beside a new table could match it. Without a sidecar a shard is not done.
+            self.sidecar_path(shard).unlink(missing_ok=True)
+            write_whole(self.table_path(shard), data)
+            write_whole(self.sidecar_path(shard), _json(sidecar))
         except OSError as error:
             raise OutputError(
-                f"cannot write {escape(self.part(shard))}: {error.strerror or error}; resume later"
+                f"cannot write {escape(self.table_path(shard))}: {error.strerror or error}; resume later"
             ) from None
-        return said
+        return sidecar
 
     def finish(self) -> None:
-        """Write failures.jsonl anew from all shards that are done. Raises OSError."""
-        lines = [json.dumps(one) for shard in self.shards for one in (self.said(shard) or {}).get("failures", ())]
+        """Write failures.jsonl from all shards that are done. Raises OSError."""
+        lines = [json.dumps(one) for shard in self.shards for one in (self.sidecar(shard) or {}).get("failures", ())]
         write_whole(self.path / FAILURES, "".join(line + "\n" for line in lines).encode("ascii"))
 
     def set_aside(self, shard: int) -> Path | None:
-        """Rename the table of a shard that is not whole, where there is one; returns its new name."""
-        part = self.part(shard)
-        self.sidecar(shard).unlink(missing_ok=True)
-        if not part.exists():
+        """Remove the sidecar of a damaged shard, and rename its table if there is one; return the table's new path."""
+        table = self.table_path(shard)
+        self.sidecar_path(shard).unlink(missing_ok=True)
+        if not table.exists():
             return None
-        number = next(n for n in range(1, 10**6) if not part.with_name(f"{part.name}{ASIDE}{n}").exists())
-        return part.rename(part.with_name(f"{part.name}{ASIDE}{number}"))
+        number = next(n for n in range(1, 10**6) if not table.with_name(f"{table.name}{ASIDE}{n}").exists())
+        return table.rename(table.with_name(f"{table.name}{ASIDE}{number}"))
 
-    def clear_parts(self) -> None:
-        """Remove what killed processes left half-written; only for who holds the lock."""
+    def remove_partial_files(self) -> None:
+        """Remove temporary files of killed processes. The caller must hold the lock."""
         for name in ("part-*", MANIFEST + "*", FAILURES + "*", MERGED + "*"):
             for path in self.path.glob(f"{name}{PART}*"):
                 path.unlink(missing_ok=True)
         for path in self.path.glob(f"{STAGING}*"):
-            with suppress(OSError):  # not empty: somebody else's
+            with suppress(OSError):  # not empty: of another program
                 path.rmdir()
 
     # ------------------------------------------------------------------ reading
 
-    def said(self, shard: int) -> dict[str, Any] | None:
-        """The sidecar of a shard that is done, else None."""
+    def sidecar(self, shard: int) -> dict[str, Any] | None:
+        """The sidecar of a shard that is done, else None. The table is compared by its size and number of rows."""
         try:
-            said = json.loads(self.sidecar(shard).read_bytes())
-            part = self.part(shard)
-            fits = part.stat().st_size == said["bytes"] and pq.read_metadata(part).num_rows == said["rows"]
-            fits = fits and sum(said["counts"].values()) == said["rows"] and said["shard"] == shard
+            sidecar = json.loads(self.sidecar_path(shard).read_bytes())
+            table = self.table_path(shard)
+            fits = table.stat().st_size == sidecar["bytes"] and pq.read_metadata(table).num_rows == sidecar["rows"]
+            fits = fits and sum(sidecar["counts"].values()) == sidecar["rows"] and sidecar["shard"] == shard
         except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException):
             return None
-        return said if fits and said.keys() >= SIDECAR else None
+        return sidecar if fits and sidecar.keys() >= SIDECAR_KEYS else None
 
     def stamp(self, shard: int) -> int:
-        """Another number after each commit of a shard; 0 where there was none."""
+        """A number that changes with each commit of a shard; 0 before the first."""
         try:
-            found = self.sidecar(shard).stat()
+            found = self.sidecar_path(shard).stat()
             return hash((found.st_mtime_ns, found.st_ino))  # another file, even within one tick of the clock
         except OSError:
             return 0
 
     def damaged(self, shard: int) -> bool:
-        """Whether there is something of a shard that is not whole, to the last byte."""
-        said = self.said(shard)
-        if said is None:
-            return self.part(shard).exists() or self.sidecar(shard).exists()
-        return hashlib.sha256(self.part(shard).read_bytes()).hexdigest() != said["sha256"]
+        """Whether a shard has files, but they are incomplete or do not match (sha256)."""
+        sidecar = self.sidecar(shard)
+        if sidecar is None:
+            return self.table_path(shard).exists() or self.sidecar_path(shard).exists()
+        return hashlib.sha256(self.table_path(shard).read_bytes()).hexdigest() != sidecar["sha256"]
 
     def table(self, shard: int) -> pa.Table:
-        """The rows of a shard that is done. Raises DataError where they are not what was written."""
-        said = self.said(shard)
+        """Read the table of a shard that is done. Raises DataError if it does not match its sidecar."""
+        sidecar = self.sidecar(shard)
+        path = self.table_path(shard)
         try:
-            data = self.part(shard).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{escape(self.part(shard))}: {error.strerror or error}") from None
-        if said is None or hashlib.sha256(data).hexdigest() != said["sha256"]:
-            raise DataError(
-                f"{escape(self.part(shard))} is damaged (it does not fit its sidecar): run again to renew it"
-            )
-        table = pq.read_table(io.BytesIO(data), use_threads=False)  # pyarrow 26: threads left at the end abort Python
-        about_of(table)
+            raise DataError(f"{escape(path)}: {error.strerror or error}") from None
+        if sidecar is None or hashlib.sha256(data).hexdigest() != sidecar["sha256"]:
+            raise DataError(f"{escape(path)} is damaged (it does not match its sidecar): run again to compute it anew")
+        table = pq.read_table(io.BytesIO(data), use_threads=False)  # pyarrow 26: its threads may abort Python at exit
+        metadata_of(table)
         return table
 
     def images(self) -> Iterator[list[Row]]:
-        """The rows of each picture, of all shards that are done. Raises DataError."""
+        """Yield the rows of each image, of all shards that are done. Raises DataError."""
         for shard in self.shards:
-            if self.said(shard) is not None:
+            if self.sidecar(shard) is not None:
                 rows = self.table(shard).to_pylist()
                 yield from (list(own) for _, own in groupby(rows, key=lambda row: row["image"]))
 
     def counts(self) -> Counter[str]:
-        """Rows by status, of all shards that are done."""
-        return sum((Counter(said["counts"]) for s in self.shards if (said := self.said(s)) is not None), Counter())
+        """Number of rows by status, of all shards that are done."""
+        sidecars = [sidecar for shard in self.shards if (sidecar := self.sidecar(shard)) is not None]
+        return sum((Counter(sidecar["counts"]) for sidecar in sidecars), Counter())
 
     def shared(self, rows: Sequence[Row]) -> dict[str, Row]:
-        """Of the rows of one picture, the maps that do not see the text."""
-        return {key: row[key] for key in self.about.shared for row in rows if row[key] is not None}
+        """The maps of one image that do not depend on the text, by method, from all its rows."""
+        return {key: row[key] for key in self.metadata.shared for row in rows if row[key] is not None}
 
     def merge(self) -> Path:
-        """All shards as one table, merged.parquet. Raises GroundingError: shards missing, an id twice or missing."""
-        missing = [shard for shard in self.shards if self.said(shard) is None]
+        """Write all shards as one table, merged.parquet. Raises GroundingError for missing shards, and for ids that are
+        missing or not unique."""
+        missing = [shard for shard in self.shards if self.sidecar(shard) is None]
         if missing:
             raise GroundingError(f"{len(missing)} of {len(self.shards)} shards are not done: run again, then merge")
         names: Counter[str] = Counter()
@@ -226,10 +220,10 @@ class RunFolder:
                     table = self.table(shard)
                     names.update(table["id"].to_pylist())
                     if set(table["image"].to_pylist()) != set(self.members(shard)):
-                        raise DataError(f"{escape(self.part(shard))} has other pictures than the manifest says")
+                        raise DataError(f"{escape(self.table_path(shard))} has other images than the manifest")
                     writer.write_table(table)
             if twice := next((name for name, count in names.items() if count > 1), None):
-                raise DataError(f"the id {twice!r} stands in the run twice")
+                raise DataError(f"the id {twice!r} is in the run twice")
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -237,12 +231,12 @@ class RunFolder:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, whole. Raises OSError."""
+    """Write the manifest atomically. Raises OSError."""
     write_whole(folder / MANIFEST, _json({"format": FORMAT, "schema_version": SCHEMA_VERSION, **manifest}))
 
 
 def encode(table: pa.Table) -> bytes:
-    """The bytes of a Parquet file, the same for the same rows."""
+    """The bytes of a Parquet file, equal for equal rows."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -256,15 +250,15 @@ LOCK = "run.lock"
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder, if a run can be written into it: made, empty, or holding a run of ours. Raises OutputError."""
+    """Return the folder if a run can be written into it: new, empty, or with a run. Raises OutputError."""
     folder = Path(path)
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            folder.lstat()  # a name that no file can have says so here
+            folder.lstat()  # raises for a name that no file can have
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{escape(folder)} is a file, not a folder; choose another --output")
-        if folder.is_dir() and not (folder / MANIFEST).exists() and not all(map(_is_left_over, folder.iterdir())):
-            raise OutputError(f"{escape(folder)} holds other files and no run of grounding; choose another folder")
+        if folder.is_dir() and not (folder / MANIFEST).exists() and not all(map(_is_leftover, folder.iterdir())):
+            raise OutputError(f"{escape(folder)} holds other files and no batch run; choose another folder")
         if (folder / MANIFEST).exists():
             RunFolder.open(folder)
         try_writing(folder)
@@ -277,15 +271,15 @@ def check_folder(path: str | Path) -> Path:
     return folder
 
 
-def _is_left_over(path: Path) -> bool:
-    """Whether a file may be of a run that has no manifest: it was killed, or another process is just beginning it."""
+def _is_leftover(path: Path) -> bool:
+    """Whether a file may be of a run without a manifest: the run was killed, or another process is starting it."""
     return path.name == LOCK or PART in path.name or path.name.startswith(STAGING)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it when the process ends, however. A folder that was made for it and
-    in which no run began is gone afterwards. Raises OutputError."""
+    """Hold the run's lock, which the system releases when the process ends. Folders created for the lock are removed
+    afterwards if no run has begun in them. Raises OutputError if another process holds the lock."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -301,6 +295,6 @@ def locked(folder: Path) -> Iterator[None]:
         if missing and [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
             for place in missing:
-                with suppress(OSError):  # somebody else uses it by now
+                with suppress(OSError):  # another process uses it by now
                     place.rmdir()
         lock.release()

@@ -87,13 +87,13 @@ class OutputError(GroundingError, OSError):
     """An output folder that results cannot be written to."""
 
 
-EXIT_BUDGET = 4
+EXIT_FAILURE_LIMIT = 4
 
 
-class BudgetError(GroundingError):
+class FailureLimitError(GroundingError):
     """A batch run in which too many rows failed."""
 
-    exit_code = EXIT_BUDGET
+    exit_code = EXIT_FAILURE_LIMIT
 
 
 class DifferentRunError(GroundingError):

@@ -84,11 +84,11 @@ class Growth(Progress):
     def __init__(self, peak: Peak) -> None:
         self.peak, self.done, self.early = peak, 0, 0.0
 
-    def shard(self, said: dict[str, Any]) -> None:
+    def on_shard(self, sidecar: dict[str, Any]) -> None:
         """A shard was committed."""
         if self.done < EARLY:
             self.early = self.peak.mb
-        self.done += said["rows"] // clip.CAPTIONS
+        self.done += sidecar["rows"] // clip.CAPTIONS
 
 
 def make_dataset(home: Path, count: int) -> None:
@@ -113,7 +113,7 @@ def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[s
     here = LocalExecutor(lambda: adapter, work, lambda _rows, _images: None)
     with Peak() as peak:
         growth = Growth(peak)
-        run_batch(output, work, data, data.ids, here, watch=growth)
+        run_batch(output, work, data, data.ids, here, progress=growth)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     tower = statistics.mean([before, _tower(adapter, pixels)]) * len(data.ids)
     stored = sum(path.stat().st_size for path in output.glob("part-*"))
