@@ -1,4 +1,4 @@
-"""`ground_flickr30k.py` as a user meets it: what it prints where, exit codes, one line per failure."""
+"""`ground_flickr30k.py` on the command line: stdout, stderr, exit codes, one line per failure."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from grounding.batch.run_folder import RunFolder
 from grounding.core.demo import demo_lines, demo_scenes
 from grounding.datasets.open import open_dataset
 from grounding.datasets.subset import picked
-from tests.conftest import noise
 from tests.support import batch
 from tests.support import models as tiny
 from tests.support.batch import data
 from tests.support.commands import answer, script
 from tests.support.forked import SCRIPT
+from tests.support.images import noise
 from tests.support.tolerances import HALF_BATCH, TUTORIAL, close, close_each
 
 FAST = ["--workers", "0", "--threads", "1", "--no-tokens", "--shard-size", "2", "--batch-size", "2"]
@@ -52,7 +52,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def made(command, tmp_path):
-    """A finished run of five pictures, in `run`."""
+    """A finished run of five images, in `run`."""
     folder = data(tmp_path / "data", 5)
     assert command("--data", folder, "--output", "run", *FAST)[0] == 0
     return folder
@@ -68,17 +68,17 @@ def process(*argv, **options):
     )
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- output
 
 
-def test_results_go_to_stdout_and_all_else_to_stderr(command, tmp_path):
+def test_results_go_to_stdout_and_messages_to_stderr(command, tmp_path):
     folder = data(tmp_path / "data", 5)
     code, out, err = command("--data", folder, "--output", "run", *FAST)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["run", "model", "shards", "pictures", "rows", "stored"]
-    assert "pictures  5 of 5 done" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "model", "shards", "images", "rows", "stored"]
+    assert "images    5 of 5 done" in out
     assert "rows      10: 10 ok" in out
-    assert err == "run: 5 pictures to do in 3 of 3 shards\n"  # no bar where nobody looks
+    assert err == "run: 5 images to do in 3 of 3 shards\n"  # no bar outside of a terminal
     code, out, err = command("--data", folder, "--output", "run", "--format", "json", "-q", *FAST)
     assert (code, err) == (0, "")
     assert json.loads(out)["statuses"] == {"ok": 10}
@@ -89,36 +89,36 @@ def test_a_log_has_lines_of_progress(monkeypatch, capsys):
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     bar = progress.ProgressBar(name="process 1 of 2")
     run = RunFolder(Path("run"), {"ids": ["a"] * 250, "fingerprint": {"shard_size": 50}})
-    bar.begins(run, [1, 3], 100)
+    bar.on_start(run, [1, 3], 100)
     failed = [{"status": "failed_read"}, {"status": "ok"}]
     for rows, images in ((failed, 10), (failed, 10), (failed[1:], 20)):
         now[0] += 40
-        bar.rows(rows, images)
+        bar.on_rows(rows, images)
     bar.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "run: 100 pictures to do in 2 of 5 shards (process 1 of 2)"
-    # 20 pictures after 80 seconds: 80 are left. Nothing after 40, and nothing yet at 120.
-    assert lines[1:] == ["process 1 of 2:  20% 20/100 [01:20<05:20,  4.00s/picture, 2 rows failed]"]
+    assert lines[0] == "run: 100 images to do in 2 of 5 shards (process 1 of 2)"
+    # 20 images after 80 seconds: 80 are left. Nothing after 40, and nothing yet at 120.
+    assert lines[1:] == ["process 1 of 2:  20% 20/100 [01:20<05:20,  4.00s/image, 2 rows failed]"]
     quiet = progress.ProgressBar(quiet=True)
-    quiet.begins(run, [1], 100)
+    quiet.on_start(run, [1], 100)
     now[0] += 400
-    quiet.rows(failed, 10)
+    quiet.on_rows(failed, 10)
     assert capsys.readouterr().err == ""
 
 
-def test_the_same_command_again_does_nothing_and_ends_alike(command, tmp_path):
+def test_the_same_command_again_computes_nothing_and_has_the_same_result(command, tmp_path):
     folder = data(tmp_path / "data", 4)
     (folder / "Images" / "2.png").write_bytes(b"")
     first = command("--data", folder, "--output", "run", *FAST)
     second = command("--data", folder, "--output", "run", *FAST)
     assert (first[0], second[0]) == (3, 3)
     assert first[1] == second[1]
-    assert "run: 0 pictures to do in 0 of 2 shards" in second[2]
+    assert "run: 0 images to do in 0 of 2 shards" in second[2]
     assert re.search(r"warning: 2.png#0: failed_decode: .*2.png.*0 bytes", second[2])
     assert len(second[2].splitlines()) == 3
 
 
-def test_many_failures_are_counted_not_listed(command, tmp_path):
+def test_many_failures_are_counted(command, tmp_path):
     folder = data(tmp_path / "data", 6)
     for i in range(1, 6):
         (folder / "Images" / f"{i}.png").write_bytes(b"x")
@@ -137,30 +137,30 @@ def test_a_wrong_folder_of_images_ends_with_4(command, tmp_path):
     assert re.search(r"^error: stopped: 100 rows in a row failed \(100 failed_read\); the first: .*0\.png", err, re.M)
 
 
-# ---------------------------------------------------------------- refused before the model loads
+# ---------------------------------------------------------------- errors before the model is loaded
 
 
-def test_folders_that_are_not_ours_end_with_1_before_the_model_loads(command, tmp_path, made):
+def test_an_unusable_output_folder_ends_with_1_before_the_model_is_loaded(command, tmp_path, made):
     (tmp_path / "file").write_text("x")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("x")
     command.loads.clear()
-    for output, words in (
+    for output, message in (
         ("file", "is a file, not a folder"),
-        ("foreign", "holds other files and no run"),
+        ("foreign", "holds other files and no batch run"),
         ("file/below", "is a file, not a folder"),
         ("x" * 300, "File name too long"),
     ):
         code, out, err = command("--data", made, "--output", output)
         assert (code, out) == (1, "")
-        assert words in err
+        assert message in err
         assert len(err.splitlines()) == 1
     assert command.loads == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "file", "foreign", "run"]
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "words"),
+    ("argv", "code", "message"),
     [
         (["--output", ""], 2, "--output is empty: name a folder"),
         (["--output", " "], 2, "--output is empty: name a folder"),
@@ -180,15 +180,15 @@ def test_folders_that_are_not_ours_end_with_1_before_the_model_loads(command, tm
         (["--captions", "some"], 2, "invalid choice"),
     ],
 )
-def test_what_makes_no_sense_costs_no_model(command, tmp_path, argv, code, words):
+def test_option_errors_come_before_the_model_is_loaded(command, tmp_path, argv, code, message):
     found, out, err = command(*argv)
     assert (found, out) == (code, "")
-    assert words in err
+    assert message in err
     assert command.loads == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_run_ends_with_2_and_says_what_differs(command, made):
+def test_another_run_ends_with_2_and_the_differences(command, made):
     before = batch.content(RunFolder.open("run").path)
     code, out, err = command("--data", made, "--output", "run", *FAST, "--methods", "rollout", "--captions", "first")
     assert (code, out) == (2, "")
@@ -197,10 +197,10 @@ def test_another_run_ends_with_2_and_says_what_differs(command, made):
     assert batch.content(RunFolder.open("run").path) == before
 
 
-# ---------------------------------------------------------------- looking at a run
+# ---------------------------------------------------------------- status, merging, figures
 
 
-def test_status_and_merge_say_what_there_is(command, made, tmp_path):
+def test_status_and_merge_of_an_incomplete_run(command, made, tmp_path):
     code, out, err = command("--status", "--output", "run")
     assert (code, err) == (0, "")
     assert "shards    3 of 3 done" in out
@@ -261,7 +261,7 @@ def test_random_images_are_drawn_by_the_seed_and_get_figures(command, tmp_path):
     assert sorted(path.name for path in (run.path / "figures").iterdir()) == names
 
 
-def test_rows_are_tried_again_by_their_status(command, tmp_path):
+def test_retry_computes_rows_of_a_status_again(command, tmp_path):
     folder = data(tmp_path / "data", 3)
     whole = (folder / "Images" / "1.png").read_bytes()
     (folder / "Images" / "1.png").write_bytes(b"")
@@ -269,11 +269,11 @@ def test_rows_are_tried_again_by_their_status(command, tmp_path):
     (folder / "Images" / "1.png").write_bytes(whole)
     code, out, err = command("--data", folder, "--output", "run", *FAST, "--retry", "failed_decode")
     assert code == 0
-    assert "run: 1 pictures to do in 1 of 2 shards" in err
+    assert "run: 1 images to do in 1 of 2 shards" in err
     assert "6 ok" in out
 
 
-def test_a_model_that_writes_reads_lines_by_itself_and_clip_does_not(command):
+def test_text_is_generated_by_trocr_and_not_by_clip(command):
     def reader(_, **options):
         return tiny.trocr_adapter()
 
@@ -284,31 +284,31 @@ def test_a_model_that_writes_reads_lines_by_itself_and_clip_does_not(command):
     assert len(rows) == 3
     code, _, err = command("--limit", "1", "--captions", "none", "--output", "clip", *FAST)
     assert code == 2
-    assert "error: without captions the model must write its own, and clip writes no text" in err
+    assert "error: captions 'none' needs a model that generates text; clip does not" in err
 
 
-# ---------------------------------------------------------------- processes of their own
+# ---------------------------------------------------------------- separate processes
 
 
-LOOK = """
+NO_MODEL = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import ground_flickr30k
-for look in (["--status"], ["--merge"], ["--render", "png", "--limit", "1"]):
-    code = ground_flickr30k.main([*look, "--output", sys.argv[2]])
+for action in (["--status"], ["--merge"], ["--render", "png", "--limit", "1"]):
+    code = ground_flickr30k.main([*action, "--output", sys.argv[2]])
     heavy = ("torch", "adapters", "transformers.models.clip.modeling_clip")
     print(code, *(name for name in heavy if name in sys.modules), file=sys.stderr)
 """
 
 
-def test_looking_needs_neither_torch_nor_a_model(made, tmp_path):
-    argv = [sys.executable, "-c", LOOK, str(SCRIPT.parent), str(tmp_path / "run")]
+def test_status_and_merge_need_neither_torch_nor_a_model(made, tmp_path):
+    argv = [sys.executable, "-c", NO_MODEL, str(SCRIPT.parent), str(tmp_path / "run")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines() == ["0", "0", "0 torch"]  # figures: the classes of maps name its types
+    assert done.stderr.splitlines() == ["0", "0", "0 torch"]  # figures: type annotations of the maps import torch
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>/dev/full"])
-def test_streams_that_are_closed_or_full_cost_nothing(tmp_path, closed):
+def test_closed_or_full_streams_do_not_stop_a_run(tmp_path, closed):
     folder = data(tmp_path / "data", 2)
     command = [sys.executable, str(SCRIPT), "--data", str(folder), "--output", str(tmp_path / "run"), *FAST]
     done = subprocess.run(
@@ -318,47 +318,47 @@ def test_streams_that_are_closed_or_full_cost_nothing(tmp_path, closed):
     assert RunFolder.open(tmp_path / "run").counts().total() == 4
 
 
-def test_reading_a_run_leaves_no_threads_of_arrow(made, monkeypatch):
-    """Those of pyarrow 26 that are still there when Python ends abort it, now and then."""
-    asked, real = [], pq.read_table
-    monkeypatch.setattr(pq, "read_table", lambda *args, **options: asked.append(options) or real(*args, **options))
+def test_reading_a_run_starts_no_threads_of_arrow(made, monkeypatch):
+    """Threads of pyarrow 26 that exist when Python ends may abort it."""
+    calls, real = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda *args, **options: calls.append(options) or real(*args, **options))
     assert sum(1 for _ in RunFolder.open("run").images()) == 5
-    assert asked == [{"use_threads": False}] * 3
+    assert calls == [{"use_threads": False}] * 3
 
 
 @pytest.mark.parametrize(
-    ("env", "words"),
+    ("env", "message"),
     [
-        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', no number of processes"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "says WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT: start the processes"),
+        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE must be a number of processes, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "sets WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT: start the processes"),
     ],
 )
-def test_half_a_launcher_is_told(command, tmp_path, monkeypatch, env, words):
+def test_incomplete_variables_of_a_launcher_are_an_error(command, tmp_path, monkeypatch, env, message):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     code, out, err = command("--data", data(tmp_path / "data", 2), "--output", "run", *FAST)
     assert (code, out) == (2, "")
-    assert words in err
+    assert message in err
     monkeypatch.setenv("WORLD_SIZE", "")
     assert command("--data", tmp_path / "data", "--output", "run", *FAST)[0] == 0
 
 
 @pytest.mark.slow
-def test_a_script_without_the_usual_guard_begins_no_run_in_its_workers(tmp_path):
+def test_a_script_without_main_guard_starts_no_run_in_its_workers(tmp_path):
     folder = data(tmp_path / "data", 2)
     script = tmp_path / "mine.py"
     script.write_text(
-        "from pathlib import Path\nfrom tests.support.batch import run, work\n"
-        f"print(run(Path({str(tmp_path / 'run')!r}), work({str(folder)!r}, workers=1)))\n"
+        "from pathlib import Path\nfrom tests.support.batch import run, run_config\n"
+        f"print(run(Path({str(tmp_path / 'run')!r}), run_config({str(folder)!r}, workers=1)))\n"
     )
     env = ENV | {"PYTHONPATH": str(SCRIPT.parent.parent)}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 1
     assert 'a run begins while a script is imported: put it under `if __name__ == "__main__":`' in done.stderr
-    assert "4 processes for decoding pictures died before they had one" in done.stderr.splitlines()[-1]
+    assert "4 processes for decoding images died before their first image" in done.stderr.splitlines()[-1]
 
 
-def test_a_reader_that_leaves_and_an_ascii_terminal(made, tmp_path):
+def test_a_closed_pipe_and_an_ascii_terminal(made, tmp_path):
     folder = tmp_path / "run \u00e9"
     shutil.move(tmp_path / "run", folder)
     done = process("--status", "--output", str(folder), env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
@@ -372,7 +372,7 @@ def test_a_reader_that_leaves_and_an_ascii_terminal(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_of_every_kind_of_model(command, tmp_path):
+def test_demo_data_with_every_demo_model(command, tmp_path):
     models = demo_scenes().parent / "models"
     argv = ["--limit", "2", "--workers", "0", "--threads", "1"]
     assert command(*argv, "--output", "clip", model=command.real)[0] == 0
@@ -402,12 +402,10 @@ def test_a_run_equals_the_command_for_single_images(command, tmp_path):
         command_line = ["--image", str(file), "--caption", one.caption, "--methods", "gradcam", "rollout"]
         assert single.main([*command_line, "--output", str(tmp_path / "one"), "--write", "npz", "json"]) == 0
         wanted = Explanation.load(tmp_path / "one")
-        place = [e.kind in ("caption", "token") for e in one.entries]
-        assert [e.label for e, kept in zip(one.entries, place, strict=True) if kept] == [
-            e.label for e in wanted.entries
-        ]
-        scores = [e.score for e, kept in zip(one.entries, place, strict=True) if kept]
+        kept = [e.kind in ("caption", "token") for e in one.entries]
+        assert [e.label for e, keep in zip(one.entries, kept, strict=True) if keep] == [e.label for e in wanted.entries]
+        scores = [e.score for e, keep in zip(one.entries, kept, strict=True) if keep]
         assert close(scores, [e.score for e in wanted.entries], TUTORIAL)
         for key in ("gradcam", "rollout"):
             a, b = one.methods[key].maps, wanted.methods[key].maps
-            assert close_each(a[place] if len(a) > 1 else a, b, HALF_BATCH), (name, key)
+            assert close_each(a[kept] if len(a) > 1 else a, b, HALF_BATCH), (name, key)

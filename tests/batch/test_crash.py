@@ -1,4 +1,4 @@
-"""Killed at any moment, a run leaves shards that are whole or not there, and the next one makes up the rest."""
+"""A run killed at any file operation leaves only complete shards, and the next run computes the missing ones."""
 
 import os
 import resource
@@ -17,17 +17,16 @@ from tests.support.batch import Executor
 
 @pytest.fixture
 def go(tmp_path):
-    """Drive a run of five pictures in three shards, without a model."""
-    return batch.driven(tmp_path)
+    """Begin or resume a run of five images in three shards, without a model."""
+    return batch.modelless(tmp_path)
 
 
 class Crash(BaseException):
-    """The process is gone."""
+    """Stands for the death of the process."""
 
 
 class Disk:
-    """From the file operation number `at` on, nothing this process does reaches the disk; what was not synced by then
-    is there by half."""
+    """Let the first `at` file operations reach the disk and no later one; data not yet synced are cut in half."""
 
     def __init__(self, at):
         self.at, self.steps = at, 0
@@ -64,11 +63,11 @@ class Disk:
 
 @contextmanager
 def dying(monkeypatch, at):
-    """The process dies at this file operation."""
+    """Die at file operation number `at`."""
     disk = Disk(at)
     with monkeypatch.context() as patch:
         for name, function in (("open", disk.opened), ("replace", disk.replaced), ("unlink", disk.unlinked)):
-            # A function: a method would not be given the path.
+            # A function: a bound method would not receive the path.
             patch.setattr(
                 Path, name, lambda path, *args, function=function, **options: function(path, *args, **options)
             )
@@ -77,7 +76,7 @@ def dying(monkeypatch, at):
 
 
 def killed(monkeypatch, at, do):
-    """Whether `do` died at that step."""
+    """Whether `do` died, at that file operation."""
     with dying(monkeypatch, at):
         try:
             do()
@@ -86,14 +85,14 @@ def killed(monkeypatch, at, do):
     return False
 
 
-def test_killed_at_every_single_step_and_resumed_it_equals_an_uninterrupted_run(go, tmp_path, monkeypatch):
+def test_a_run_killed_at_any_step_and_resumed_equals_an_uninterrupted_run(go, tmp_path, monkeypatch):
     whole = batch.content(go("whole", Executor({"3.png"})).path)
     step, half, aside = 0, 0, 0
     while killed(monkeypatch, step, partial(go, f"at-{step}", Executor({"3.png"}))):
         folder = tmp_path / f"at-{step}"
         half += bool(batch.leftovers(folder))
         for file in folder.glob("part-*.parquet"):
-            assert file.read_bytes() == whole[file.name]  # under its own name a table is whole
+            assert file.read_bytes() == whole[file.name]  # under its final name a table is complete
         go(f"at-{step}", Executor({"3.png"}))
         left = batch.content(folder)
         damaged = [name for name in left if ".damaged-" in name]
@@ -102,11 +101,11 @@ def test_killed_at_every_single_step_and_resumed_it_equals_an_uninterrupted_run(
         step += 1
     # Manifest, three tables with sidecars, failures: open, sync, replace, sync the folder; each shard one unlink.
     assert step == 8 * 4 + 3
-    assert half >= 2 * 8  # open and synced under another name
-    assert aside >= 3  # a table whose sidecar was not there yet
+    assert half >= 2 * 8  # open and synced under a temporary name
+    assert aside >= 3  # a table without its sidecar yet
 
 
-def test_killed_while_rows_are_tried_again_it_comes_to_the_same_in_the_end(go, tmp_path, monkeypatch):
+def test_a_retry_killed_at_any_step_and_resumed_equals_an_uninterrupted_run(go, tmp_path, monkeypatch):
     go("whole")
     whole = batch.content(tmp_path / "whole")
     step = 0
@@ -121,7 +120,7 @@ def test_killed_while_rows_are_tried_again_it_comes_to_the_same_in_the_end(go, t
     assert step > 10
 
 
-def test_killed_while_merging_leaves_no_half_of_a_table(go, tmp_path, monkeypatch):
+def test_a_killed_merge_leaves_no_partial_table(go, tmp_path, monkeypatch):
     run = go()
     assert killed(monkeypatch, 0, run.merge)
     assert not (run.path / "merged.parquet").exists()
@@ -131,7 +130,7 @@ def test_killed_while_merging_leaves_no_half_of_a_table(go, tmp_path, monkeypatc
     assert pq.read_table(run.merge()).num_rows == 10
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(go, tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_no_partial_file(go, tmp_path):
     whole = batch.content(go("whole").path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (tmp_path / "whole" / "part-00001.parquet").stat().st_size

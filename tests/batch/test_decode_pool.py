@@ -1,4 +1,4 @@
-"""Pictures decoded ahead: in order, and neither a killed worker nor a picture that kills them costs any other."""
+"""The decode pool yields all images in order, whichever workers are killed and whichever images kill them."""
 
 import os
 import random
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from grounding.batch import decode_pool
-from grounding.batch.decode_pool import Decoders, Opening
+from grounding.batch.decode_pool import Decoders, ImageOpener
 from grounding.core.errors import CrashError, GroundingError, ImageError
 from grounding.core.images import Picture
-from tests.conftest import noise
 from tests.support.deadly import Deadly, DeadlyResult, Faulty, Stuck, Unloadable
+from tests.support.images import noise
 from tests.support.tolerances import COMMAND, SOON, WORKER
 
 
@@ -26,7 +26,7 @@ def write(folder, *names):
 
 
 def alive(pid):
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -34,18 +34,18 @@ def alive(pid):
 
 
 def gone(pids):
-    """Wait until the processes are no more."""
+    """Wait until no process is alive."""
     end = time.monotonic() + SOON
     while any(map(alive, pids)):
-        assert time.monotonic() < end, "workers are still there"
+        assert time.monotonic() < end, "workers are still alive"
         time.sleep(0.02)
 
 
 def test_images_come_in_order_from_workers_and_without(tmp_path):
     items = [*write(tmp_path, *(f"{i}.png" for i in range(7))), ("none", None), ("bytes", b"no picture")]
-    here = list(Decoders(Opening(), 0, 3).opened(iter(items)))
-    with Decoders(Opening(), 2, 3) as decoders:
-        there = list(decoders.opened(iter(items)))
+    here = list(Decoders(ImageOpener(), 0, 3).decode(iter(items)))
+    with Decoders(ImageOpener(), 2, 3) as decoders:
+        there = list(decoders.decode(iter(items)))
         pids = decoders.pids
     gone(pids)
     for found in (here, there):
@@ -55,7 +55,7 @@ def test_images_come_in_order_from_workers_and_without(tmp_path):
     assert [p.sha256 for _, p in here[:7]] == [p.sha256 for _, p in there[:7]]
 
 
-def test_no_more_than_asked_for_is_drawn_ahead(tmp_path):
+def test_items_are_taken_ahead_up_to_the_limit(tmp_path):
     drawn = []
 
     def items():
@@ -63,42 +63,42 @@ def test_no_more_than_asked_for_is_drawn_ahead(tmp_path):
             drawn.append(item[0])
             yield item
 
-    with Decoders(Opening(), 1, 2) as decoders:
-        stream = decoders.opened(items())
+    with Decoders(ImageOpener(), 1, 2) as decoders:
+        stream = decoders.decode(items())
         next(stream)
         assert drawn == ["0.png", "1.png", "2.png"]
 
 
-def test_a_image_that_kills_its_workers_is_given_up_and_the_others_are_unharmed(tmp_path):
+def test_an_image_that_kills_its_workers_is_given_up_and_costs_no_other(tmp_path):
     names = ["0.png", "once.png", "1.png", "deadly.png", "2.png", "3.png"]
     items = write(tmp_path, *names)
     with Decoders(Deadly(), 2, 4) as decoders:
-        found = dict(decoders.opened(iter(items)))
+        found = dict(decoders.decode(iter(items)))
     assert list(found) == names
     crashed = found.pop("deadly.png")
     assert isinstance(crashed, CrashError)
     assert crashed.status == "failed_crash"
-    assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes that decoded it died or did not come back"
+    assert str(crashed) == f"{str(tmp_path / 'deadly.png')!r}: 2 processes died or did not answer while they decoded it"
     assert all(isinstance(one, Picture) for one in found.values())
 
 
 def test_a_worker_killed_while_it_sends_blocks_no_other(tmp_path):
-    """With one pipe and one lock for all workers the lock is never released and all wait."""
+    """With one pipe and one lock for all workers, the lock is never released and all wait."""
     names = [*(f"{i}.png" for i in range(5)), "deadly.png", *(f"{i}.png" for i in range(5, 10))]
     started = time.monotonic()
     with Decoders(DeadlyResult(), 2, 4) as decoders:
-        found = dict(decoders.opened(iter(write(tmp_path, *names))))
+        found = dict(decoders.decode(iter(write(tmp_path, *names))))
     assert time.monotonic() - started < SOON
     assert list(found) == names
     assert [name for name, opened in found.items() if not isinstance(opened, Picture)] == ["deadly.png"]
 
 
-def test_random_kills_of_workers_cost_nothing(tmp_path):
+def test_random_kills_of_workers_lose_no_image(tmp_path):
     items = write(tmp_path, *(f"{i}.png" for i in range(16)))
     chance, killed = random.Random(5), 0
     found = []
-    with Decoders(Opening(), 2, 4) as decoders:
-        for one in decoders.opened(iter(items)):
+    with Decoders(ImageOpener(), 2, 4) as decoders:
+        for one in decoders.decode(iter(items)):
             found.append(one)
             if (pids := decoders.pids) and len(found) >= (2, 8, 99)[killed]:
                 os.kill(chance.choice(pids), signal.SIGKILL)
@@ -110,11 +110,11 @@ def test_random_kills_of_workers_cost_nothing(tmp_path):
 
 @pytest.mark.parametrize("pause", [0, 0.001, 0.02, 0.3])
 @pytest.mark.parametrize("dying", [1, 2])
-def test_workers_that_die_at_any_moment_hold_nothing_up(tmp_path, pause, dying):
+def test_workers_may_die_at_any_moment(tmp_path, pause, dying):
     items = write(tmp_path, *(f"{i}.png" for i in range(8)))
-    with Decoders(Opening(), 2, 3) as decoders:
-        for turn in range(3):  # starting, before a picture, with a picture, after it
-            stream = decoders.opened(iter(items))
+    with Decoders(ImageOpener(), 2, 3) as decoders:
+        for turn in range(3):  # starting, before an image, with an image, after it
+            stream = decoders.decode(iter(items))
             found = [next(stream)]
             time.sleep(pause)
             for pid in decoders.pids[:dying]:
@@ -124,11 +124,11 @@ def test_workers_that_die_at_any_moment_hold_nothing_up(tmp_path, pause, dying):
     gone(pids)
 
 
-def test_who_leaves_early_does_not_wait_for_images(tmp_path):
+def test_leaving_early_does_not_wait_for_images(tmp_path):
     [(_, path), *_] = write(tmp_path, "a.png")
     started = time.monotonic()
     with Decoders(Stuck(), 2, 3) as decoders:
-        decoders._submit(path), decoders._submit(path), decoders._submit(path)
+        decoders.submit(path), decoders.submit(path), decoders.submit(path)
         while len(decoders.pids) < 2:
             time.sleep(0.01)
         pids = decoders.pids
@@ -136,12 +136,10 @@ def test_who_leaves_early_does_not_wait_for_images(tmp_path):
     gone(pids)
 
 
-def test_a_worker_that_does_not_come_back_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode_pool, "PATIENCE", WORKER)
-    monkeypatch.setattr(decode_pool, "POLL", 0.05)
+def test_a_worker_that_does_not_answer_is_replaced(tmp_path):
     items = write(tmp_path, "0.png", "1.png")
-    with Decoders(Opening(), 1, 1) as decoders:
-        stream = decoders.opened(iter(items * 3))
+    with Decoders(ImageOpener(), 1, 1, timeout=WORKER) as decoders:
+        stream = decoders.decode(iter(items * 3))
         found = [next(stream)]
         [pid] = decoders.pids
         os.kill(pid, signal.SIGSTOP)
@@ -152,20 +150,20 @@ def test_a_worker_that_does_not_come_back_is_replaced(tmp_path, monkeypatch):
     gone([pid])
 
 
-def test_a_image_that_cannot_be_opened_for_want_of_memory_is_one_row(tmp_path, monkeypatch):
+def test_lack_of_memory_fails_one_image(tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise MemoryError
 
     monkeypatch.setattr(decode_pool, "open_image", full)
-    found = Opening()(tmp_path / "a.png")
+    found = ImageOpener()(tmp_path / "a.png")
     assert (found.status, "not enough memory" in str(found)) == ("failed_oom", True)
 
 
-def test_a_signal_while_workers_are_ended_leaves_none(tmp_path, monkeypatch):
-    """The second Ctrl-C comes when the workers were ended, and all of them are."""
+def test_a_signal_while_workers_are_killed_leaves_none(tmp_path, monkeypatch):
+    """A second Ctrl-C while the workers are killed takes effect when all of them are."""
     [(_, path)] = write(tmp_path, "a.png")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    real = decode_pool._Worker.kill
+    real = decode_pool.DecodeWorker.kill
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -173,13 +171,13 @@ def test_a_signal_while_workers_are_ended_leaves_none(tmp_path, monkeypatch):
 
     def start_and_leave():
         with Decoders(Stuck(), 2, 3) as decoders:
-            decoders._submit(path), decoders._submit(path)
+            decoders.submit(path), decoders.submit(path)
             while len(decoders.pids) < 2:
                 time.sleep(0.01)
             pids.extend(decoders.pids)
 
     pids = []
-    monkeypatch.setattr(decode_pool._Worker, "kill", interrupted)
+    monkeypatch.setattr(decode_pool.DecodeWorker, "kill", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             start_and_leave()
@@ -188,7 +186,7 @@ def test_a_signal_while_workers_are_ended_leaves_none(tmp_path, monkeypatch):
     gone(pids)
 
 
-def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
+def test_a_stuck_worker_exits_with_its_parent(tmp_path):
     [(_, path)] = write(tmp_path, "a.png")
     script = tmp_path / "driver.py"
     script.write_text(
@@ -196,7 +194,7 @@ def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
         "from grounding.batch.decode_pool import Decoders\nfrom tests.support.deadly import Stuck\n"
         "if __name__ == '__main__':\n"
         "    decoders = Decoders(Stuck(), 1, 1)\n"
-        f"    decoders._submit(Path({str(path)!r}))\n"
+        f"    decoders.submit(Path({str(path)!r}))\n"
         "    while not decoders.pids: time.sleep(0.01)\n"
         "    time.sleep(1.5)\n"
         "    print(decoders.pids[0], flush=True)\n"
@@ -211,10 +209,10 @@ def test_a_stuck_worker_leaves_with_the_process_that_started_it(tmp_path):
 
 
 def test_ctrl_c_reaches_no_worker(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker would inherit that it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker would inherit an ignored signal
     items = write(tmp_path, "0.png", "1.png", "2.png")
-    with Decoders(Opening(), 1, 1) as decoders:
-        stream = decoders.opened(iter(items))
+    with Decoders(ImageOpener(), 1, 1) as decoders:
+        stream = decoders.decode(iter(items))
         found = [next(stream)]
         [pid] = decoders.pids
         os.kill(pid, signal.SIGINT)
@@ -225,25 +223,25 @@ def test_ctrl_c_reaches_no_worker(tmp_path):
     assert [name for name, _ in found] == ["0.png", "1.png", "2.png"]
 
 
-def test_what_opening_should_not_raise_is_raised_here(tmp_path):
+def test_an_unexpected_error_of_the_opener_is_raised(tmp_path):
     with Decoders(Faulty(), 1, 1) as decoders, pytest.raises(RuntimeError, match="a fault in the code") as caught:
-        list(decoders.opened([("a", tmp_path / "a.png")]))
-    assert any("in __call__" in note for note in caught.value.__notes__)  # where it was
+        list(decoders.decode([("a", tmp_path / "a.png")]))
+    assert any("in __call__" in note for note in caught.value.__notes__)  # the worker's traceback
 
 
-def test_workers_that_cannot_start_are_an_error_and_no_fault_of_the_image(tmp_path):
+def test_workers_that_cannot_start_are_an_error_of_the_run(tmp_path):
     items = write(tmp_path, "0.png")
     with Decoders(Unloadable(), 1, 1) as decoders, pytest.raises(GroundingError) as caught:
-        list(decoders.opened(iter(items)))
-    assert str(caught.value).startswith("4 processes for decoding pictures died before they had one: they begin by im")
+        list(decoders.decode(iter(items)))
+    assert str(caught.value).startswith("4 processes for decoding images died before their first image.")
 
 
-def test_errors_cross_from_process_to_process(tmp_path):
+def test_image_errors_cross_processes(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     items = [(name, tmp_path / name) for name in ("empty.png", "folder.png", "gone.png")]
-    with Decoders(Opening(tmp_path), 1, 1) as decoders:
-        found = list(decoders.opened(iter(items)))
+    with Decoders(ImageOpener(tmp_path), 1, 1) as decoders:
+        found = list(decoders.decode(iter(items)))
     assert [(type(one), one.status) for _, one in found] == [
         (ImageError, "failed_decode"),
         (ImageError, "failed_read"),
@@ -254,7 +252,7 @@ def test_errors_cross_from_process_to_process(tmp_path):
 @pytest.mark.parametrize("limit", [399, 400])
 def test_the_limit_and_the_root_hold_in_workers(tmp_path, limit):
     [(_, path)] = write(tmp_path, "a.png")
-    found = Opening(tmp_path, limit)(path)
+    found = ImageOpener(tmp_path, limit)(path)
     assert isinstance(found, Picture) == (limit == 400)
-    outside = Opening(tmp_path / "in", limit)(path)
+    outside = ImageOpener(tmp_path / "in", limit)(path)
     assert outside.status == "failed_input"

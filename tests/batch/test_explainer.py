@@ -1,4 +1,4 @@
-"""A batch that fails is halved until what fails stands alone: memory, numbers, texts cost their own row only."""
+"""Batches that fail are halved until the error is that of a single row: memory, NaN, texts."""
 
 import pytest
 import torch
@@ -7,17 +7,18 @@ from grounding.batch.explainer import BatchExplainer, ImageJob
 from grounding.batch.requests import TextRequest
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
 from grounding.core.images import open_image
+from grounding.engine.request import Request
 from grounding.engine.selection import Selection
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 
-HOW = {"methods": ("rollout",), "select": Selection(tokens=False)}
+REQUEST = Request(methods=("rollout",), select=Selection(tokens=False))
 TEXTS = ("a man", "a red car", "two dogs")
 
 
 @pytest.fixture(autouse=True)
 def cleared(monkeypatch):
-    """How often memory was given back; collecting takes its time."""
+    """Calls that clear the device cache, replaced: collecting garbage is slow."""
     calls = []
     monkeypatch.setattr("grounding.batch.explainer.clear_device_cache", lambda **options: calls.append(options))
     return calls
@@ -33,28 +34,31 @@ def jobs(count, texts=TEXTS[:2]):
 
 
 class Watched:
-    """An adapter whose `see` may fail; `sizes` are the batches it was shown."""
+    """An adapter that records the `sizes` of its batches and the number of their `texts`.
+
+    `prepare_images` raises `error` for batches of more than `above` images, or with the image number `of`.
+    """
 
     def __init__(self, error=None, *, above=0, of=None):
         self.adapter, self.sizes = models.clip_adapter(dtype=torch.float32), []
         self.texts = []
-        see, read = self.adapter.prepare_images, self.adapter.read
+        images_of, texts_of = self.adapter.prepare_images, self.adapter.prepare_texts
 
-        def seen(images):
+        def prepare_images(images):
             self.sizes.append(len(images))
             hit = len(images) > above if of is None else any(image.width == 30 + of for image in images)
             if error and hit:
                 raise error
-            return see(images)
+            return images_of(images)
 
-        def reads(inputs, texts):
+        def prepare_texts(inputs, texts):
             self.texts.append(sum(len(own) for own in texts))
-            return read(inputs, texts)
+            return texts_of(inputs, texts)
 
-        self.adapter.prepare_images, self.adapter.read = seen, reads
+        self.adapter.prepare_images, self.adapter.prepare_texts = prepare_images, prepare_texts
 
-    def rows(self, made=None, **how):
-        return BatchExplainer(self.adapter, HOW | how).rows(jobs(6) if made is None else made)
+    def rows(self, made=None):
+        return BatchExplainer(self.adapter, REQUEST).rows(jobs(6) if made is None else made)
 
 
 def names(rows):
@@ -72,7 +76,7 @@ def test_out_of_memory_halves_only_that_batch(error):
     assert names(rows) == [f"{i}#{line}" for i in range(6) for line in (0, 1)]
 
 
-def test_one_image_that_never_fits_is_one_failure_of_memory():
+def test_one_image_that_never_fits_costs_only_its_rows():
     watched = Watched(RuntimeError("CUDA out of memory.\nTried to allocate"), of=4)
     rows = watched.rows()
     bad = [row for row in rows if row["status"] != "ok"]
@@ -84,22 +88,22 @@ def test_one_image_that_never_fits_is_one_failure_of_memory():
     assert names(rows) == [f"{i}#{line}" for i in range(6) for line in (0, 1)]
 
 
-def test_a_image_with_too_many_texts_is_halved_by_texts():
+def test_an_image_with_too_many_texts_is_halved_by_texts():
     watched = Watched()
-    read = watched.adapter.read
+    texts_of = watched.adapter.prepare_texts
 
-    def reads(inputs, texts):
+    def prepare_texts(inputs, texts):
         if sum(map(len, texts)) > 1:
             raise MemoryError
-        return read(inputs, texts)
+        return texts_of(inputs, texts)
 
-    watched.adapter.read = reads
+    watched.adapter.prepare_texts = prepare_texts
     rows = watched.rows(jobs(1, TEXTS))
     assert names(rows) == ["0#0", "0#1", "0#2"]
     assert {row["status"] for row in rows} == {"ok"}
 
 
-def test_no_memory_at_all_fails_every_text_alone():
+def test_without_any_memory_each_row_fails():
     rows = Watched(MemoryError()).rows(jobs(2))
     assert [row["status"] for row in rows] == ["failed_oom"] * 4
     assert rows[0]["error"].startswith("MemoryError")
@@ -107,23 +111,23 @@ def test_no_memory_at_all_fails_every_text_alone():
 
 def test_numbers_that_are_not_finite_cost_one_image():
     watched = Watched()
-    see = watched.adapter.prepare_images
+    images_of = watched.adapter.prepare_images
 
-    def seen(images):
-        inputs = see(images)
+    def prepare_images(images):
+        inputs = images_of(images)
         for i, image in enumerate(images):
             if image.width == 33:
                 inputs.tensors["pixel_values"][i] = float("nan")
         return inputs
 
-    watched.adapter.prepare_images = seen
+    watched.adapter.prepare_images = prepare_images
     rows = watched.rows()
     assert [row["id"] for row in rows if row["status"] == "failed_numeric"] == ["3#0", "3#1"]
     assert [row["status"] for row in rows].count("ok") == 10
     assert "entries" not in rows[6]
 
 
-def test_a_model_whose_weights_are_no_numbers_says_so_for_every_row():
+def test_a_model_with_nan_weights_fails_every_row():
     watched = Watched()
     with torch.no_grad():
         next(watched.adapter.model.vision_model.parameters()).fill_(float("nan"))
@@ -140,41 +144,41 @@ def test_a_model_whose_weights_are_no_numbers_says_so_for_every_row():
         (GroundingError("no text"), "failed_input"),
     ],
 )
-def test_other_errors_cost_their_image_under_their_name(error, status):
+def test_other_errors_cost_their_image_with_their_status(error, status):
     rows = Watched(error, of=1).rows(jobs(3))
     assert [row["status"] for row in rows] == ["ok", "ok", status, status, "ok", "ok"]
     assert rows[2]["error"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_ctrl_c_is_no_failure_of_a_image(error):
+def test_ctrl_c_is_no_failure_of_an_image(error):
     with pytest.raises(type(error)):
         Watched(error, of=1).rows()
 
 
 @pytest.mark.parametrize("error", [OptionError("no such option"), LayerError("dead")])
-def test_what_is_wrong_for_all_stops_the_run_unless_something_has_worked(error):
+def test_an_error_of_the_request_is_raised_unless_a_batch_has_succeeded(error):
     watched = Watched(error, of=2)
-    grounder = BatchExplainer(watched.adapter, HOW)
+    explainer = BatchExplainer(watched.adapter, REQUEST)
     with pytest.raises(type(error)):
-        grounder.rows(jobs(3))
-    grounder.rows(jobs(2))
-    rows = grounder.rows(jobs(3))
+        explainer.rows(jobs(3))
+    explainer.rows(jobs(2))
+    rows = explainer.rows(jobs(3))
     assert [row["status"] for row in rows] == ["ok"] * 4 + ["failed_model"] * 2
 
 
-def test_memory_is_given_back_between_the_halves(cleared):
+def test_the_device_cache_is_cleared_between_the_halves(cleared):
     Watched(MemoryError(), above=3).rows()
     assert cleared == [{"garbage_collection": True}]
 
 
-def test_texts_about_phrases_are_read_once_each_and_come_back_with_their_captions():
-    asks = (
+def test_equal_prompts_are_explained_once_and_assigned_to_their_captions():
+    requests = (
         TextRequest(0, "a man and a man", ((0, 5), (10, 15)), {(0, 5): "image of a man", (10, 15): "image of a man"}),
         TextRequest(1, "a man", (), {(0, 5): "image of a man"}),
     )
     watched = Watched()
-    rows = watched.rows([ImageJob("a", open_image(noise(30, 30)), asks)])
+    rows = watched.rows([ImageJob("a", open_image(noise(30, 30)), requests)])
     assert watched.texts == [3]
     kinds = [[(e["kind"], e["label"], e["start"], e["end"]) for e in row["entries"]] for row in rows]
     assert kinds[0] == [

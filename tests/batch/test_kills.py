@@ -1,4 +1,4 @@
-"""Real processes and real signals: whatever is killed, the next run makes up exactly the rest."""
+"""Runs in real processes that are killed by real signals: the next run computes exactly the missing shards."""
 
 import json
 import os
@@ -23,20 +23,21 @@ from tests.support.tolerances import COMMAND, SOON
 ROOT = SCRIPT.parent.parent
 ENV = os.environ | {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-    # Two workers wherever this runs, and sockets whose paths are short enough.
+    # Two workers on any machine, and paths short enough for sockets.
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}', "RAY_TMPDIR": "/tmp",
 }  # fmt: skip
 for name in ("RAY_ADDRESS", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     ENV.pop(name, None)
-FORKED = ENV | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own has a thread, and what is forked must have none
-PICTURES = 14
-RUN = ["--limit", str(PICTURES), "--shard-size", "1", "--threads", "1", "--no-tokens", "--workers", "2", "--device"]
+# Arrow's own memory pool has a thread, and a process that forks must have none.
+FORKED = ENV | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+IMAGES = 14
+RUN = ["--limit", str(IMAGES), "--shard-size", "1", "--threads", "1", "--no-tokens", "--workers", "2", "--device"]
 RUN += ["cpu", "--batch-size", "2"]
 pytestmark = pytest.mark.slow
 
 
 class Forks:
-    """`tests.forked`, answering; see there. Use as a context manager: whatever becomes of a test, nothing is left."""
+    """A process of `tests.support.forked`. Use as a context manager: it ends all processes, also if a test fails."""
 
     def __init__(self, folder):
         self.out, self.err = folder / "out", folder / "err"
@@ -56,7 +57,7 @@ class Forks:
         self.process.communicate(timeout=SOON)
 
     def end(self):
-        """End what a test that failed left running."""
+        """End the run of a test that failed."""
         if self.running is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.running, signal.SIGKILL)
@@ -64,7 +65,7 @@ class Forks:
             self.running = None
 
     def answer(self, label):
-        """The number behind a label; another label would be the answer to something else."""
+        """The number of the next line, which must have this label."""
         found, number = self.process.stdout.readline().split()
         assert found == label
         return int(number)
@@ -81,11 +82,11 @@ class Forks:
         return self.running
 
     def wait(self, pid):
-        """The exit code; and nothing that the run started is left."""
+        """The exit code; no process of the run may be left."""
         code = self.answer("exit")
         self.running = None
         assert "Traceback" not in self.err.read_text(), self.err.read_text()
-        until(lambda: not session(pid), "processes of a run that is gone are still there")
+        until(lambda: not session(pid), "processes of a run that ended are still alive")
         return code
 
     def run(self, *args, **request):
@@ -93,7 +94,7 @@ class Forks:
 
 
 def until(happened, otherwise, seconds=SOON):
-    """Wait until it has."""
+    """Wait until `happened()`; fail with the message `otherwise`."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, otherwise
@@ -111,12 +112,12 @@ def processes():
 
 
 def session(pid):
-    """What is alive of the processes that a fork started."""
+    """Processes of a fork that are alive."""
     return [one for one, _, own, state in processes() if own == pid and state not in "ZX"]
 
 
 def below(pid):
-    """All processes that a process started, and those that they did."""
+    """All descendants of a process."""
     tree, found = [(one, parent) for one, parent, _, _ in processes()], {pid}
     while more := {one for one, parent in tree if parent in found} - found:
         found |= more
@@ -131,7 +132,7 @@ def name_of(pid):
 
 
 def equal(path, whole):
-    """The run in a folder has every byte of the uninterrupted one; nothing half-written, no id twice, none missing."""
+    """The run has every byte of the uninterrupted one, no temporary file, and each id once."""
     found = batch.content(path)
     assert {name: data for name, data in found.items() if ".damaged-" not in name} == whole
     assert batch.leftovers(path) == []
@@ -151,34 +152,34 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(forks, tmp_path_factory):
-    """(files of a run that nobody disturbed, its table)."""
+    """(files of a run without interruption, its table)."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert forks.run(folder) == 0, forks.err.read_text()
     whole = batch.content(folder)
     return whole, pq.read_table(RunFolder.open(folder).merge())
 
 
-def test_killed_at_ten_random_moments_the_run_equals_an_uninterrupted_one(forks, uninterrupted, tmp_path):
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(forks, uninterrupted, tmp_path):
     whole, table = uninterrupted
     chance, folder = random.Random(20), tmp_path / "run"
-    # Five driver kills, each with a decode worker killed before it; then wherever five random times find the driver.
-    moments = ["load", "begin", "decode", "explain", "written", "table", "renamed", "share"]
+    # Kills at fault points, most with a decode worker killed before; then two at random times.
+    points = ["load", "begin", "decode", "explain", "written", "table", "renamed", "share"]
     done = []
-    for moment in moments:
-        number = 1 if moment in ("load", "begin") else 3 if moment == "written" else chance.choice((2, 4))
-        worker = None if moment in ("load", "begin") else chance.randint(1, 3)
-        assert forks.run(folder, die=(moment, number), worker=worker) == -signal.SIGKILL, moment
+    for point in points:
+        number = 1 if point in ("load", "begin") else 3 if point == "written" else chance.choice((2, 4))
+        worker = None if point in ("load", "begin") else chance.randint(1, 3)
+        assert forks.run(folder, die=(point, number), worker=worker) == -signal.SIGKILL, point
         done.append(len(list(folder.glob("part-*.json"))))
     for _ in range(2):
         assert forks.run(folder, after=chance.uniform(0.6, 1.6), worker=2) in (-signal.SIGKILL, 0)
         done.append(len(list(folder.glob("part-*.json"))))
-    assert done == sorted(done)  # what is done stays done
-    assert 0 < done[4] < PICTURES
+    assert done == sorted(done)  # finished shards stay
+    assert 0 < done[4] < IMAGES
     assert forks.run(folder, worker=1) == 0
     equal(folder, whole)
     merged = pq.read_table(RunFolder.open(folder).merge())
     assert merged == table
-    for key in RunFolder.open(folder).about.methods:
+    for key in RunFolder.open(folder).metadata.methods:
         for one, other in zip(merged[key].to_pylist(), table[key].to_pylist(), strict=True):
             assert (one is None) == (other is None)
             if one is not None:
@@ -189,25 +190,25 @@ def test_killed_at_ten_random_moments_the_run_equals_an_uninterrupted_one(forks,
     ("sent", "times", "codes"),
     [(signal.SIGINT, 1, {130}), (signal.SIGINT, 4, {130, -signal.SIGINT}), (signal.SIGTERM, 1, {143})],
 )
-def test_a_signal_stops_the_run_and_says_how_to_resume(forks, uninterrupted, tmp_path, sent, times, codes):
+def test_a_signal_stops_the_run_with_the_command_that_resumes(forks, uninterrupted, tmp_path, sent, times, codes):
     folder = tmp_path / "run"
     pid = forks.start(folder)
     until((folder / "part-00001.json").exists, "no shard was done")
     for _ in range(times):
         with suppress(ProcessLookupError):
-            os.killpg(pid, sent)  # as a terminal does: the workers get it, too
+            os.killpg(pid, sent)  # as a terminal does: to the workers, too
         time.sleep(0.05)
     assert forks.wait(pid) in codes
-    said = forks.err.read_text()
-    assert "stopped; what is done stays. To resume: python " in said
-    assert f"--output {folder}" in said
+    err = forks.err.read_text()
+    assert "stopped; finished shards are kept. To resume: python " in err
+    assert f"--output {folder}" in err
     assert forks.out.read_text() == ""
-    assert len(list(folder.glob("part-*.json"))) < PICTURES
+    assert len(list(folder.glob("part-*.json"))) < IMAGES
     assert forks.run(folder) == 0
     equal(folder, uninterrupted[0])
 
 
-def test_a_second_run_refuses_and_the_first_goes_on(forks, uninterrupted, tmp_path):
+def test_a_second_run_in_the_folder_is_an_error_and_the_first_continues(forks, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     pid = forks.start(folder)
     until((folder / "part-00000.json").exists, "no shard was done")
@@ -225,7 +226,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(forks, uninterrupted, tmp_pa
     equal(folder, uninterrupted[0])
 
 
-def test_ray_goes_on_without_a_worker_that_was_killed(uninterrupted, tmp_path):
+def test_ray_replaces_a_killed_worker(uninterrupted, tmp_path):
     pytest.importorskip("ray")
     folder = tmp_path / "run"
     command = [sys.executable, str(SCRIPT), *RUN, "--output", str(folder), "--engine", "ray"]
@@ -238,16 +239,16 @@ def test_ray_goes_on_without_a_worker_that_was_killed(uninterrupted, tmp_path):
         until(lambda: done() or driver.poll() is not None, "no shard was done", COMMAND)
         workers = [pid for pid in below(driver.pid) if name_of(pid).startswith("ray::Worker")]
         os.kill(random.Random(1).choice(sorted(workers)), signal.SIGKILL)
-        there = below(driver.pid)
+        children = below(driver.pid)
         out, _ = driver.communicate(timeout=COMMAND)
     finally:
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
             driver.communicate(timeout=SOON)
     assert driver.returncode == 0, (tmp_path / "err").read_text()
-    assert f"pictures  {PICTURES} of {PICTURES} done" in out
+    assert f"images    {IMAGES} of {IMAGES} done" in out
     equal(folder, uninterrupted[0])
-    until(lambda: not any(name_of(pid).startswith("ray::") for pid in there), "workers are still there")
+    until(lambda: not any(name_of(pid).startswith("ray::") for pid in children), "workers are still alive")
 
 
 LEAVING = """
@@ -264,25 +265,25 @@ if __name__ == "__main__":
     machines = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     leaving = machines.add_node(num_cpus=1)
 
-    class Watch(batch.Progress):
+    class Leaving(batch.Progress):
         done = 0
 
-        def shard(self, sidecar):
-            Watch.done += 1
-            if Watch.done == 1:
+        def on_shard(self, sidecar):
+            Leaving.done += 1
+            if Leaving.done == 1:
                 threading.Timer(0.2, machines.remove_node, [leaving]).start()
 
-    what = batch.work(batch.data(home / "data", 240), threads=1)
-    data = what.dataset()
+    config = batch.run_config(batch.data(home / "data", 240), threads=1)
+    data = config.dataset()
     load = functools.partial(adapters.load, None, device="cpu")
-    with RayExecutor(load, what, machines.address) as cluster:
-        run = run_batch(home / "run", what, data, data.ids, cluster, watch=Watch())
+    with RayExecutor(load, config, machines.address) as cluster:
+        run = run_batch(home / "run", config, data, data.ids, cluster, progress=Leaving())
     print("rows", run.counts().total(), "machines", len(machines.list_all_nodes()))
     machines.shutdown()
 """
 
 
-def test_a_cluster_goes_on_when_a_machine_leaves(tmp_path):
+def test_a_cluster_continues_when_a_machine_leaves(tmp_path):
     pytest.importorskip("ray")
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
@@ -307,6 +308,6 @@ def test_processes_of_accelerate_divide_the_shards(uninterrupted, tmp_path):
         [*launch, str(SCRIPT), *argv], env=ENV, capture_output=True, text=True, check=False, timeout=COMMAND
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shards ") == 1  # one process speaks
-    assert done.stderr.count(f"{PICTURES // 2} pictures to do in {PICTURES // 2} of {PICTURES} shards") == 2
+    assert done.stdout.count("shards ") == 1  # only one process prints
+    assert done.stderr.count(f"{IMAGES // 2} images to do in {IMAGES // 2} of {IMAGES} shards") == 2
     equal(folder, uninterrupted[0])

@@ -1,4 +1,4 @@
-"""Runs with a model: rows equal `explain`, faults are rows, what changed is named, retries touch what they must."""
+"""Runs with a model: rows equal `explain`, broken inputs become rows, differences are named, retries are minimal."""
 
 import json
 import os
@@ -11,25 +11,25 @@ import zlib
 import pytest
 
 from grounding import explain
-from grounding.batch.decode_pool import Opening
+from grounding.batch.decode_pool import ImageOpener
 from grounding.batch.figures import explanations
 from grounding.batch.rows import PROMPT, from_row
 from grounding.batch.run import exit_code
 from grounding.batch.run_folder import MANIFEST, RunFolder
-from grounding.core.errors import BudgetError, DataError, DifferentRunError, LayerError, OptionError
+from grounding.core.errors import DataError, DifferentRunError, FailureLimitError, LayerError, OptionError
 from grounding.datasets.open import open_dataset
 from grounding.engine.selection import Selection
-from tests.conftest import noise
 from tests.support import batch, models
 from tests.support.annotations import IMAGES, write_data
-from tests.support.batch import CAPTIONS, Counting, Heard, data, listing, run, statuses, work
+from tests.support.batch import CAPTIONS, Counting, RecordedProgress, data, listing, run, run_config, statuses
+from tests.support.images import noise
 from tests.support.tolerances import HALF, close, close_each
 
 LONG = "the quick brown fox jumps over the lazy dog and two dogs playing on the green grass again and again"
 
 
-def equal_maps(found, wanted, columns):
-    for key in columns:
+def equal_maps(found, wanted, keys):
+    for key in keys:
         assert close_each(found.methods[key].maps, wanted.methods[key].maps, HALF), key
 
 
@@ -37,16 +37,18 @@ def equal_maps(found, wanted, columns):
 def test_rows_of_a_run_equal_explain_one_by_one(tmp_path, kind):
     adapter = models.FACTORIES[kind]()
     folder = data(tmp_path / "data", 5, CAPTIONS)
-    what = work(folder, shard_size=3, captions="all")
-    done = run(tmp_path / "run", what, Counting(adapter))
+    config = run_config(folder, shard_size=3, captions="all")
+    done = run(tmp_path / "run", config, Counting(adapter))
     rows = batch.rows(done)
     assert len(rows) == 15
     assert {row["status"] for row in rows} <= {"ok", "degenerate"}
-    found = dict(explanations(done, what.dataset(), None, pytest.fail))
+    found = dict(explanations(done, config.dataset(), None, pytest.fail))
     assert list(found) == [row["id"] for row in rows]
     for name in random.Random(0).sample(sorted(found), 7):
         one = found[name]
-        wanted = explain(adapter, folder / "Images" / name.partition("#")[0], one.caption, methods=what.methods)
+        wanted = explain(
+            adapter, folder / "Images" / name.partition("#")[0], one.caption, methods=config.request.methods
+        )
         assert one.image.sha256 == wanted.image.sha256
         assert [(e.label, e.kind, e.start, e.end, e.token_id) for e in one.entries] == [
             (e.label, e.kind, e.start, e.end, e.token_id) for e in wanted.entries
@@ -59,8 +61,8 @@ def test_rows_of_a_run_equal_explain_one_by_one(tmp_path, kind):
 
 def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path):
     write_data(tmp_path / "data", IMAGES)
-    what, load = work(tmp_path / "data", select=Selection(tokens=False)), Counting()
-    rows = batch.rows(run(tmp_path / "run", what, load))
+    config, load = run_config(tmp_path / "data", select=Selection(tokens=False)), Counting()
+    rows = batch.rows(run(tmp_path / "run", config, load))
     entries = [(e["kind"], e["label"], e["start"], e["end"]) for e in rows[0]["entries"]]
     text = rows[0]["caption"]
     assert entries == [
@@ -70,15 +72,15 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
         ("prompt", "image of a red car", 0, 9),
         ("prompt", "image of the man", 14, 21),
     ]
-    dataset = what.dataset()
-    image = Opening(dataset.root)(dataset.read("first").image)
+    dataset = config.dataset()
+    image = ImageOpener(dataset.root)(dataset.read("first").image)
     run_folder = RunFolder.open(tmp_path / "run")
-    found = from_row(rows[0], run_folder.about, image, run_folder.shared(rows), prompts=True)
-    alone = explain(load.adapter, image.path, "image of a red car", methods=what.methods)
-    place = next(i for i, entry in enumerate(found.entries) if entry.kind == PROMPT)
-    assert close(found.entries[place].score, alone.entries[0].score)
-    assert close(found.methods["gradcam"].maps[place], alone.methods["gradcam"].maps[0], HALF)
-    bare = run(tmp_path / "bare", work(tmp_path / "data", select=Selection(tokens=False), protocols=()))
+    found = from_row(rows[0], run_folder.metadata, image, run_folder.shared(rows), prompts=True)
+    alone = explain(load.adapter, image.path, "image of a red car", methods=config.request.methods)
+    index = next(i for i, entry in enumerate(found.entries) if entry.kind == PROMPT)
+    assert close(found.entries[index].score, alone.entries[0].score)
+    assert close(found.methods["gradcam"].maps[index], alone.methods["gradcam"].maps[0], HALF)
+    bare = run(tmp_path / "bare", run_config(tmp_path / "data", select=Selection(tokens=False), protocols=()))
     assert {e["kind"] for row in batch.rows(bare) for e in row["entries"]} == {"caption"}
 
 
@@ -86,32 +88,32 @@ def test_phrases_of_annotated_captions_are_explained_by_both_protocols(tmp_path)
 
 
 def test_captions_first_takes_one_of_each_image(tmp_path):
-    done = run(tmp_path / "run", work(data(tmp_path / "data", 3), captions="first"))
+    done = run(tmp_path / "run", run_config(data(tmp_path / "data", 3), captions="first"))
     assert statuses(done) == {f"{i}.png#0": "ok" for i in range(3)}
 
 
-def test_a_model_that_writes_is_asked_for_its_own_text(tmp_path):
-    what = work(data(tmp_path / "data", 3), methods=None)
+def test_the_text_is_generated_by_a_model_that_can(tmp_path):
+    config = run_config(data(tmp_path / "data", 3), methods=None)
     adapter = models.trocr_adapter()
-    done = run(tmp_path / "run", what, Counting(adapter))
+    done = run(tmp_path / "run", config, Counting(adapter))
     rows = batch.rows(done)
     assert [row["id"] for row in rows] == [f"{i}.png#0" for i in range(3)]
     assert {row["origin"] for row in rows} == {"generated"}
     assert done.manifest["fingerprint"]["captions"] == "none"
-    assert [method["method"] for method in done.about.methods.values()] == list(adapter.default_methods)
+    assert [method["method"] for method in done.metadata.methods.values()] == list(adapter.default_methods)
 
 
-def test_a_model_that_writes_no_text_is_not_asked_for_one(tmp_path):
-    with pytest.raises(OptionError, match="the model must write its own, and clip writes no text"):
-        run(tmp_path / "run", work(data(tmp_path / "data", 2), captions="none"))
+def test_a_run_without_captions_needs_a_model_that_generates_text(tmp_path):
+    with pytest.raises(OptionError, match="captions 'none' needs a model that generates text; clip does not"):
+        run(tmp_path / "run", run_config(data(tmp_path / "data", 2), captions="none"))
     assert not (tmp_path / "run" / MANIFEST).exists()
 
 
-# ---------------------------------------------------------------- faults are rows
+# ---------------------------------------------------------------- broken inputs
 
 
 def broken(folder):
-    """A data set with every kind of fault: id of a row -> its status."""
+    """Write a data set with every kind of fault; return the expected status of each row by id."""
     images = folder / "Images"
     images.mkdir(parents=True)
     wanted, listed = {}, []
@@ -154,7 +156,7 @@ def broken(folder):
 
 
 def one_colour(side):
-    """A black PNG of that many pixels a side, a few kilobytes long."""
+    """A black PNG of `side` x `side` pixels, a few kilobytes long."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -164,10 +166,10 @@ def one_colour(side):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def test_every_kind_of_broken_input_is_a_row_and_the_rest_is_there(tmp_path):
+def test_every_broken_input_is_a_row_and_costs_no_other(tmp_path):
     wanted = broken(tmp_path / "data")
-    what = work(tmp_path / "data", shard_size=4, workers=1)
-    done = run(tmp_path / "run", what)
+    config = run_config(tmp_path / "data", shard_size=4, workers=1)
+    done = run(tmp_path / "run", config)
     assert exit_code(done) == 3
     rows = batch.rows(done)
     found = {row["id"]: row["status"] for row in rows}
@@ -198,17 +200,17 @@ def _row(rows, name):
     return next(row for row in rows if row["id"] == name)
 
 
-def test_a_image_that_may_not_be_read_is_a_row(tmp_path, monkeypatch):
+def test_an_image_without_permission_is_a_row(tmp_path, monkeypatch):
     folder = data(tmp_path / "data", 3)
     real = os.open
 
     def refuse(path, *args, **options):
         if os.fspath(path).endswith("1.png"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))  # we may be root, who may read anything
+            raise PermissionError(13, "Permission denied", os.fspath(path))  # as root every file is readable
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    done = run(tmp_path / "run", work(folder))
+    done = run(tmp_path / "run", run_config(folder))
     assert statuses(done)["1.png#0"] == "failed_read"
     assert exit_code(done) == 3
 
@@ -218,110 +220,110 @@ def test_a_wrong_folder_of_images_stops_early(tmp_path):
     shutil.rmtree(folder / "Images")
     (folder / "Images").mkdir()
     load = Counting()
-    with pytest.raises(BudgetError, match=r"100 rows in a row failed \(100 failed_read\); the first: .*0.png"):
-        run(tmp_path / "run", work(folder, shard_size=30), load)
+    with pytest.raises(FailureLimitError, match=r"100 rows in a row failed \(100 failed_read\); the first: .*0.png"):
+        run(tmp_path / "run", run_config(folder, shard_size=30), load)
     assert load.seen == []
-    with pytest.raises(BudgetError, match=r"every row failed \(6\)"):
-        run(tmp_path / "few", work(folder), load, limit=3)
+    with pytest.raises(FailureLimitError, match=r"every row failed \(6\)"):
+        run(tmp_path / "few", run_config(folder), load, limit=3)
 
 
-def test_broken_rows_of_a_list_are_rows_exactly_once(tmp_path):
+def test_a_broken_row_of_a_list_is_one_row(tmp_path):
     folder = data(tmp_path / "data", 3)
     with (folder / "captions.txt").open("a") as file:
         file.write(",no name\n")
-    what = work(folder)
-    [name] = what.dataset().broken
+    config = run_config(folder)
+    [name] = config.dataset().broken
     for _ in range(2):
-        done = run(tmp_path / "run", what)
+        done = run(tmp_path / "run", config)
         assert [row["id"] for row in batch.rows(done)].count(name) == 1
         assert statuses(done)[name] == "failed_input"
         assert exit_code(done) == 3
-    assert name not in statuses(run(tmp_path / "few", what, limit=3))
+    assert name not in statuses(run(tmp_path / "few", config, limit=3))
 
 
 # ---------------------------------------------------------------- resuming
 
 
-def test_the_same_again_computes_nothing_and_equal_runs_are_equal_bytes(tmp_path):
+def test_a_finished_run_computes_nothing_and_equal_runs_have_equal_bytes(tmp_path):
     folder = data(tmp_path / "data", 3)
-    first = run(tmp_path / "first", work(folder))
+    first = run(tmp_path / "first", run_config(folder))
     load = Counting()
-    again = run(tmp_path / "first", work(folder, threads=None, workers=0), load)
+    again = run(tmp_path / "first", run_config(folder, threads=None, workers=0), load)
     assert (exit_code(again), load.seen) == (0, [])
-    second = run(tmp_path / "second", work(folder))
+    second = run(tmp_path / "second", run_config(folder))
     assert batch.content(first.path) == batch.content(second.path)
 
 
-def test_another_run_is_refused_and_what_differs_is_named(tmp_path):
+def test_another_run_is_an_error_and_what_differs_is_named(tmp_path):
     folder = data(tmp_path / "data", 3)
-    done = run(tmp_path / "run", work(folder))
+    done = run(tmp_path / "run", run_config(folder))
     before = batch.content(done.path)
 
-    def differs(*names, load=None, what=None, **options):
+    def differs(*names, load=None, config=None, **options):
         with pytest.raises(DifferentRunError) as error:
-            run(tmp_path / "run", what or work(folder), load, **options)
+            run(tmp_path / "run", config or run_config(folder), load, **options)
         assert error.value.exit_code == 2
         for name in names:
             assert re.search(rf"(in|;) {name}[:;]", str(error.value))
         return str(error.value)
 
     assert "differs in weights; " in differs("weights", load=Counting(models.clip_adapter(seed=1)))
-    assert "captions" not in differs("methods", what=work(folder, methods=("gradcam",)))
-    differs("methods", what=work(folder, options={"gradcam.threshold": "0.2"}))
-    differs("captions", what=work(folder, captions="first"))
-    differs("batch_size", what=work(folder, batch_size=3))
-    differs("shard_size", what=work(folder, shard_size=3))
-    differs("select", what=work(folder, select=Selection(tokens=False)))
-    differs("seed", what=work(folder, seed=4))
+    assert "captions" not in differs("methods", config=run_config(folder, methods=("gradcam",)))
+    differs("methods", config=run_config(folder, options={"gradcam.threshold": "0.2"}))
+    differs("captions", config=run_config(folder, captions="first"))
+    differs("batch_size", config=run_config(folder, batch_size=3))
+    differs("shard_size", config=run_config(folder, shard_size=3))
+    differs("select", config=run_config(folder, select=Selection(tokens=False)))
+    differs("seed", config=run_config(folder, seed=4))
     differs("pictures", "ids", limit=2)
     listing(folder, [(f"{i}.png", text) for i in range(3) for text in CAPTIONS[1:]])
-    assert "ids: " not in differs("data", what=work(folder))
+    assert "ids: " not in differs("data", config=run_config(folder))
     assert batch.content(done.path) == before
 
 
-def test_rows_are_tried_again_where_the_image_was_repaired_and_nowhere_else(tmp_path):
+def test_retry_computes_only_images_with_a_row_of_the_status(tmp_path):
     folder = data(tmp_path / "data", 6)
     good = (folder / "Images" / "2.png").read_bytes()
     (folder / "Images" / "2.png").write_bytes(good[:100])
     (folder / "Images" / "5.png").unlink()
-    what = work(folder, shard_size=3)
-    done = run(tmp_path / "run", what)
+    config = run_config(folder, shard_size=3)
+    done = run(tmp_path / "run", config)
     assert [s for s in statuses(done).values() if s != "ok"] == ["failed_decode"] * 2 + ["failed_read"] * 2
-    before, last = batch.rows(done), done.part(1).read_bytes()
+    before, last = batch.rows(done), done.table_path(1).read_bytes()
     (folder / "Images" / "2.png").write_bytes(good)
-    load, heard = Counting(), Heard()
-    run(tmp_path / "run", what, load, retry=["failed_decode"], watch=heard)
+    load, progress = Counting(), RecordedProgress()
+    run(tmp_path / "run", config, load, retry=["failed_decode"], progress=progress)
     assert load.seen == ["2.png"]
-    assert (heard.todo, heard.images) == ([0], 1)
+    assert (progress.shards, progress.images) == ([0], 1)
     after = batch.rows(done)
     assert [row["id"] for row in after] == [row["id"] for row in before]
     assert [row for row in after if row["image"] != "2.png"] == [row for row in before if row["image"] != "2.png"]
     assert [row["status"] for row in after if row["image"] == "2.png"] == ["ok", "ok"]
-    assert done.part(1).read_bytes() == last
+    assert done.table_path(1).read_bytes() == last
     listed = [json.loads(line)["id"] for line in (done.path / "failures.jsonl").read_text().splitlines()]
     assert listed == ["5.png#0", "5.png#1"]
     load = Counting()
-    run(tmp_path / "run", what, load, retry=["failed_decode"])
+    run(tmp_path / "run", config, load, retry=["failed_decode"])
     assert load.seen == []
 
 
-def test_a_shard_dropped_half_way_is_computed_again(tmp_path):
+def test_an_interrupted_shard_is_computed_again(tmp_path):
     folder = data(tmp_path / "data", 4)
-    whole = batch.content(run(tmp_path / "whole", work(folder)).path)
+    whole = batch.content(run(tmp_path / "whole", run_config(folder)).path)
     load = Counting()
-    see = load.adapter.prepare_images
+    prepare_images = load.adapter.prepare_images
 
     def stopped(images):
         if "3.png" in str(images[-1].path):
             raise KeyboardInterrupt
-        return see(images)
+        return prepare_images(images)
 
     load.adapter.prepare_images = stopped
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", work(folder), load)
+        run(tmp_path / "run", run_config(folder), load)
     assert sorted(p.name for p in (tmp_path / "run").glob("part-*")) == ["part-00000.json", "part-00000.parquet"]
     load = Counting()
-    done = run(tmp_path / "run", work(folder), load)
+    done = run(tmp_path / "run", run_config(folder), load)
     assert load.seen == ["2.png", "3.png"]
     assert batch.content(done.path) == whole
 
@@ -329,26 +331,26 @@ def test_a_shard_dropped_half_way_is_computed_again(tmp_path):
 def test_what_is_wrong_for_every_image_stops_before_a_folder_is_filled(tmp_path):
     folder = data(tmp_path / "data", 2)
     with pytest.raises(LayerError):
-        run(tmp_path / "run", work(folder, layers=("nowhere",)))
+        run(tmp_path / "run", run_config(folder, layers=("nowhere",)))
     with pytest.raises(OptionError, match="gradcam"):
-        run(tmp_path / "run", work(folder, options={"gradcam.nothing": "1"}))
+        run(tmp_path / "run", run_config(folder, options={"gradcam.nothing": "1"}))
     assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- figures
 
 
-def test_a_image_that_changed_gets_no_figure(tmp_path):
+def test_a_changed_image_gets_no_figure(tmp_path):
     folder = data(tmp_path / "data", 3)
-    what = work(folder)
-    done = run(tmp_path / "run", what)
+    config = run_config(folder)
+    done = run(tmp_path / "run", config)
     noise(40, 30, 9).save(folder / "Images" / "1.png")
-    lacking = []
-    found = dict(explanations(done, what.dataset(), {"1.png", "2.png"}, lacking.append))
+    skipped = []
+    found = dict(explanations(done, config.dataset(), {"1.png", "2.png"}, skipped.append))
     assert list(found) == ["2.png#0", "2.png#1"]
-    assert lacking == ["1.png: the picture has changed since its maps were made (sha256 differs)"]
+    assert skipped == ["1.png: the image has changed since its maps were computed (sha256 differs)"]
 
 
-def test_a_data_set_by_a_name_that_is_not_there_is_one_line(tmp_path):
+def test_a_missing_data_set_is_an_error(tmp_path):
     with pytest.raises(DataError):
         open_dataset(tmp_path / "nowhere")

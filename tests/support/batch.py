@@ -1,4 +1,4 @@
-"""Batch runs in this process: a small data set, a run of it, and what two runs have in common."""
+"""Batch runs in this process: small data sets, runs of them with or without a model, and comparison of two runs."""
 
 import csv
 import json
@@ -7,25 +7,26 @@ from dataclasses import fields
 from grounding.batch.config import RunConfig, RunDescription
 from grounding.batch.executors import LocalExecutor
 from grounding.batch.progress import Progress
-from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, explained, failed
+from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, failed_row, to_row
 from grounding.batch.run import run_batch
 from grounding.datasets.subset import chosen_ids
 from grounding.engine.request import Request
-from tests.conftest import noise
+from grounding.explanation.serialization import to_builtin
 from tests.support import models
 from tests.support.explanations import explanation
+from tests.support.images import noise
 
 CAPTIONS = ("a man in a red jacket", "two dogs playing on the green grass", "red car and red bus")
 
 
 def listing(folder, rows):
-    """captions.txt as the release has it."""
+    """Write captions.txt in the layout of the Flickr30k release."""
     with (folder / "captions.txt").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
 
 
 def data(folder, count=5, captions=CAPTIONS[:2]):
-    """A data set of `count` pictures, each with these captions."""
+    """Write a data set of `count` images, each with these captions; return its folder."""
     (folder / "Images").mkdir(parents=True, exist_ok=True)
     for i in range(count):
         noise(40 + i, 30, seed=i).save(folder / "Images" / f"{i}.png")
@@ -34,15 +35,15 @@ def data(folder, count=5, captions=CAPTIONS[:2]):
 
 
 class Counting:
-    """Makes an adapter, and knows how often; `seen` are the pictures that it was shown."""
+    """Load an adapter; count `loads`, and list the file names of the images it prepares in `seen`."""
 
     def __init__(self, adapter=None):
         self.adapter, self.loads, self.seen = adapter or models.clip_adapter(), 0, []
-        see = self.adapter.prepare_images
+        prepare_images = self.adapter.prepare_images
 
         def counted(images):
             self.seen += [str(getattr(image, "path", image)).rpartition("/")[2] for image in images]
-            return see(images)
+            return prepare_images(images)
 
         self.adapter.prepare_images = counted
 
@@ -51,8 +52,8 @@ class Counting:
         return self.adapter
 
 
-def work(folder, **changed):
-    """What is computed: in this process, one thread, two pictures a shard."""
+def run_config(folder, **changed):
+    """The configuration of a run in this process: one thread, two images per shard."""
     settings = {"methods": ("gradcam", "rollout"), "workers": 0, "threads": 1, "shard_size": 2, "batch_size": 2}
     settings |= changed
     names = {field.name for field in fields(Request)} & settings.keys()
@@ -60,38 +61,38 @@ def work(folder, **changed):
     return RunConfig(data=str(folder), request=request, **settings)
 
 
-def run(output, what, load=None, *, limit=None, drawn=None, **options):
-    """Begin or resume a run."""
-    load = load or Counting()
-    dataset = what.dataset() if "dataset" not in options else options.pop("dataset")
-    ids = chosen_ids(dataset, limit, drawn, 0)
-    return run_batch(output, what, dataset, ids, LocalExecutor(load, what, lambda _rows, _images: None), **options)
+def run(output, config, load=None, *, limit=None, **options):
+    """Begin or resume a run in this process; return its folder."""
+    dataset = config.dataset()
+    ids = chosen_ids(dataset, limit, None, 0)
+    executor = LocalExecutor(load or Counting(), config, lambda _rows, _images: None)
+    return run_batch(output, config, dataset, ids, executor, **options)
 
 
 def rows(folder):
-    """All rows of a finished run."""
+    """All rows of a run."""
     return [row for own in folder.images() for row in own]
 
 
 def statuses(folder):
-    """Status by id."""
+    """Status of each row, by id."""
     return {row["id"]: row["status"] for row in rows(folder)}
 
 
 def content(path):
-    """The bytes of a run's files; of sidecars and the manifest what does not tell the time or the folder."""
+    """The files of a run by name: JSON documents without their times, all others as bytes."""
     found = {}
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
-            said = json.loads(file.read_bytes())
-            found[file.name] = {name: value for name, value in said.items() if name != "seconds"}
+            document = json.loads(file.read_bytes())
+            found[file.name] = {name: value for name, value in document.items() if name != "seconds"}
         elif file.is_file() and file.name != "run.lock":
             found[file.name] = file.read_bytes()
     return found
 
 
 def leftovers(path):
-    """Files that were being written."""
+    """Names of temporary files."""
     return [p.name for p in path.iterdir() if ".tmp-" in p.name]
 
 
@@ -101,26 +102,29 @@ def leftovers(path):
 MADE = explanation()
 
 
-def about(made):
-    """What rows of explanations like this one have in common."""
+def metadata_of(made):
+    """The metadata of a run whose explanations are like this one."""
     names = ("method", "title", "layer", "options", "signed", "text_conditioned")
-    methods = {key: {name: getattr(column, name) for name in names} for key, column in made.methods.items()}
-    return RunMetadata(methods, made.target, made.token_target, dict(made.model), plain(made.provenance))
+    methods = {key: {name: getattr(method, name) for name in names} for key, method in made.methods.items()}
+    return RunMetadata(methods, made.target, made.token_target, dict(made.model), to_builtin(made.provenance))
 
 
-ABOUT = about(MADE)
+METADATA = metadata_of(MADE)
 
 
 class Executor:
-    """Commits rows that are made beforehand; `done` are the shards it was asked for."""
+    """Commit rows without a model: two captions per image, the second failed for the ids in `failing`.
 
-    def __init__(self, fails=(), **fingerprint):
-        self.done, self.described, self.fails = [], 0, fails
+    `done` are the shards it committed, `described` counts its descriptions of the run.
+    """
+
+    def __init__(self, failing=(), **fingerprint):
+        self.done, self.described, self.failing = [], 0, failing
         self.fingerprint = {"shard_size": 2, "max_pixels": 100, **fingerprint}
 
     def describe(self, ids):
         self.described += 1
-        return RunDescription(self.fingerprint, ABOUT, 1)
+        return RunDescription(self.fingerprint, METADATA, 1)
 
     def compute(self, run, shards, retry):
         for shard in shards:
@@ -130,32 +134,32 @@ class Executor:
     def rows(self, run, shard):
         made = []
         for name in run.members(shard):
-            made.append(explained(name, 0, MADE, {}))
-            bad = failed(name, 1, "x", "failed_model", "why") if name in self.fails else explained(name, 1, MADE, {})
-            made.append(bad)
-        deduplicate_shared_maps(made, ABOUT.shared)
+            made.append(to_row(name, 0, MADE, {}))
+            failed = name in self.failing
+            made.append(failed_row(name, 1, "x", "failed_model", "why") if failed else to_row(name, 1, MADE, {}))
+        deduplicate_shared_maps(made, METADATA.shared)
         return made
 
 
-class Heard(Progress):
-    """Remembers what it is told."""
+class RecordedProgress(Progress):
+    """Record the calls: `shards` and `images` to compute, names of the `damaged` tables."""
 
     def __init__(self):
-        self.said, self.todo, self.images = [], None, None
+        self.damaged, self.shards, self.images = [], None, None
 
-    def begins(self, run, todo, images):
-        self.todo, self.images = list(todo), images
+    def on_start(self, run, shards, images):
+        self.shards, self.images = list(shards), images
 
-    def damaged(self, path):
-        self.said.append(path.name)
+    def on_damaged(self, path):
+        self.damaged.append(path.name)
 
 
-def driven(tmp_path):
-    """A function that begins or resumes a run of five pictures in three shards."""
-    what = RunConfig(data=str(data(tmp_path / "data", 5)))
-    dataset = what.dataset()
+def modelless(tmp_path):
+    """A function that begins or resumes a run of five images in three shards, without a model."""
+    config = RunConfig(data=str(data(tmp_path / "data", 5)))
+    dataset = config.dataset()
 
-    def go(folder="run", hands=None, **options):
-        return run_batch(tmp_path / folder, what, dataset, dataset.ids, hands or Executor(), **options)
+    def go(folder="run", executor=None, **options):
+        return run_batch(tmp_path / folder, config, dataset, dataset.ids, executor or Executor(), **options)
 
     return go

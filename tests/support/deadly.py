@@ -1,14 +1,14 @@
-"""Pictures that kill who decodes them. Imports next to nothing, as every worker does so, too."""
+"""Image openers that kill, block or break their decode worker. Imports little: every worker imports it, too."""
 
 import os
 import signal
 import time
 
-from grounding.batch.decode_pool import Opening
+from grounding.batch.decode_pool import ImageOpener
 
 
-class Deadly(Opening):
-    """Opens pictures as ever, but one named `deadly` ends its process, and one named `once` does so once."""
+class Deadly(ImageOpener):
+    """Open images, but kill the process at each one named `deadly`, and the first time at one named `once`."""
 
     def __call__(self, source):
         seen = source.with_suffix(".seen")
@@ -19,35 +19,35 @@ class Deadly(Opening):
 
 
 class Unsendable:
-    """Kills the process that pickles it, as a lack of memory may do while an image is copied to the pipe."""
+    """Kill the process that pickles it, as lack of memory may do while an image is copied to the pipe."""
 
     def __reduce__(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DeadlyResult(Opening):
-    """Opens images, but for one named `deadly` the worker is killed while it sends the result."""
+class DeadlyResult(ImageOpener):
+    """Open images, but kill the worker while it sends the result for one named `deadly`."""
 
     def __call__(self, source):
         return Unsendable() if source.name.startswith("deadly") else super().__call__(source)
 
 
-class Stuck(Opening):
-    """Never comes back."""
+class Stuck(ImageOpener):
+    """Never return."""
 
     def __call__(self, source):
         time.sleep(3600)
 
 
-class Faulty(Opening):
-    """Has a fault of its own."""
+class Faulty(ImageOpener):
+    """Raise an error that is no ImageError."""
 
     def __call__(self, source):
         raise RuntimeError("a fault in the code")
 
 
-class Unloadable(Opening):
-    """Ends the process that unpacks it."""
+class Unloadable(ImageOpener):
+    """End the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (1,)

@@ -1,8 +1,9 @@
-"""Runs `ground_flickr30k.py` again and again, each time in a fork of one process that has everything imported.
+"""Run `ground_flickr30k.py` repeatedly, each time in a fork of one process that has imported everything.
 
-A request is a line of JSON on stdin: `argv`, `out` and `err` (files), `die` (moment, number), `worker` (number) and
-`after` (seconds). The process answers `pid` with the fork's, then `exit` with its code. At the given occurrence of the
-moment, or after so many seconds, the fork kills itself with SIGKILL; at the given picture it kills a decode worker.
+A request is a line of JSON on stdin: `argv`, `out` and `err` (files), `die` (fault point, number), `worker` (number)
+and `after` (seconds). The process prints `pid` and the fork's id, then `exit` and its exit code. The fork kills itself
+with SIGKILL at the given call of the fault point (see FAULT_POINTS), or after so many seconds; when it submits the
+given image for decoding, it kills a decode worker.
 """
 
 import importlib
@@ -23,7 +24,7 @@ def die(*_):
 
 
 def nth(owner, name, number, act, *, after=False):
-    """At the call number `number` of `owner.name`, act: before it, or after it."""
+    """Call `act` at call number `number` of `owner.name`: before it, or after it."""
     real, calls = getattr(owner, name), []
 
     def called(*args, **options):
@@ -39,37 +40,40 @@ def nth(owner, name, number, act, *, after=False):
 
 
 def kill_worker(decoders, *_):
-    """Kill one of the processes that decode, whichever, as soon as there is one."""
+    """Kill a decode worker, as soon as one exists."""
     while not (pids := decoders.pids):
         time.sleep(0.001)
     os.kill(pids[0], signal.SIGKILL)
 
 
-def arm(script, moment, number):
-    """Die at that moment."""
-    from grounding.batch import config, decode_pool, explainer, run_folder, shards
+# Fault point -> (module or "script", name of a public function in it, whether to die after the call).
+FAULT_POINTS = {
+    "load": ("script", "load", True),
+    "begin": ("grounding.batch.config", "write_manifest", False),
+    "decode": ("grounding.batch.shards", "ImageJob", False),  # an image was decoded
+    "explain": ("grounding.batch.explainer:BatchExplainer", "rows", True),
+    "share": ("grounding.batch.shards", "deduplicate_shared_maps", True),
+    "table": ("grounding.batch.run_folder", "write_whole", False),
+    "written": ("pathlib:Path", "replace", False),
+    "renamed": ("grounding.batch.run_folder", "write_whole", True),
+    "finish": ("grounding.batch.run_folder:RunFolder", "finish", False),
+}
 
-    owners = {
-        "load": (script, "load", True),
-        "begin": (config, "write_manifest", False),
-        "decode": (decode_pool, "_finished", False),
-        "explain": (explainer.BatchExplainer, "_explained", True),
-        "share": (shards, "share_maps", True),
-        "table": (run_folder, "write_whole", False),
-        "written": (Path, "replace", False),
-        "renamed": (run_folder, "write_whole", True),
-        "finish": (run_folder.RunFolder, "finish", False),
-    }
-    owner, name, after = owners[moment]
-    nth(owner, name, number, die, after=after)
+
+def arm(script, point, number):
+    """Die at call number `number` of a fault point."""
+    place, name, after = FAULT_POINTS[point]
+    module, _, cls = place.partition(":")
+    owner = script if place == "script" else importlib.import_module(module)
+    nth(getattr(owner, cls) if cls else owner, name, number, die, after=after)
 
 
 def child(script, request):
-    """The command, in this process, which ends with it."""
+    """Run the command in this process, and exit."""
     from grounding.batch.decode_pool import Decoders
 
     os.setsid()
-    # As from a terminal: a shell's background jobs, and what they start, ignore Ctrl-C.
+    # As from a terminal: background jobs of a shell, and their children, ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, handle in (("out", 1), ("err", 2)):
@@ -77,7 +81,7 @@ def child(script, request):
     if request.get("die"):
         arm(script, *request["die"])
     if request.get("worker"):
-        nth(Decoders, "_submit", request["worker"], kill_worker, after=True)
+        nth(Decoders, "submit", request["worker"], kill_worker, after=True)
     if request.get("after"):
         threading.Timer(request["after"], die).start()
     sys.argv = [str(SCRIPT), *request["argv"]]
@@ -85,8 +89,8 @@ def child(script, request):
 
 
 def main():
-    """Answer requests until there are no more."""
-    for name in ("adapters.clip.adapter", "grounding.cli.batch_run", "grounding.batch.run"):
+    """Run requests until stdin ends."""
+    for name in ("adapters.clip.adapter", "grounding.cli.batch", "grounding.batch.run", "grounding.batch.shards"):
         importlib.import_module(name)
 
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
