@@ -64,7 +64,7 @@ class Stopwatch:
 
     def __init__(self, adapter: Adapter) -> None:
         self.seconds = 0.0
-        for name in ("read", "targets"):
+        for name in ("prepare_texts", "targets"):
             setattr(adapter, name, self._timed(getattr(adapter, name)))
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
