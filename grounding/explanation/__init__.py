@@ -1,1 +1,1 @@
-"""The result: entries and maps, their files and tables; `figures` draws it."""
+"""Explanations: entries and maps, their files, tables and figures."""

@@ -1,4 +1,4 @@
-"""The result: frozen, holding raw signed patch maps; everything in original pixels is derived on demand."""
+"""Explanation: the frozen result of one image and one text, with raw signed patch maps and derived views."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ BOX_SIDE = 1024
 
 @dataclass(frozen=True)
 class Entry:
-    """What is explained: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
+    """An explained part: a caption, token, word or phrase (characters [start, end) of the caption), a class, an image.
 
-    `score` is the explained scalar; `token_id` is that of a token, or of a word of one token. A token that a model
-    wrote (or was made to write) has the `probability` it had at its place and the next best `alternatives`; so has a
-    class, whose index is `token_id`: those of the five most probable that are others. Kinds
-    `where` and `contrast` ask about tokens that were not written: evidence for the token `token_id` at the place of
-    characters [start, end), or for it rather than for another.
+    `score` is the explained scalar. `token_id` is the id of a token, or of a word of one token; the index of a class.
+    A generated or forced token has the `probability` at its position and the next best `alternatives`; a class has
+    those of the other classes among the five most probable. The kinds `where` and `contrast` explain a token that was
+    not generated: the evidence for `token_id` at characters [start, end), alone or relative to another token.
     """
 
     label: str
@@ -50,9 +49,9 @@ class Entry:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MethodMaps:
-    """One method at one layer: raw maps (entries, rows, columns), or (1, rows, columns) where all entries share one.
+    """Raw maps of one method at one layer: (entries, rows, columns), or (1, rows, columns) where all entries share one.
 
-    `text_conditioned` is False where the method cannot see the text; `status` has one item per stored map.
+    `text_conditioned` is False if the maps do not depend on the text; `status` has one item per stored map.
     """
 
     key: str
@@ -66,15 +65,15 @@ class MethodMaps:
     status: tuple[Status, ...]
 
     def __repr__(self) -> str:
-        return f"<MapColumn {self.key}: {len(self.maps)} maps of {self.maps.shape[1]} x {self.maps.shape[2]} patches>"
+        return f"<MethodMaps {self.key}: {len(self.maps)} maps of {self.maps.shape[1]} x {self.maps.shape[2]} patches>"
 
     @property
     def shared(self) -> bool:
-        """Whether one map stands for all entries."""
+        """Whether all entries share one map."""
         return not self.text_conditioned
 
     def index(self, entry: int) -> int:
-        """The place of an entry's map in `maps` and `status`."""
+        """The index of an entry's map in `maps` and `status`."""
         return 0 if self.shared else entry
 
 
@@ -89,16 +88,16 @@ class PatchMap:
     geometry: Geometry
 
     def __repr__(self) -> str:
-        return f"<EntryMap {self.entry.label!r} by {self.method.key}: peak {self.peak}, {self.status.status}>"
+        return f"<PatchMap {self.entry.label!r} by {self.method.key}: peak {self.peak}, {self.status.status}>"
 
     @property
     def view(self) -> Float[np.ndarray, "rows columns"]:
-        """The part that speaks for the entry, on the patch grid: >= 0."""
+        """The evidence for the entry, on the patch grid: >= 0."""
         threshold = self.method.options.get(THRESHOLD, 0.0)
         return mapping.view(self.raw, signed=self.method.signed, threshold=threshold)
 
     def heat(self, size: tuple[int, int] | None = None) -> Float[np.ndarray, "height width"]:
-        """The view in original pixels (or at `size` = (height, width) of the same field of view), NaN where unseen."""
+        """The view in original pixels, or resampled to `size` (height, width); NaN where unseen."""
         return self.geometry.to_original(self.view, size=size)
 
     @property
@@ -110,18 +109,18 @@ class PatchMap:
     def box(self) -> tuple[int, int, int, int] | None:
         """Largest region above half of the range: (x0, y0, x1, y1) in original pixels; None for a degenerate map.
 
-        Found on the heat at up to BOX_SIDE pixels a side, far finer than any patch, and scaled back.
+        It is found on the heat at up to BOX_SIDE pixels a side, far finer than any patch, and scaled back.
         """
         if not self.status:
             return None
         width, height = self.geometry.width, self.geometry.height
         step = max(1.0, max(width, height) / BOX_SIDE)
         size = (max(1, round(height / step)), max(1, round(width / step)))
-        found = mapping.box(self.heat(size))
-        if found is None:
+        box = mapping.box(self.heat(size))
+        if box is None:
             return None
         across, down = width / size[1], height / size[0]
-        x0, y0, x1, y1 = (round(n * scale) for n, scale in zip(found, (across, down) * 2, strict=True))
+        x0, y0, x1, y1 = (round(n * scale) for n, scale in zip(box, (across, down) * 2, strict=True))
         return x0, y0, x1, y1
 
     @property
@@ -133,12 +132,13 @@ class PatchMap:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    """What one picture and one text give: entries, maps per method, geometry, warnings and provenance.
+    """The explanation of one image and one text: entries, maps per method, geometry, warnings and provenance.
 
-    `columns` maps a method's key to its maps. `target` is the kind of scalar explained, `token_target` how a part of
-    the caption was scored (None: by itself), `provenance` everything needed to make it again. `origin` says where the
-    caption is from: `given` (a text the model compares), `generated` (what the model wrote) or `forced` (what it was
-    made to write), `truncated` that it was cut: by a limit of the model's on what it reads, or on what it writes.
+    `methods` maps a method key to its maps. `target` is the kind of the explained scalar, `token_target` how parts of
+    a given caption are scored (None for other texts), `provenance` everything needed to reproduce the result.
+    `origin` is the origin of the caption: `given` (compared with the image), `generated` (by the model), `forced` (a
+    given text, scored as if generated) or `predicted` (classes). `truncated` is True if a limit of the model on its
+    input or output text cut the caption.
     """
 
     image: Picture
@@ -156,26 +156,26 @@ class Explanation:
 
     @property
     def score(self) -> float | None:
-        """The score of the caption's own entry, or of the class where there is one alone; else None."""
-        found = [e.score for e in self.entries if e.kind in ("caption", "image", "class")]
-        return found[0] if found and (len(found) == 1 or self.entries[0].kind != "class") else None
+        """The score of the entry of the caption or image, or of the only class; else None."""
+        scores = [e.score for e in self.entries if e.kind in ("caption", "image", "class")]
+        return scores[0] if scores and (len(scores) == 1 or self.entries[0].kind != "class") else None
 
     def index(self, which: int | str, occurrence: int = 0) -> int:
-        """The place of an entry, by index or by label: as it is written, or else with case ignored.
+        """The index of an entry, by index or by label; without an exact match, case is ignored.
 
-        Raises TextError listing what there is.
+        Raises TextError listing the labels.
         """
         return find_label(which, [entry.label for entry in self.entries], occurrence)
 
-    def map(self, which: int | str, column: str | None = None, occurrence: int = 0) -> PatchMap:
-        """One entry's map by one method (default: the first). Raises TextError, GroundingError."""
-        key = next(iter(self.methods)) if column is None else column
+    def map(self, which: int | str, method: str | None = None, occurrence: int = 0) -> PatchMap:
+        """One entry's map by one method key (default: the first). Raises TextError, GroundingError."""
+        key = next(iter(self.methods)) if method is None else method
         if key not in self.methods:
             raise GroundingError(f"no method {key!r} in this explanation (it has: {', '.join(self.methods)})")
         entry, chosen = self.index(which, occurrence), self.methods[key]
-        place = chosen.index(entry)
-        raw = chosen.maps[place]
-        return PatchMap(self.entries[entry], chosen, raw, chosen.status[place], self.geometry.of_map(*raw.shape))
+        index = chosen.index(entry)
+        raw = chosen.maps[index]
+        return PatchMap(self.entries[entry], chosen, raw, chosen.status[index], self.geometry.of_map(*raw.shape))
 
     def __getitem__(self, which: int | str) -> PatchMap:
         return self.map(which)
@@ -190,39 +190,39 @@ class Explanation:
         return any(str(label).lower() == entry.label.lower() for entry in self.entries)
 
     def __repr__(self) -> str:
-        name = self.image.path or f"{self.image.width} x {self.image.height} picture"
+        name = self.image.path or f"{self.image.width} x {self.image.height} image"
         return f"<Explanation of {name!r} and {self.caption!r}: {len(self)} entries by {', '.join(self.methods)}>"
 
     def figure(self, **options: Any) -> Figure:
-        """The side-by-side figure; options as in `grounding.render.figure`."""
+        """Draw all maps side by side; `options` are those of `FigureOptions`. Raises OptionError."""
         return VIEWS["figure"](self, **options)
 
     def strip(self, **options: Any) -> Figure:
-        """The tokens along the picture of a text, each at its peak; options as in `grounding.strip.strip`."""
+        """Draw the tokens of a generated text along its image; see `explanation.figures.reading_strip.strip`."""
         return VIEWS["strip"](self, **options)
 
     def show(self, **options: Any) -> None:
-        """Show the figure in a notebook, or in a window; a warning where there is neither."""
+        """Show the figure in a notebook or a window; warn if there is neither."""
         import matplotlib as mpl
         from matplotlib import pyplot as plt
 
-        made = self.figure(**options)
+        figure = self.figure(**options)
         if "inline" in mpl.get_backend() or "nbagg" in mpl.get_backend():
             from IPython.display import display
 
-            display(made)
+            display(figure)
             return
         if mpl.get_backend().lower() not in mpl.backends.backend_registry.list_builtin(
             mpl.backends.BackendFilter.INTERACTIVE
         ):
             warnings.warn(
-                f"no window to show the figure in (matplotlib backend {mpl.get_backend()}): use save(directory)",
+                f"no window to show the figure (matplotlib backend {mpl.get_backend()}): use save(directory)",
                 stacklevel=2,
             )
             return
-        canvas = plt.figure(figsize=made.get_size_inches()).canvas
-        canvas.figure = made
-        made.set_canvas(canvas)
+        canvas = plt.figure(figsize=figure.get_size_inches()).canvas
+        canvas.figure = figure
+        figure.set_canvas(canvas)
         plt.show()
 
     def save(
@@ -233,14 +233,15 @@ class Explanation:
         per_token: bool = False,
         **options: Any,
     ) -> dict[str, Path]:
-        """Write figure, maps and JSON into `directory`, whole or not at all; returns what was written, by kind.
+        """Write figure, maps and JSON into `directory`, atomically; return the files by kind.
 
-        `write` chooses among png, npz, json; `per_token` adds an overlay per entry and method, `inspections` a figure
-        of what is inside; `options` go to the figure. See `grounding.export.save`. Raises OSError.
+        `write` selects among png, npz and json; `per_token` adds an overlay per entry and method. `options` are
+        `inspections`, `channels` and those of `FigureOptions`; see `explanation.storage.save`.
+        Raises OutputError, OptionError.
         """
         return VIEWS["save"](self, directory, write, per_token=per_token, **options)
 
     @staticmethod
     def load(directory: str | Path) -> Explanation:
-        """The inverse of `save` with json and npz. Raises GroundingError for a folder that is none of ours."""
+        """Load a result saved with json and npz. Raises GroundingError for a folder without one."""
         return VIEWS["load"](directory)

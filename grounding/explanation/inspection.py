@@ -1,4 +1,4 @@
-"""What Grad-CAM is made of at one layer: features, gradients, channel weights, the signed map."""
+"""The ingredients of Grad-CAM at one layer: features, gradients, channel weights and the signed map."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from grounding.explanation import maps as mapping
 from grounding.explanation.explanation import Entry
 from grounding.explanation.maps import Status
 from grounding.explanation.views import VIEWS
-from grounding.methods.base import THRESHOLD
+from grounding.methods.options import THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+CHANNELS = 8  # strongest channels in a figure, by default
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
-    """What one layer has of one picture and one entry, on the layer's own grid, row-major; nothing is resized.
+    """Recorded values of one layer for one image and one entry, on the layer's own grid, row-major, not resized.
 
-    `features` F and `gradients` g = d score / d F, `weights` w_d = mean_p g_pd, and `map`, signed, before any ReLU:
-    sum_d w_d F_pd, unless the method's options say otherwise. With `compared`, the score is the difference of two
-    sequences (a caption, and the caption without a token), and the second half of the channels is the other one's.
+    `features` F, `gradients` g = d score / d F, `weights` w_d = mean_p g_pd, and `map`, signed, before any ReLU:
+    sum_d w_d F_pd, unless `options` change it. With `compared`, the score is the difference of the scores of two
+    sequences (a caption, and the caption without a token); the second half of the channels belongs to the second.
     """
 
     image: Picture
@@ -52,7 +55,7 @@ class Inspection:
 
     @property
     def view(self) -> Float[np.ndarray, "rows columns"]:
-        """The map after the ReLU (or the threshold in its place): >= 0."""
+        """The map after the ReLU, or after the threshold that replaces it: >= 0."""
         return mapping.view(self.map, signed=True, threshold=self.options.get(THRESHOLD, 0.0))
 
     @property
@@ -61,15 +64,17 @@ class Inspection:
         return mapping.diagnose(self.map, self.geometry.seen_cells, signed=True)
 
     def strongest(self, count: int) -> tuple[int, ...]:
-        """The channels of the largest absolute weights, the strongest first; of equals the first."""
+        """The channels with the largest absolute weights, strongest first; of equal channels the first."""
         return tuple(np.argsort(-np.abs(self.weights), kind="stable")[:count].tolist())
 
     def channel(self, index: int) -> str:
-        """What a channel is called."""
+        """The name of a channel."""
         half = len(self.weights) // 2
         return f"channel {index - half}, without it" if self.compared and index >= half else f"channel {index}"
 
-    def figure(self, channels: int = 8, **options: Any) -> Figure:
-        """The strongest channels, the histogram of weights and the map before and after; options as in
-        `grounding.inspection_figure.figure`."""
+    def figure(self, channels: int = CHANNELS, **options: Any) -> Figure:
+        """Draw the strongest channels, the histogram of weights and the map before and after the ReLU.
+
+        `options` are those of `FigureOptions`; only `cmap` and `oversampling` have an effect. Raises OptionError.
+        """
         return VIEWS["inspection"]([self], channels, **options)

@@ -1,6 +1,6 @@
-"""From raw patch maps to what the eye and the scores read: the only place that rescales, thresholds, or picks a peak.
+"""Views of raw patch maps for figures and scores: diagnosis, ReLU and threshold, rescaling, peak and box.
 
-Nothing here changes what is stored. All maps are NumPy arrays; NaN marks what was never seen and never takes part.
+Stored maps are never changed. All maps are NumPy arrays; NaN marks unseen values, which are ignored.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SCALES = ("entry", "caption", "fixed")
 Scale = Literal["entry", "caption", "fixed"]
 
 
-# A map whose spread is below this fraction of its size is rounding, not evidence (float32 has 1.2e-7 per operation).
+# A map whose range is below this fraction of its magnitude is rounding (float32: 1.2e-7 per operation).
 FLAT = 1e-6
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a map is evidence. `status` is "ok" or "degenerate", `reason` says why it is not."""
+    """Whether a map is evidence: `status` is "ok" or "degenerate", for the `reason` given."""
 
     status: Literal["ok", "degenerate"] = "ok"
     reason: str | None = None
@@ -35,24 +35,24 @@ class Status:
 
 
 def diagnose(raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"], *, signed: bool) -> Status:
-    """Why a raw map shows nothing, if so: zero everywhere, the same everywhere, or (signed) nowhere positive."""
+    """Detect maps without evidence: zero everywhere, constant, or (signed) nowhere positive."""
     values = raw[seen]
     if values.size == 0:
-        return Status("degenerate", "no patch lies on the picture")
+        return Status("degenerate", "no patch covers the image")
     size = float(np.abs(values).max())
     if size == 0:
         return Status("degenerate", "zero everywhere: the score does not depend on this layer")
     if values.size > 1 and float(values.max() - values.min()) <= FLAT * size:
-        return Status("degenerate", "flat: every patch counts the same")
+        return Status("degenerate", "flat: all patches have the same value")
     if signed and float(values.max()) <= 0:
-        return Status("degenerate", "all negative: no patch speaks for this entry")
+        return Status("degenerate", "all negative: no patch supports this entry")
     return Status()
 
 
 def view(raw: Float[np.ndarray, "*shape"], *, signed: bool, threshold: float = 0.0) -> Float[np.ndarray, "*shape"]:
-    """The part of a raw map that speaks for the entry, >= 0: signed maps lose what lies below `threshold` x maximum.
+    """The evidence for the entry in a raw map, >= 0: values of signed maps below `threshold` x maximum become zero.
 
-    With threshold 0 that is the ReLU of the CAM papers. Maps that are never negative stay as they are.
+    With threshold 0 this is the ReLU of Grad-CAM (Selvaraju et al. 2017). Unsigned maps are returned unchanged.
     """
     if not signed:
         return raw
@@ -63,7 +63,7 @@ def view(raw: Float[np.ndarray, "*shape"], *, signed: bool, threshold: float = 0
 
 
 def limits(maps: list[NDArray[np.floating]], scale: Scale, fixed: tuple[float, float] | None) -> tuple[float, float]:
-    """The values drawn as 0 and 1. `maps` are those that share the scale. Equal limits mean: nothing to draw."""
+    """The values drawn as 0 and 1, for maps that share a scale. Equal limits mean that there is nothing to draw."""
     if scale == "fixed":
         if fixed is None or not fixed[0] < fixed[1]:
             raise ValueError(f"a fixed scale needs its limits, low < high; got {fixed}")
@@ -76,14 +76,14 @@ def limits(maps: list[NDArray[np.floating]], scale: Scale, fixed: tuple[float, f
 
 
 def rescale(values: Float[np.ndarray, "*shape"], low: float, high: float) -> Float[np.ndarray, "*shape"]:
-    """Values with low at 0 and high at 1, clipped; NaN stays. Equal limits give 0 and no division."""
+    """Map values from [low, high] to [0, 1], clipped; NaN stays NaN. Equal limits give 0."""
     if not high > low:
         return np.where(np.isnan(values), np.nan, 0.0).astype(values.dtype)
     return np.clip((values - low) / (high - low), 0, 1)
 
 
 def peak_cell(raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"]) -> tuple[int, int] | None:
-    """(row, column) of the strongest seen patch, the first in row-major order; None where no patch is seen."""
+    """(row, column) of the strongest seen patch, the first of equal ones in row-major order; None if none is seen."""
     values = np.where(seen & ~np.isnan(raw), raw, -np.inf)
     if not np.isfinite(values).any():
         return None
@@ -92,24 +92,24 @@ def peak_cell(raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "ro
 
 
 def peak(raw: Float[np.ndarray, "rows columns"], geometry: Geometry) -> tuple[float, float] | None:
-    """Centre of the strongest seen patch, (x, y) in original pixels, origin top-left; None where no patch is seen."""
+    """Centre of the strongest seen patch, (x, y) in original pixels, origin top-left; None if no patch is seen."""
     cell = peak_cell(raw, geometry.seen_cells)
     return None if cell is None else geometry.cell_centre(*cell)
 
 
 def otsu(values: NDArray[np.floating]) -> float:
-    """Otsu's threshold of values in [0, 1]: what is at or above it is the foreground."""
+    """Otsu's threshold (1979) of values in [0, 1]: values at or above it are foreground."""
     quantised = np.round(values * 255).astype(np.uint8).reshape(1, -1)
-    # OpenCV's foreground lies above its level, and levels are 1 / 255 apart.
+    # OpenCV's foreground is above its level, and levels are 1 / 255 apart.
     return (float(cv2.threshold(quantised, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[0]) + 0.5) / 255
 
 
 def box(
     heat: Float[np.ndarray, "height width"], threshold: float | Literal["otsu"] = 0.5
 ) -> tuple[int, int, int, int] | None:
-    """Largest connected region of a heat map at or above `threshold` of its range over seen pixels.
+    """Box of the largest connected region of a heat map at or above `threshold` of its range over seen pixels.
 
-    (x0, y0, x1, y1), original pixels, half-open; None for an empty or flat map (never the previous one's box).
+    (x0, y0, x1, y1), original pixels, origin top-left, half-open; None for an empty or flat map.
     """
     low, high = limits([heat], "entry", None)
     if not high > low:

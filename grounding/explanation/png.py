@@ -1,4 +1,7 @@
-"""The PNG files of a result, as bytes that bear our mark: figure, strip, overlays and the picture's copy."""
+"""PNG files of a result, marked as written by grounding: figure, strip, inspection, overlays and copy of the image.
+
+Modules that draw are imported in functions: matplotlib is slow to import, and not needed to store maps.
+"""
 
 from __future__ import annotations
 
@@ -23,45 +26,48 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from grounding.explanation.figures.options import FigureOptions
     from grounding.explanation.inspection import Inspection
 
 OVERLAY = re.compile(r"\d{2,}_.+\.png", re.DOTALL)
-# Each overlay says its own name: one that somebody copied or renamed is theirs, and is never removed.
+# PNG text chunk with the file name of an overlay: a file that the user copied or renamed is never removed.
 NAMED = "Title"
 
 
-def figure_png(explanation: Explanation, options: Mapping[str, Any]) -> bytes:
-    """The side-by-side figure; `options` as in `grounding.render.figure`. Raises OptionError."""
-    # matplotlib is slow to import, and not needed for maps alone.
-    from grounding.explanation.figures.comparison import figure
+def figure_png(explanation: Explanation, options: FigureOptions | Mapping[str, Any]) -> bytes:
+    """The side-by-side figure; `options` as an object or as keyword arguments. Raises OptionError, GroundingError."""
+    from grounding.explanation.figures.comparison import draw
+    from grounding.explanation.figures.options import FigureOptions
 
-    return printed(figure(explanation, **options))
-
-
-def strip_png(explanation: Explanation) -> bytes:
-    """The strip of the tokens by every method."""
-    from grounding.explanation.figures.reading_strip import strip
-
-    return printed(strip(explanation))
+    return encode_figure(
+        draw(explanation, options if isinstance(options, FigureOptions) else FigureOptions.of(options))
+    )
 
 
-def inspection_png(inspections: Sequence[Inspection], channels: int, options: Mapping[str, Any]) -> bytes:
-    """The features behind the maps; `options` are those of the figure, of which the colour map counts."""
-    from grounding.explanation.figures.inspection import figure
+def strip_png(explanation: Explanation, options: FigureOptions) -> bytes:
+    """The reading strips of all methods."""
+    from grounding.explanation.figures.reading_strip import draw
 
-    return printed(figure(inspections, channels, **{key: options[key] for key in ("cmap",) if key in options}))
+    return encode_figure(draw(explanation, options))
 
 
-def printed(made: Figure) -> bytes:
-    """A figure as PNG, the same whatever the user's own settings of matplotlib."""
+def inspection_png(inspections: Sequence[Inspection], channels: int, options: FigureOptions) -> bytes:
+    """The figure of inspections with the strongest `channels` of each. Raises OptionError."""
+    from grounding.explanation.figures.inspection import draw
+
+    return encode_figure(draw(inspections, channels, options))
+
+
+def encode_figure(figure: Figure) -> bytes:
+    """A figure as PNG, independent of the user's matplotlib settings."""
     buffer = io.BytesIO()
-    # Not savefig: it would read the user's own matplotlib settings.
-    cast("FigureCanvasAgg", made.canvas).print_png(buffer, metadata={"Software": MARK})
+    # Not savefig: it would apply the user's matplotlib settings.
+    cast("FigureCanvasAgg", figure.canvas).print_png(buffer, metadata={"Software": MARK})
     return buffer.getvalue()
 
 
 def image_png(image: Image.Image, name: str | None = None) -> bytes:
-    """A picture, with its file name inside where it is given."""
+    """An image as PNG, with its file name in the PNG text if `name` is given."""
     buffer, mark = io.BytesIO(), PngInfo()
     mark.add_text("Software", MARK)
     if name is not None:
@@ -71,11 +77,11 @@ def image_png(image: Image.Image, name: str | None = None) -> bytes:
 
 
 def overlay_names(explanation: Explanation) -> dict[tuple[int, str], str]:
-    """File names of the overlays by (entry, method's key): `03_jacket.png`, with several methods `03_jacket-key.png`.
+    """File names of the overlays by (entry, method key): `03_jacket.png`, with several methods `03_jacket-key.png`.
 
-    Methods that do not see the text have no overlay per entry.
+    Methods that do not depend on the text have no overlay per entry.
     """
-    keys = [key for key, column in explanation.methods.items() if not column.shared]
+    keys = [key for key, method in explanation.methods.items() if not method.shared]
     slugs: dict[str, str] = {}
     for key in keys:
         stem, number = slug(key, "method"), 1
@@ -83,32 +89,32 @@ def overlay_names(explanation: Explanation) -> dict[tuple[int, str], str]:
             number += 1
         slugs[key] = name
     digits = max(2, len(str(len(explanation.entries) - 1)))
-    made = {}
+    names = {}
     for i, entry in enumerate(explanation.entries):
         label = slug(entry_title(explanation, entry), entry.kind)
         for key in keys:
-            made[i, key] = f"{i:0{digits}}_{label}{'-' + slugs[key] if len(keys) > 1 else ''}.png"
-    return made
+            names[i, key] = f"{i:0{digits}}_{label}{'-' + slugs[key] if len(keys) > 1 else ''}.png"
+    return names
 
 
-def overlay_pngs(explanation: Explanation, options: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The overlays with their names; `options` as in `grounding.render.figure`."""
-    from grounding.explanation.figures.overlays import overlays
+def overlay_pngs(explanation: Explanation, options: FigureOptions) -> Iterator[tuple[str, bytes]]:
+    """The overlays with their file names."""
+    from grounding.explanation.figures.overlays import draw
 
     names = overlay_names(explanation)
-    for entry, key, image in overlays(explanation, **options):
+    for entry, key, image in draw(explanation, options):
         yield names[entry, key], image_png(image, names[entry, key])
 
 
 def earlier_overlays(folder: Path) -> tuple[str, ...]:
-    """Names of the overlays that an earlier result left in `folder`; none where there is no folder."""
+    """Names of the overlays of an earlier result in `folder`; none if there is no such folder."""
     if not folder.is_dir():
         return ()
-    return tuple(sorted(e.name for e in folder.iterdir() if OVERLAY.fullmatch(e.name) and _says_its_name(e)))
+    return tuple(sorted(e.name for e in folder.iterdir() if OVERLAY.fullmatch(e.name) and _has_own_name(e)))
 
 
 def check_overlays(folder: Path, names: Mapping[tuple[int, str], str]) -> None:
-    """Raises OutputError where a file of somebody else has the name of an overlay that is to be written."""
+    """Check that overlays with these names replace no other files. Raises OutputError."""
     earlier = earlier_overlays(folder)
     for name in names.values():
         path = folder / name
@@ -116,11 +122,11 @@ def check_overlays(folder: Path, names: Mapping[tuple[int, str], str]) -> None:
             raise OutputError(f"{escape(path)} was not written by grounding and is not replaced; choose another folder")
 
 
-def _says_its_name(path: Path) -> bool:
+def _has_own_name(path: Path) -> bool:
     if not is_ours(path):
         return False
     with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
-        # Some file systems store letters with accents in another form than they were given.
-        said = unicodedata.normalize("NFC", str(image.info.get(NAMED, "")))
-        return said == unicodedata.normalize("NFC", path.name)
+        # Some file systems store accented letters in another Unicode form than the one given.
+        title = unicodedata.normalize("NFC", str(image.info.get(NAMED, "")))
+        return title == unicodedata.normalize("NFC", path.name)
     return False

@@ -1,4 +1,4 @@
-"""An explanation as plain JSON, and back. The key names are the same in every file and on the command line.
+"""Convert explanations to and from JSON. Key names are the same in every file and on the command line.
 
 Coordinates: original pixels, (x, y), origin top-left; boxes (x0, y0, x1, y1), half-open.
 """
@@ -24,12 +24,12 @@ from grounding.explanation.maps import Status
 
 
 def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything but the maps' values, in types that `json` knows. Numbers that are not finite become null.
+    """Everything but the values of the maps, as JSON types. Numbers that are not finite become null.
 
-    `files` names what was written beside it.
+    `files` are the names of the files written beside the JSON.
     """
     geometry, image = explanation.geometry, explanation.image
-    shared = {key: _map(explanation.map(0, key)) for key, c in explanation.methods.items() if c.shared}
+    shared = {key: _map(explanation.map(0, key)) for key, m in explanation.methods.items() if m.shared}
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -56,15 +56,15 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
         ],
         "methods": {
             key: {
-                "method": column.method,
-                "title": column.title,
-                "layer": column.layer,
-                "options": to_builtin(column.options),
-                "signed": column.signed,
-                "text_conditioned": column.text_conditioned,
-                **_own_grid(column, geometry),
+                "method": maps.method,
+                "title": maps.title,
+                "layer": maps.layer,
+                "options": to_builtin(maps.options),
+                "signed": maps.signed,
+                "text_conditioned": maps.text_conditioned,
+                **_own_grid(maps, geometry),
             }
-            for key, column in explanation.methods.items()
+            for key, maps in explanation.methods.items()
         },
         "geometry": geometry.to_dict(),
         "warnings": list(explanation.warnings),
@@ -73,14 +73,14 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
     }
 
 
-def _own_grid(column: MethodMaps, geometry: Geometry) -> dict[str, Any]:
+def _own_grid(maps: MethodMaps, geometry: Geometry) -> dict[str, Any]:
     """Rows and columns of maps whose layer has another grid than the geometry."""
-    rows, columns = column.maps.shape[1:]
+    rows, columns = maps.maps.shape[1:]
     return {} if (rows, columns) == (geometry.rows, geometry.columns) else {"grid": [rows, columns]}
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
-    """An entry without its maps, in types that `json` knows."""
+    """An entry without its maps, as JSON types."""
     return {
         "label": entry.label,
         "kind": entry.kind,
@@ -94,27 +94,27 @@ def entry_json(entry: Entry) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """JSON text in ASCII: no text can break a line, colour a terminal or fail to encode; NaN is refused."""
+    """JSON text in ASCII: no label can break a line, colour a terminal or fail to encode. NaN raises ValueError."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=1) + "\n"
 
 
-def _map(found: PatchMap) -> dict[str, Any]:
-    low, high = found.range
-    peak, box = found.peak, found.box
+def _map(patch_map: PatchMap) -> dict[str, Any]:
+    low, high = patch_map.range
+    peak, box = patch_map.peak, patch_map.box
     return {
         "peak": None if peak is None else [float(v) for v in peak],
         "box": None if box is None else [int(v) for v in box],
         "min": to_builtin(low),
         "max": to_builtin(high),
-        "status": found.status.status,
-        "reason": found.status.reason,
-        "layer": found.method.layer,
-        "text_conditioned": found.method.text_conditioned,
+        "status": patch_map.status.status,
+        "reason": patch_map.status.reason,
+        "layer": patch_map.method.layer,
+        "text_conditioned": patch_map.method.text_conditioned,
     }
 
 
 def to_builtin(value: Any) -> Any:
-    """`value` in JSON's types: NumPy scalars, tuples and mappings converted, numbers that are not finite null."""
+    """`value` as JSON types: NumPy scalars, tuples and mappings converted, numbers that are not finite as null."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | str):
@@ -130,18 +130,18 @@ def to_builtin(value: Any) -> Any:
 
 
 def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], image: Picture) -> Explanation:
-    """The inverse of `to_json`, given the maps of a method's key. Raises GroundingError for what does not fit."""
+    """The inverse of `to_json`; `maps` returns the maps of a method key. Raises GroundingError if they do not fit."""
     geometry = Geometry.from_dict(content["geometry"])
     entries = tuple(_entry(item) for item in content["entries"])
-    columns = {
-        key: _column(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
+    methods = {
+        key: _method_maps(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
         for key, about in content["methods"].items()
     }
     return Explanation(
         image=image,
         caption=content["caption"],
         entries=entries,
-        methods=columns,
+        methods=methods,
         geometry=geometry,
         target=content["target"],
         token_target=content["token_target"],
@@ -172,11 +172,11 @@ def _entry(item: Mapping[str, Any]) -> Entry:
 
 
 def _finite(value: Any) -> float:
-    """A number that JSON has as null where it was not finite."""
+    """A number; NaN for null."""
     return math.nan if value is None else float(value)
 
 
-def _column(
+def _method_maps(
     key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
 ) -> MethodMaps:
     stored = of_entries if about["text_conditioned"] else of_entries[:1]
@@ -197,7 +197,7 @@ def _column(
 
 
 def parse(data: bytes, path: Path) -> dict[str, Any]:
-    """What a JSON file of ours holds. Raises GroundingError for one that is damaged, foreign or newer."""
+    """The content of a result's JSON file. Raises GroundingError for a damaged, foreign or newer file."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""An explanation as files: PNG, maps.npz, explanation.json; written whole or not at all, and read back."""
+"""Save and load an explanation: figures (PNG), maps.npz and explanation.json, written atomically."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from grounding.core.printable import escape
 from grounding.core.registry import did_you_mean
 from grounding.explanation import png, serialization
 from grounding.explanation.explanation import SCHEMA_VERSION, Entry, Explanation
+from grounding.explanation.inspection import CHANNELS
 from grounding.explanation.reading_order import token_indices
 from grounding.explanation.serialization import to_json
 
@@ -34,16 +35,16 @@ FIGURE, STRIP, INSPECTION, MAPS = "figure.png", "strip.png", "inspect.png", "map
 PICTURE, JSON = "picture.png", "explanation.json"
 NAMES = (FIGURE, STRIP, INSPECTION, MAPS, PICTURE, JSON)
 WRITE = ("png", "npz", "json")
-# The names of kinds of files, as `save` returns them and as the JSON has them.
+# Kinds of files: key in the result of `save` -> key in the JSON.
 IN_JSON = {"png": "figure", "strip": "strip", "inspect": "inspect", "npz": "maps", "picture": "picture", "json": "json"}
 OVERLAY = "overlay"
 
 
 def check_output(directory: str | Path) -> Path:
-    """The folder, if `save` can write into it; to be asked before a model is loaded. It is left as it is.
+    """Check, before any work, that `save` can write into a folder; return the folder unchanged.
 
-    Good is a folder that does not exist yet, is empty, or holds results of ours (each file bears a mark); files of
-    others stay where they are. Raises OutputError (a GroundingError and an OSError).
+    The folder may be missing, empty, or hold an earlier result (its files are marked). Files that grounding did not
+    write are never replaced. Raises OutputError (a GroundingError and an OSError).
     """
     return files.check_output(directory, NAMES)
 
@@ -55,19 +56,22 @@ def save(
     *,
     per_token: bool = False,
     inspections: Sequence[Inspection] = (),
-    channels: int = 8,
+    channels: int = CHANNELS,
     **figure_options: Any,
 ) -> dict[str, Path]:
-    """Write an explanation into `directory`, whole or not at all, and return the files by kind.
+    """Write an explanation into `directory`, atomically, and return the files by kind.
 
-    `write` chooses among png, npz, json; `figure_options` go to `grounding.render.figure`. With `png`, a text that the
-    model wrote (or was made to) has strip.png besides, and `per_token` adds one overlay per entry and method that sees
-    the text: `03_jacket.png`; `inspections` (see `grounding.inspection`) are drawn in inspect.png, with the strongest
-    `channels` of each. The kinds are those of `write`, `strip`, `inspect` and, for entry 3 by gradcam,
-    `overlay:3:gradcam`.
-    Earlier results there are replaced; files of theirs that are not written again are removed, so that a folder never
-    holds parts of two results. With `json`, a picture that has no file of its own is saved beside it. Raises
-    OutputError, OptionError.
+    Parameters
+    ----------
+    write: kinds of files, among png, npz and json.
+    per_token: with png, also write one overlay per entry and method that depends on the text: `03_jacket.png`.
+    inspections: with png, draw these in inspect.png (see `grounding.inspect`), with the strongest `channels` of each.
+    figure_options: those of `FigureOptions`.
+
+    With png, a generated or forced text also gets strip.png. With json, an image that has no file of its own is saved
+    beside it. The keys of the result are those of `write`, `strip`, `inspect` and, for entry 3 by gradcam,
+    `overlay:3:gradcam`. An earlier result in the folder is replaced; its files that are not written again are removed,
+    so that a folder never holds parts of two results. Raises OutputError, OptionError.
     """
     chosen = _chosen(write)
     folder = check_output(directory)
@@ -76,13 +80,16 @@ def save(
     named = {f"{OVERLAY}:{entry}:{key}": name for (entry, key), name in overlays.items()}
     contents: dict[str, bytes] = {}
     if "png" in chosen:
-        contents[FIGURE] = png.figure_png(explanation, figure_options)
+        from grounding.explanation.figures.options import FigureOptions  # imports matplotlib
+
+        options = FigureOptions.of(figure_options)
+        contents[FIGURE] = png.figure_png(explanation, options)
         if explanation.origin != "given" and token_indices(explanation):
-            contents[STRIP] = png.strip_png(explanation)
+            contents[STRIP] = png.strip_png(explanation, options)
         if inspections:
-            contents[INSPECTION] = png.inspection_png(inspections, channels, figure_options)
+            contents[INSPECTION] = png.inspection_png(inspections, channels, options)
         if overlays:
-            contents.update(png.overlay_pngs(explanation, figure_options))
+            contents.update(png.overlay_pngs(explanation, options))
     if "npz" in chosen:
         contents[MAPS] = _npz(explanation)
     if "json" in chosen:
@@ -100,21 +107,21 @@ def save(
 
 
 def listed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Files by kind, as `save` returns them, in the form that the JSON has them in.
+    """Files by kind, as `save` returns them, in the form of the JSON.
 
-    `overlays` maps an entry's place to a file, or to {method's key: file} where there are several methods.
+    `overlays` maps the index of an entry to a file, or to {method key: file} if there are several methods.
     """
-    made: dict[str, Any] = {IN_JSON[kind]: str(name) for kind, name in saved.items() if kind in IN_JSON}
+    listing: dict[str, Any] = {IN_JSON[kind]: str(name) for kind, name in saved.items() if kind in IN_JSON}
     found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(OVERLAY)]
     if found:
-        made["overlays"] = {}
+        listing["overlays"] = {}
         several = len({key for _, key, _ in found}) > 1
         for entry, key, name in found:
             if several:
-                made["overlays"].setdefault(entry, {})[key] = name
+                listing["overlays"].setdefault(entry, {})[key] = name
             else:
-                made["overlays"][entry] = name
-    return made
+                listing["overlays"][entry] = name
+    return listing
 
 
 def _chosen(write: Sequence[str]) -> set[str]:
@@ -128,7 +135,7 @@ def _chosen(write: Sequence[str]) -> set[str]:
 
 
 def _npz(explanation: Explanation) -> bytes:
-    """The same bytes for the same explanation: no time of writing, no pickle."""
+    """The maps as NPZ: the same bytes for the same explanation (no time stamps), without pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays(explanation).items():
@@ -141,16 +148,16 @@ def _npz(explanation: Explanation) -> bytes:
 
 
 def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
-    """What maps.npz holds, by name.
+    """The arrays of maps.npz by name.
 
-    `maps/<key>`: raw signed maps (entries, rows, columns), or (1, rows, columns) for all entries where
-    `text_conditioned` is False. `keys`, `text_conditioned`: one per method. `labels`, `kinds`, `starts`, `ends`,
-    `token_ids` (-1: none), `scores`: one per entry. `origin`: where the caption is from. `geometry/*`: as in
-    `Geometry`; `seen`: (x0, y0, x1, y1), original pixels. Where a model wrote the text: `probabilities` (NaN: none),
-    one per entry, and `alternatives/labels`, `/token_ids` (-1) and `/probabilities` (NaN where an entry has fewer),
-    (entries, most alternatives). A NumPy text loses zero characters at its end; the JSON has labels as they are.
+    `maps/<key>`: raw signed maps (entries, rows, columns), or (1, rows, columns) where `text_conditioned` is False.
+    `keys`, `text_conditioned`: one per method. `labels`, `kinds`, `starts`, `ends`, `token_ids` (-1: none), `scores`:
+    one per entry. `origin`: origin of the caption. `geometry/*`: as in `Geometry`; `seen`: (x0, y0, x1, y1), original
+    pixels. For a generated text: `probabilities` (NaN: none), one per entry, and `alternatives/labels`, `/token_ids`
+    (-1) and `/probabilities` (NaN where an entry has fewer), (entries, most alternatives). NumPy strips zero characters
+    from the end of texts; the JSON has the complete labels.
     """
-    entries, columns = explanation.entries, explanation.methods.values()
+    entries, methods = explanation.entries, explanation.methods.values()
     geometry = {f"geometry/{k}": np.array(v) for k, v in explanation.geometry.to_dict().items() if v is not None}
     return {
         "schema_version": np.array(SCHEMA_VERSION),
@@ -162,36 +169,36 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
         "token_ids": np.array([-1 if e.token_id is None else e.token_id for e in entries], dtype=np.int64),
         "scores": np.array([e.score for e in entries], dtype=np.float64),
         "origin": np.array(explanation.origin, dtype=np.str_),
-        **_chances(entries),
-        "keys": np.array([c.key for c in columns], dtype=np.str_),
-        "text_conditioned": np.array([c.text_conditioned for c in columns], dtype=np.bool_),
+        **_probabilities(entries),
+        "keys": np.array([m.key for m in methods], dtype=np.str_),
+        "text_conditioned": np.array([m.text_conditioned for m in methods], dtype=np.bool_),
         "seen": np.array(explanation.geometry.seen, dtype=np.float64),
         **geometry,
-        **{_member(key): column.maps for key, column in explanation.methods.items()},
+        **{_member(m.key): m.maps for m in methods},
     }
 
 
-def _chances(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Probabilities, and the alternatives as tables, filled up where an entry has fewer than another."""
+def _probabilities(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """Probabilities, and alternatives as tables that are padded for entries with fewer alternatives."""
     if all(e.probability is None and not e.alternatives for e in entries):
         return {}
     shape = len(entries), max(len(e.alternatives) for e in entries)
     labels = [[*(a.label for a in e.alternatives), *[""] * (shape[1] - len(e.alternatives))] for e in entries]
-    token_ids, chances = np.full(shape, -1, np.int64), np.full(shape, np.nan)
+    token_ids, probabilities = np.full(shape, -1, np.int64), np.full(shape, np.nan)
     for row, entry in enumerate(entries):
-        for place, one in enumerate(entry.alternatives):
-            token_ids[row, place], chances[row, place] = one.token_id, one.probability
+        for column, one in enumerate(entry.alternatives):
+            token_ids[row, column], probabilities[row, column] = one.token_id, one.probability
     # NaN stands for None.
     return {
         "probabilities": np.array([e.probability for e in entries], dtype=np.float64),
         "alternatives/labels": np.array(labels, dtype=np.str_).reshape(shape),
         "alternatives/token_ids": token_ids,
-        "alternatives/probabilities": chances,
+        "alternatives/probabilities": probabilities,
     }
 
 
 def _member(key: str) -> str:
-    """The name of a method's array: keys as they are, save for signs that no archive or file system likes."""
+    """The name of a method's array: its key, with characters escaped that archives or file systems cannot hold."""
     return "maps/" + quote(key, safe="@:,+=-._ ()", errors="surrogatepass")
 
 
@@ -199,18 +206,18 @@ def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes],
     kinds = {"png": FIGURE, "strip": STRIP, "inspect": INSPECTION, "npz": MAPS, "picture": PICTURE}
     content = to_json(explanation, listed({k: name for k, name in kinds.items() if name in contents} | dict(overlays)))
     content["image"]["relative_path"] = _relative(explanation.image.path, folder)
-    # A folder that was cut off between two files shows by this.
+    # Reveals files of different results in one folder.
     content["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     return serialization.dumps(content).encode("ascii")
 
 
 def _needs_copy(image: Picture) -> bool:
-    """Pictures from memory have no file, those from an address none that would be opened again."""
+    """Whether an image has no file to be opened again: it is from memory or from an address."""
     return image.path is None or ADDRESS.match(image.path) is not None
 
 
 def _relative(path: str | None, folder: Path) -> str | None:
-    """The picture as seen from the result folder: found again when both are moved together."""
+    """Path of the image relative to the result folder: valid when both are moved together."""
     if path is None or ADDRESS.match(path):
         return None
     try:
@@ -220,11 +227,11 @@ def _relative(path: str | None, folder: Path) -> str | None:
 
 
 def load(directory: str | Path) -> Explanation:
-    """The inverse of `save` with json and npz: the same maps, bit for bit, and all fields.
+    """Load a result saved with json and npz: the same maps, bit for bit, and all fields.
 
-    The picture is opened again where it was or where it lies as seen from the folder, if its sha256 is still the same.
-    Otherwise everything but the picture is there, and drawing raises GroundingError saying what became of it.
-    Raises GroundingError for a folder that is damaged, none of ours, or written by a newer version.
+    The image is opened from its path, or from its path relative to the folder, if its sha256 is unchanged. Otherwise
+    the explanation has everything but the image, and drawing it raises GroundingError with the reason.
+    Raises GroundingError for a folder that is damaged, not a result, or written by a newer version.
     """
     folder = Path(directory)
     content = serialization.parse(_read(folder / JSON, folder), folder / JSON)
@@ -248,11 +255,11 @@ def _read(path: Path, folder: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise GroundingError(f"{escape(folder)} is no result folder of grounding: {path.name}: {reason}") from None
+        raise GroundingError(f"{escape(folder)} is not a result folder of grounding: {path.name}: {reason}") from None
 
 
 class _Absent(Image.Image):
-    """Stands for a picture that is gone: any use of it says so."""
+    """Placeholder of a missing image: any use raises GroundingError with the reason."""
 
     def __init__(self, reason: str) -> None:
         object.__setattr__(self, "__reason__", reason)
@@ -270,19 +277,22 @@ def _image(content: Mapping[str, Any], folder: Path) -> Picture:
     about = content["image"]
     path, digest, crop = about["path"], about["sha256"], about.get("crop")
     if "picture" in content["files"]:
-        found = _opened(folder / PICTURE, content["sha256"][PICTURE])
+        opened = _opened(folder / PICTURE, content["sha256"][PICTURE])
     else:
-        found = _opened(Path(path), digest, crop)
-        if isinstance(found, str) and about.get("relative_path"):
+        opened = _opened(Path(path), digest, crop)
+        if isinstance(opened, str) and about.get("relative_path"):
             moved = _opened(folder / about["relative_path"], digest, crop)
-            found = found if isinstance(moved, str) else moved
-    image = _Absent(f"the picture of this result cannot be drawn: {found}") if isinstance(found, str) else found.pil
-    warnings, part = tuple(about["warnings"]), None if crop is None else tuple(crop)
-    return Picture(image, about["width"], about["height"], path, digest, warnings, part)
+            opened = opened if isinstance(moved, str) else moved
+    if isinstance(opened, str):
+        image: Image.Image = _Absent(f"the image of this result cannot be drawn: {opened}")
+    else:
+        image = opened.pil
+    box = None if crop is None else tuple(crop)
+    return Picture(image, about["width"], about["height"], path, digest, tuple(about["warnings"]), box)
 
 
 def _opened(path: Path, digest: str, crop: Sequence[int] | None = None) -> Picture | str:
-    """The picture, if it is the one with this sha256; else why not."""
+    """The image at `path`, if it has this sha256; else the reason."""
     try:
         image = open_image(path)
         if image.sha256 == digest and crop is not None:

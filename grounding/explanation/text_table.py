@@ -20,21 +20,20 @@ TOP_CLASSES = 5
 
 
 def headline(explanation: Explanation) -> str:
-    """Picture, model, target and where the text is from, in one line."""
-    name = explanation.image.path or "picture"
+    """Image, model, target and origin of the text in one line."""
+    name = explanation.image.path or "image"
     size = f"{explanation.image.width} x {explanation.image.height}"
-    how = f"parts of the caption: {explanation.token_target}" if explanation.token_target else ""
+    token_target = f"parts of the caption: {explanation.token_target}" if explanation.token_target else ""
     model = f"{explanation.model['type']} {explanation.model['id']}"
-    parts = [f"{name} ({size})", model, f"target {explanation.target}", origin_words(explanation) or how]
+    parts = [f"{name} ({size})", model, f"target {explanation.target}", origin_words(explanation) or token_target]
     return escape(", ".join(part for part in parts if part))
 
 
 def explanation_table(explanation: Explanation) -> str:
     """Entry, score, and per method peak (x, y) and box (x0, y0, x1, y1) in original pixels.
 
-    Tokens that a model wrote have their probability and the next best two; below classes stand the five most probable
-    ones. The boxes are left out where the table
-    would be wider than WIDEST signs.
+    Generated tokens have their probability and two alternatives; below classes the five most probable are listed.
+    The boxes are omitted if the table would be wider than WIDEST characters.
     """
     whole = table(_rows(explanation, boxes=True))
     if max(map(_width, whole.splitlines())) > WIDEST:
@@ -44,40 +43,40 @@ def explanation_table(explanation: Explanation) -> str:
 
 
 def _top_classes(explanation: Explanation) -> str:
-    """The most probable classes of the picture; empty where no class was explained."""
-    shown: list[Entry | Alternative] = []
+    """The most probable classes of the image; empty if no class was explained."""
+    candidates: list[Entry | Alternative] = []
     for entry in explanation.entries:
-        shown += [entry, *entry.alternatives] if entry.kind == "class" else []
-    found = {one.token_id: one for one in shown}
-    known = [one for one in found.values() if one.probability is not None]
+        candidates += [entry, *entry.alternatives] if entry.kind == "class" else []
+    by_index = {one.token_id: one for one in candidates}
+    known = [one for one in by_index.values() if one.probability is not None]
     best = sorted(known, key=lambda one: -(one.probability or 0))[:TOP_CLASSES]
     rows = [[escape(one.label), str(one.token_id), likelihood(one.probability or 0)] for one in best]
     return table([["most probable", "index", "p"], *rows]) if rows else ""
 
 
 def _rows(explanation: Explanation, *, boxes: bool) -> list[list[str]]:
-    chances = any(e.probability is not None for e in explanation.entries)
+    probabilities = any(e.probability is not None for e in explanation.entries)
     others = any(e.alternatives and e.kind != "class" for e in explanation.entries)
-    rows = [["entry", "kind", "score", *(["p"] if chances else []), *(["next best"] if others else [])]]
-    for column in explanation.methods.values():
-        rows[0] += [f"{column.key} peak", *(["box"] if boxes else [])]
+    rows = [["entry", "kind", "score", *(["p"] if probabilities else []), *(["next best"] if others else [])]]
+    for key in explanation.methods:
+        rows[0] += [f"{key} peak", *(["box"] if boxes else [])]
     for i, entry in enumerate(explanation.entries):
         row = [escape(entry_title(explanation, entry)), entry.kind, f"{entry.score:+.4f}"]
-        if chances:
+        if probabilities:
             row.append("-" if entry.probability is None else f"{entry.probability:.4f}")
         if others:
             row.append(_ellipsis(escape(next_best(entry))) or "-")
-        for key, column in explanation.methods.items():
-            cells = ['"', '"'] if column.shared and i else _cells(explanation.map(i, key))
+        for key, method in explanation.methods.items():
+            cells = ['"', '"'] if method.shared and i else _cells(explanation.map(i, key))
             row += cells if boxes else cells[:1]
         rows.append(row)
     return rows
 
 
-def _cells(found: PatchMap) -> list[str]:
-    if not found.status:
+def _cells(patch_map: PatchMap) -> list[str]:
+    if not patch_map.status:
         return ["no evidence", "-"]
-    peak, box = found.peak, found.box
+    peak, box = patch_map.peak, patch_map.box
     return [
         "-" if peak is None else f"{peak[0]:.1f}, {peak[1]:.1f}",
         "-" if box is None else ", ".join(map(str, box)),
@@ -85,8 +84,8 @@ def _cells(found: PatchMap) -> list[str]:
 
 
 def layer_table(layers: Sequence[Layer]) -> str:
-    """Path, short name, output shape and liveness of each tap."""
-    rows = [["layer", "short", "output", "tap"]]
+    """Path, short name, output shape and liveness of each layer."""
+    rows = [["layer", "short", "output", "state"]]
     rows += [
         [
             layer.path,
@@ -100,7 +99,7 @@ def layer_table(layers: Sequence[Layer]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, a rule under the head; wide characters counted as two."""
+    """Aligned columns with a rule below the header; wide characters count as two."""
     short = [[_ellipsis(cell) if i == 0 and len(rows[0]) > 4 else cell for i, cell in enumerate(row)] for row in rows]
     widths = [max(_width(row[i]) for row in short) for i in range(len(short[0]))]
     lines = [

@@ -1,4 +1,4 @@
-"""Views of an explanation by name: what draws, stores and loads it, imported when first used."""
+"""Functions that draw, save and load an explanation, by name and imported on first use."""
 
 from grounding.core.registry import Registry
 

@@ -1,1 +1,1 @@
-"""Figures of explanations: overlays, comparisons, reading strips, inspections."""
+"""Figures of explanations: overlays, comparisons, reading strips and inspections."""

@@ -1,4 +1,4 @@
-"""Text inside figures: what a font can draw, how wide it is, where its lines break. No text is ever read as markup."""
+"""Fonts of figures: drawable characters, text width and line breaks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from matplotlib.font_manager import FontProperties
 
 from grounding.core.printable import escape
 
-# Comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew and many signs look the same on every machine.
+# Comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew and many symbols look the same on every machine.
 OWN = "DejaVu Sans"
-# Asked in this order for characters that OWN has not, where they are installed.
+# Fallbacks, in this order, for characters that OWN lacks, where they are installed.
 OTHERS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans",
     "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo",
@@ -23,7 +23,7 @@ OTHERS = (
 )  # fmt: skip
 LINE = 1.28
 LONGEST = 4000
-# Hinting makes text wider at few pixels per inch: measured where figures are drawn.
+# Hinting makes text wider at low resolution, so widths are measured at the resolution of figures.
 RULER_DPI = 150
 ELLIPSIS = "…"
 
@@ -45,13 +45,13 @@ def _family_of(character: str, weight: str) -> str | None:
 
 
 def families(text: str, weight: str = "normal") -> list[str]:
-    """Font families that draw `text` between them, OWN first."""
+    """Font families that together draw `text`, OWN first."""
     needed = {_family_of(c, weight) for c in set(text)}
     return [name for name in _installed() if name == OWN or name in needed]
 
 
 def printable(text: str, weight: str = "normal") -> str:
-    r"""`text` on one line, in characters that the installed fonts can draw; all others as escapes (`\u732b`)."""
+    r"""`text` on one line; characters that no installed font can draw are escaped (`\u732b`)."""
     shown = escape(text)
     if shown.isascii():
         return shown
@@ -74,7 +74,7 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
 def wrap(
     text: str, width: float, size: float, weight: str = "normal", lines: int | None = None, ending: str = ELLIPSIS
 ) -> list[str]:
-    """`text`, made printable, in lines of at most `width` inches; past `lines` of them it is cut and has `ending`."""
+    """`text`, made printable, in lines of at most `width` inches; after `lines` lines it is cut and gets `ending`."""
     shown = printable(text[:LONGEST] + (ELLIPSIS if len(text) > LONGEST else ""), weight)
     made: list[str] = []
     for line in _lines(shown.split(), width, size, weight):
@@ -108,16 +108,16 @@ def _lines(words: list[str], width: float, size: float, weight: str) -> Iterator
 
 
 def _longest_prefix(word: str, width: float, size: float, weight: str) -> int:
-    """How many characters (at least one) of a word too long for a line fit on it."""
+    """Number of characters (at least one) that fit on a line, of a word too long for it."""
     low, high = 1, len(word) - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if width_of(word[:middle], size, weight) <= width else (low, middle - 1)
-    # A path breaks after one of its signs and an escape before its own, if that leaves no stub.
+    # A path breaks after a separator and an escape before its backslash, unless that leaves less than half a line.
     sign = max(word.rfind("\\", 0, low + 1), 1 + max(word.rfind(c, 0, low) for c in "./_-"))
     return sign if sign > low / 2 else low
 
 
 def height_of(lines: int, size: float) -> float:
-    """Height of that many lines, inches; `size` in points."""
+    """Height of `lines` lines in inches; `size` in points."""
     return lines * size * LINE / 72

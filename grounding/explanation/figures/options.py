@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Any, Literal
+from typing import Any
 
 from grounding.core.errors import OptionError
 from grounding.core.registry import did_you_mean
 from grounding.explanation.figures.pixels import DIVERGING, colour_table
-from grounding.explanation.maps import SCALES, Scale
+from grounding.explanation.maps import SCALES
 
 LAYOUTS = ("rows", "panels")
 BACKGROUNDS = ("picture", "edges")
@@ -46,15 +46,15 @@ class FigureOptions:
     Raises OptionError.
     """
 
-    layout: Literal["rows", "panels"] = "rows"
-    scale: Scale = "entry"
-    fixed: tuple[float, float] | None = None
+    layout: str = "rows"
+    scale: str = "entry"
+    fixed: Sequence[float] | None = None
     cmap: str = "magma"
     opacity: float = 0.6
     grid: bool = False
     peak: bool = True
     box: bool = True
-    background: Literal["picture", "edges"] = "picture"
+    background: str = "picture"
     signed: bool = False
     cells: bool = False
     oversampling: float = 2.0
@@ -75,8 +75,6 @@ class FigureOptions:
                     f"unknown {option} {value!r}{did_you_mean(value, list(known))} (there are: {', '.join(known)})"
                 )
         self._check_fixed()
-        if self.fixed is not None:
-            object.__setattr__(self, "fixed", (float(self.fixed[0]), float(self.fixed[1])))
 
     def _check_fixed(self) -> None:
         if self.scale != "fixed":
@@ -95,15 +93,17 @@ class FigureOptions:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise OptionError(f"no figure option {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+                raise OptionError(
+                    f"no figure option {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})"
+                )
         return cls(**options)
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """`fixed` as (low, high); None for other scales."""
+        return None if self.fixed is None else (float(self.fixed[0]), float(self.fixed[1]))
 
     @property
     def diverging(self) -> str:
         """The colour map of maps drawn with their sign: `cmap` if it is a diverging one."""
         return self.cmap if self.cmap.removesuffix("_r") in DIVERGING_NAMES else DIVERGING
-
-
-def check_options(**options: Any) -> None:
-    """Validate the keyword arguments of a figure. Raises OptionError."""
-    FigureOptions.of(options)

@@ -198,7 +198,7 @@ def _measure(rgb: Rgb) -> float:
 
 
 def draw_note(rgb: Rgb, text: str) -> Rgb:
-    """Draw a line of text on a white plate at the centre, as large as fits; a panel too small for it stays unchanged."""
+    """Draw a line of text on a white plate at the centre, as large as fits; too small a panel stays unchanged."""
     height, width = rgb.shape[:2]
     for size in range(max(8, round(_measure(rgb) / 15)), 7, -1):
         font = _font(size)

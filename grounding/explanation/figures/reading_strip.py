@@ -1,4 +1,4 @@
-"""The strip: a line of text with its tokens along it, each at the patch that speaks most for it; one per method."""
+"""The reading strip: an image of text with its tokens along it, each at its strongest patch; one strip per method."""
 
 from __future__ import annotations
 
@@ -6,74 +6,81 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from grounding.core.errors import GroundingError
 from grounding.explanation.explanation import Explanation, MethodMaps
-from grounding.explanation.figures import fonts, wording
+from grounding.explanation.figures import fonts, header, wording
 from grounding.explanation.figures.label_placement import extent, spread
+from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.pixels import Rgb, distorted, faded, fit, hatch, resized
-from grounding.explanation.figures.sheet import ALERT, DPI, INK, Block, Line, Sheet
+from grounding.explanation.figures.sheet import ALERT, DPI, INK, Block, Paragraph, Sheet
 from grounding.explanation.figures.strip_tokens import IMPROBABLE, LABEL, NOTE, Mark, Placed, draw_marks, marks_of
 from grounding.explanation.labels import entry_title, likelihood, next_best
 from grounding.explanation.reading_order import reading_order, right_to_left, token_indices
 
-__all__ = ["reading_order", "strip"]
-
 MARGIN = 0.25
 NARROWEST, BROADEST = 7.0, 15.5  # inches between the margins
 READABLE = 0.5  # inches: height of a line of text, where there is room for it
-HIGHEST = 3.2  # inches of a picture that is wider than high; others may be twice as high
-PARAGRAPH = 10.0  # inches
-FAR = 1.2  # inches from where it belongs: a label so far off had better stand in a second row
-TOO_FAR, MORE_GROUPS = 2.5, 3  # inches at which tokens are given to several strips; how many more are tried
+HIGHEST = 3.2  # height in inches of an image that is wider than high; other images may be twice as high
+PARAGRAPH = 10.0  # width in inches
+FAR = 1.2  # inches between a label and its peak from which a second row of labels is used
+TOO_FAR = 2.5  # inches between a label and its peak from which the tokens are split into several strips
+TRIED = 3  # numbers of strips that are compared
 ROWS = 2
 MOST_NAMED = 3
-MOST_DOUBTED = 8
-OVERSAMPLING = 2
+MOST_IMPROBABLE = 8
 
 
-def strip(explanation: Explanation, column: str | None = None) -> Figure:
-    """A picture of a text with the tokens that a model wrote along it, one strip per method, or for `column` alone.
+def strip(explanation: Explanation, method: str | None = None, **options: Any) -> Figure:
+    """Draw the tokens of a generated text along its image, one strip per method, or for the method key `method` alone.
 
-    On the picture stands the patch cell of each token's peak, below it the token with its probability, joined by a
-    thin line. Tokens that lie behind what was read before (`reading_order`), those without evidence and those of a
-    probability below one half are marked. Many tokens stand in two rows, and then in several strips of the picture.
-    In the figure artists are found by gid: `cell:<key>:<entry>` is a box, in inches from the top left.
-    Raises GroundingError where there are no tokens, no such method, or the picture of a loaded explanation is gone.
+    The patch of each token's peak is outlined on the image; the token and its probability are below, joined by a line.
+    Tokens behind earlier tokens (`reading_order`), tokens without evidence and tokens with a probability below one half
+    are marked. Many tokens take two rows, and then several strips. `options` are those of `FigureOptions`, of which
+    `oversampling` has an effect. The gid of an outline is `cell:<key>:<entry>`; its unit is inches, origin top-left.
+    Raises OptionError, and GroundingError for an explanation without tokens, an unknown method, or a loaded explanation
+    whose image is missing.
     """
-    if column is not None and column not in explanation.methods:
-        raise GroundingError(f"no method {column!r} in this explanation (it has: {', '.join(explanation.methods)})")
+    return draw(explanation, FigureOptions.of(options), method)
+
+
+def draw(explanation: Explanation, options: FigureOptions, method: str | None = None) -> Figure:
+    """The figure of `strip`, from validated options. Raises GroundingError."""
+    if method is not None and method not in explanation.methods:
+        raise GroundingError(f"no method {method!r} in this explanation (it has: {', '.join(explanation.methods)})")
     if not token_indices(explanation):
-        raise GroundingError("no tokens to draw along the picture: explain a text with its tokens")
-    columns = [c for c in explanation.methods.values() if column in (None, c.key)]
-    return _Strips(explanation, columns).draw()
+        raise GroundingError("no tokens to draw along the image: explain a text with its tokens")
+    methods = [m for m in explanation.methods.values() if method in (None, m.key)]
+    return _Strips(explanation, methods, options.oversampling).draw()
 
 
 @dataclass
 class _Strips:
-    """One figure in the making."""
+    """The layout of one figure."""
 
     explanation: Explanation
-    columns: Sequence[MethodMaps]
+    methods: Sequence[MethodMaps]
+    oversampling: float
     placed: list[tuple[str, list[Placed]]] = field(default_factory=list)
 
     def draw(self) -> Figure:
         """The figure."""
         sheet = Sheet(self._lane + 2 * MARGIN)
-        y = MARGIN + sheet.block(self._words(), MARGIN, MARGIN, min(self._lane, PARAGRAPH))
-        for column in self.columns:
-            y += 0.22 + sheet.block(self._heading(column), MARGIN, y + 0.22, self._lane)
-            if not column.shared:
-                for group in self._groups(self._marks[column.key]):
-                    y = self._place(sheet, column.key, group, y + 0.06)
-                y += sheet.block(list(self._remarks(column)), MARGIN, y, min(self._lane, PARAGRAPH))
-        made = sheet.figure(y + MARGIN)
+        y = MARGIN + sheet.block(self._header(), MARGIN, MARGIN, min(self._lane, PARAGRAPH))
+        for method in self.methods:
+            y += 0.22 + sheet.block(self._heading(method), MARGIN, y + 0.22, self._lane)
+            if not method.shared:
+                for group in self._groups(self._marks[method.key]):
+                    y = self._place(sheet, method.key, group, y + 0.06)
+                y += sheet.block(list(self._remarks(method)), MARGIN, y, min(self._lane, PARAGRAPH))
+        figure = sheet.figure(y + MARGIN)
         for key, placed in self.placed:
-            draw_marks(made.axes[0], key, placed)
-        return made
+            draw_marks(figure.axes[0], key, placed)
+        return figure
 
     @cached_property
     def _entries(self) -> tuple[int, ...]:
@@ -81,23 +88,23 @@ class _Strips:
 
     @cached_property
     def _marks(self) -> dict[str, list[Mark]]:
-        """The tokens by each method that tells them apart."""
+        """The tokens by the key of each method with a map per token."""
         return {
-            c.key: marks_of(self.explanation, c.key, self._entries, reading_order(self.explanation, c.key))
-            for c in self.columns
-            if not c.shared
+            m.key: marks_of(self.explanation, m.key, self._entries, reading_order(self.explanation, m.key))
+            for m in self.methods
+            if not m.shared
         }
 
     @cached_property
     def _lane(self) -> float:
-        """Width between the margins: what the labels of one row need, and a line of text to be read."""
+        """Width between the margins: enough for the labels of one row and for a readable line of text."""
         needed = max((extent([m.width for m in marks]) for marks in self._marks.values()), default=0.0)
         height, width = fit(self.explanation.geometry.width, self.explanation.geometry.height, 1000)
         return min(max(NARROWEST, 1.1 * needed, READABLE * width / height), BROADEST)
 
     @cached_property
     def _size(self) -> tuple[float, float]:
-        """(width, height) of the picture, inches."""
+        """(width, height) of the image, inches."""
         height, width = fit(self.explanation.geometry.width, self.explanation.geometry.height, 1000)
         highest = HIGHEST * min(2.0, max(1.0, height / width))
         factor = min(self._lane / width, highest / height)
@@ -105,89 +112,87 @@ class _Strips:
 
     @cached_property
     def _image(self) -> Rgb:
-        """The picture, hatched where the model saw nothing of it."""
+        """The image, hatched where the model did not see it."""
         geometry = self.explanation.geometry
-        longest = round(max(self._size) * DPI * OVERSAMPLING)
+        longest = round(max(self._size) * DPI * self.oversampling)
         size = fit(geometry.width, geometry.height, max(1, longest))
         image = resized(self.explanation.image.pil, size)
         unseen = np.ones(size, bool)
         unseen[geometry.seen_slices(size)] = False
         return hatch(image, faded(image), unseen)
 
-    def _words(self) -> Block:
-        """What stands once: the text, model and picture, what the signs mean, all warnings."""
-        explanation = self.explanation
-        text = [Line(f"“{explanation.caption}”", 12.0, INK, "bold")] if explanation.caption else []
+    def _header(self) -> Block:
+        improbable = self._improbable()
         return [
-            *text,
-            Line(wording.facts(explanation), 8.0, INK),
-            Line(self._legend()),
-            *([Line(doubts, 7.0, ALERT)] if (doubts := self._doubts()) else []),
-            *(Line(f"Warning: {w}", 7.5, ALERT, space=0.0 if i else 0.06) for i, w in enumerate(explanation.warnings)),
+            *header.caption(self.explanation.caption),
+            Paragraph(wording.facts(self.explanation), 8.0, INK),
+            Paragraph(self._legend()),
+            *([Paragraph(improbable, 7.0, ALERT)] if improbable else []),
+            *header.warnings(self.explanation.warnings, space=0.06),
         ]
 
     def _legend(self) -> str:
         side = "right" if right_to_left(self.explanation.caption) else "left"
         known = [p for i in self._entries if (p := self.explanation.entries[i].probability) is not None]
         below = " (?: below 50%)" if any(p < IMPROBABLE for p in known) else ""
-        percent = [f"%: probability of the token at its place{below}"] if known else []
+        percent = [f"%: probability of the token at its position{below}"] if known else []
         flagged = any(reading_order(self.explanation, key) for key in self._marks)
-        back = [f"back: more than a patch to the {side} of what was read before, on one line"] if flagged else []
+        back = [f"back: more than a patch to the {side} of an earlier token, on one line"] if flagged else []
         note = distorted(self.explanation.geometry.width, self.explanation.geometry.height)
-        shape = [f"picture {note}"] if note else []
-        return " · ".join(["□ patch that speaks most for the token", *percent, *back, *shape])
+        shape = [f"image {note}"] if note else []
+        return " · ".join(["□ strongest patch of the token", *percent, *back, *shape])
 
-    def _doubts(self) -> str:
-        """The improbable tokens with what could have stood there."""
-        found = [(i, self.explanation.entries[i]) for i in self._entries]
-        doubted = [(i, e) for i, e in found if e.probability is not None and e.probability < IMPROBABLE]
+    def _improbable(self) -> str:
+        """The improbable tokens with their alternatives."""
+        entries = [(i, self.explanation.entries[i]) for i in self._entries]
+        improbable = [(i, e) for i, e in entries if e.probability is not None and e.probability < IMPROBABLE]
         names = []
-        for i, entry in doubted[:MOST_DOUBTED]:
+        for i, entry in improbable[:MOST_IMPROBABLE]:
             others = next_best(entry)
             names.append(
                 f"{self._name(i)} {likelihood(entry.probability or 0.0)}" + (f" (or: {others})" if others else "")
             )
-        return f"Below 50%: {_listed(names, len(doubted))}" if names else ""
+        return f"Below 50%: {_listed(names, len(improbable))}" if names else ""
 
-    def _heading(self, column: MethodMaps) -> Block:
-        parts = [wording.short_layer(column.layer) if column.layer else "", wording.changed_options(column)]
+    def _heading(self, method: MethodMaps) -> Block:
+        parts = [wording.short_layer(method.layer) if method.layer else "", wording.changed_options(method)]
         line = " · ".join(part for part in parts if part)
-        note = "no evidence about single tokens: does not see the text, one map for all entries"
+        note = "no evidence about single tokens: independent of the text, one map for all entries"
         return [
-            Line(column.title, 10.0, INK, "bold"),
-            *([Line(line, 7.0)] if line else []),
-            *([Line(note, 7.5, ALERT)] if column.shared else []),
+            Paragraph(method.title, 10.0, INK, "bold"),
+            *([Paragraph(line, 7.0)] if line else []),
+            *([Paragraph(note, 7.5, ALERT)] if method.shared else []),
         ]
 
     def _groups(self, marks: list[Mark]) -> list[list[Mark]]:
-        """As few parts of equal length, in reading order, as have room for their labels not too far from the peaks."""
+        """The tokens in reading order, in as few equal parts as keep their labels near the peaks."""
         found: list[tuple[float, list[list[Mark]]]] = []
         for count in range(1, len(marks) + 1):
             cuts = [round(i * len(marks) / count) for i in range(count + 1)]
             groups = [marks[a:b] for a, b in pairwise(cuts)]
             if all(extent([m.width for m in self._ordered(g)], ROWS) <= self._lane for g in groups):
                 found.append((max(self._positions(g)[2] for g in groups), groups))
-                if found[-1][0] <= TOO_FAR or len(found) == MORE_GROUPS:
+                if found[-1][0] <= TOO_FAR or len(found) == TRIED:
                     break
         return min(found, key=lambda one: one[0])[1]
 
     def _wishes(self, marks: list[Mark]) -> list[float]:
-        """Where each label would stand, from the left margin; between its neighbours where there is no peak."""
+        """Preferred centre of each label, from the left margin: its peak, or between its neighbours without a peak."""
         left = (self._lane - self._size[0]) / 2
         known = [(i, left + (m.cell[0] + m.cell[2]) / 2 * self._size[0]) for i, m in enumerate(marks) if m.cell]
         if not known:
             known = [(-1, left), (len(marks), left + self._size[0])]
-        places, xs = zip(*known, strict=True)
-        return [float(x) for x in np.interp(range(len(marks)), places, xs)]
+        positions, xs = zip(*known, strict=True)
+        return [float(x) for x in np.interp(range(len(marks)), positions, xs)]
 
     def _ordered(self, marks: list[Mark]) -> list[Mark]:
-        """From left to right; at the same place in the direction of the text."""
+        """Marks from left to right; marks at one position in the direction of the text."""
         sign = -1 if right_to_left(self.explanation.caption) else 1
         wishes = self._wishes(marks)
         return [marks[i] for i in sorted(range(len(marks)), key=lambda i: (wishes[i], sign * i))]
 
     def _positions(self, marks: list[Mark]) -> tuple[list[float], int, float]:
-        """Centres of the labels from the left margin, the number of rows, and the longest way from its peak."""
+        """Centres of the labels from the left margin, number of rows, and largest distance of a label from its peak."""
         wishes, widths = sorted(self._wishes(marks)), [m.width for m in self._ordered(marks)]
         found = []
         for rows in range(1, ROWS + 1):
@@ -198,7 +203,7 @@ class _Strips:
         return found[0] if found[0][2] <= FAR or nearest[2] > 0.6 * found[0][2] else nearest
 
     def _place(self, sheet: Sheet, key: str, marks: list[Mark], y: float) -> float:
-        """Put the picture at `y` and its labels below; return where they end."""
+        """Add the image at `y` and its labels below; return where they end."""
         width, height = self._size
         frame = (MARGIN + (self._lane - width) / 2, y, width, height)
         sheet.images.append((frame, self._image, f"strip:{key}"))
@@ -216,25 +221,25 @@ class _Strips:
     def _name(self, entry: int) -> str:
         item = self.explanation.entries[entry]
         title = entry_title(self.explanation, item)
-        place = f"at sign {self.explanation.entries[entry].start}"
-        return f"{title} {place}" if title.startswith("(") else f"'{title}' {place}"
+        position = f"at character {item.start}"
+        return f"{title} {position}" if title.startswith("(") else f"'{title}' {position}"
 
-    def _remarks(self, column: MethodMaps) -> Iterator[Line]:
-        """What is odd about a strip: tokens behind what was read before, tokens without evidence."""
-        back = reading_order(self.explanation, column.key)
+    def _remarks(self, method: MethodMaps) -> Iterator[Paragraph]:
+        """Notes below a strip: tokens behind earlier tokens, tokens without evidence."""
+        back = reading_order(self.explanation, method.key)
         if back:
             side = "right" if right_to_left(self.explanation.caption) else "left"
             verb = "peaks" if len(back) == 1 else "peak"
             names = _listed([self._name(i) for i in back[:MOST_NAMED]], len(back))
-            yield Line(f"reading order: {names} {verb} {side} of what was read before", 7.5, ALERT)
-        without = [m.entry for m in self._marks[column.key] if m.cell is None]
+            yield Paragraph(f"reading order: {names} {verb} {side} of an earlier token", 7.5, ALERT)
+        without = [m.entry for m in self._marks[method.key] if m.cell is None]
         if without:
-            reason = self.explanation.map(without[0], column.key).status.reason
+            reason = self.explanation.map(without[0], method.key).status.reason
             names = _listed([self._name(i) for i in without[:MOST_NAMED]], len(without))
-            yield Line(f"no evidence: {names}" + (f" ({reason})" if reason else ""), 7.5, ALERT)
+            yield Paragraph(f"no evidence: {names}" + (f" ({reason})" if reason else ""), 7.5, ALERT)
 
 
 def _listed(names: Sequence[str], count: int) -> str:
-    """Names, and how many of `count` there are besides."""
+    """Names, and how many of `count` are not named."""
     more = count - len(names)
     return ", ".join(names) + (f", and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""One token of a strip: what is written of it, where it stands, and how it is drawn. Lengths are inches."""
+"""Tokens of a reading strip: their labels, positions and drawing. Lengths are inches, origin top-left."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from matplotlib.patches import Rectangle
 from grounding.core.geometry import Box
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.figures import fonts
-from grounding.explanation.figures.sheet import ALERT, QUIET, Line, write
+from grounding.explanation.figures.sheet import ALERT, QUIET, Paragraph, write
 from grounding.explanation.labels import entry_title, is_blank, likelihood
 from grounding.explanation.reading_order import peak_cell_of, right_to_left
 
-# Dark enough to be read as text on white, told apart by most eyes, and none of them like ALERT.
+# Dark enough for text on white, distinguishable for most readers, and none similar to ALERT.
 COLOURS = ("#1d5fd1", "#13804a", "#c0207f", "#0a7f93", "#7a3cc8", "#6f7400")
 BLANK_COLOUR = "#8a8a8a"
 LABEL, NOTE = 10.5, 6.5  # points
@@ -28,36 +28,36 @@ IMPROBABLE = 0.5
 
 @dataclass(frozen=True)
 class Mark:
-    """A token: its place among the entries, the words under the picture, and the `cell` of its peak.
+    """A token: its index among the entries, the texts below the image, and the `cell` of its peak.
 
-    `cell` is (x0, y0, x1, y1) as fractions of the picture, None where there is no evidence.
+    `cell` is (x0, y0, x1, y1) as fractions of the image, origin top-left; None for a map without evidence.
     """
 
     entry: int
-    label: Line
-    notes: tuple[Line, ...]
+    label: Paragraph
+    notes: tuple[Paragraph, ...]
     cell: Box | None
 
     @property
     def width(self) -> float:
-        """Of the widest line."""
+        """Width of the widest line."""
         lines = (self.label, *self.notes)
         return max(fonts.width_of(line.text, line.size, line.weight) for line in lines)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A token on the sheet: the middle and the top of its label, and the (x, y, width, height) of its picture."""
+    """A token on the sheet: centre `x` and `top` of its label, and the `frame` (x, y, width, height) of its image."""
 
     mark: Mark
     x: float
     top: float
     frame: tuple[float, float, float, float]
-    fan: float  # height of the zone below the picture where leader lines are slanted
+    fan: float  # height of the zone below the image where leader lines are slanted
 
 
 def marks_of(explanation: Explanation, key: str, entries: Sequence[int], back: Sequence[int]) -> list[Mark]:
-    """The tokens `entries` by method `key`; those in `back` are said to lie behind what was read before."""
+    """Marks of the tokens `entries` by method `key`; those in `back` are marked as behind an earlier token."""
     arrow = "back ›" if right_to_left(explanation.caption) else "‹ back"
     colours = cycle(COLOURS)
     made = []
@@ -67,23 +67,23 @@ def marks_of(explanation: Explanation, key: str, entries: Sequence[int], back: S
         colour = BLANK_COLOUR if is_blank(item.label) else next(colours)
         notes = [
             *([_percent(item.probability)] if item.probability is not None else []),
-            *([Line(arrow, NOTE, ALERT, "bold")] if entry in back else []),
-            *([Line(word, NOTE, ALERT) for word in ("no", "evidence")] if cell is None else []),
+            *([Paragraph(arrow, NOTE, ALERT, "bold")] if entry in back else []),
+            *([Paragraph(word, NOTE, ALERT) for word in ("no", "evidence")] if cell is None else []),
         ]
         text = fonts.wrap(entry_title(explanation, item), WIDEST_LABEL, LABEL, "bold", 1)
-        label = Line(text[0] if text else "?", LABEL, colour if cell else BLANK_COLOUR, "bold")
+        label = Paragraph(text[0] if text else "?", LABEL, colour if cell else BLANK_COLOUR, "bold")
         made.append(Mark(entry, label, tuple(notes), cell))
     return made
 
 
-def _percent(probability: float) -> Line:
+def _percent(probability: float) -> Paragraph:
     if probability < IMPROBABLE:
-        return Line(f"{likelihood(probability)} ?", NOTE, ALERT, "bold")
-    return Line(likelihood(probability), NOTE, QUIET)
+        return Paragraph(f"{likelihood(probability)} ?", NOTE, ALERT, "bold")
+    return Paragraph(likelihood(probability), NOTE, QUIET)
 
 
 def _cell(explanation: Explanation, entry: int, key: str) -> Box | None:
-    """The cell of an entry's peak, as fractions of the picture."""
+    """The cell of an entry's peak, as fractions of the image."""
     cell = peak_cell_of(explanation, entry, key)
     box = None if cell is None else explanation.geometry.cell_box(*cell)
     if box is None:
@@ -93,7 +93,7 @@ def _cell(explanation: Explanation, entry: int, key: str) -> Box | None:
 
 
 def draw_marks(axes: Axes, key: str, placed: Sequence[Placed]) -> None:
-    """Boxes on the picture, leader lines and labels; by gid `cell:`, `leader:` and `token:` + `<key>:<entry>`."""
+    """Draw boxes, leader lines and labels, with the gids `cell:`, `leader:`, `token:` and `note:` + `<key>:<entry>`."""
     sharing = Counter(one.mark.cell for one in placed)
     turn: Counter[Box | None] = Counter()
     for one in placed:
@@ -109,13 +109,13 @@ def draw_marks(axes: Axes, key: str, placed: Sequence[Placed]) -> None:
 
 
 def _draw_cell(axes: Axes, one: Placed, cell: Box, turn: tuple[int, int], gid: str) -> None:
-    """The outline of a cell. Where several tokens share it, each has its turn of dashes: all colours stay visible."""
+    """Draw the outline of a cell. Tokens that share a cell alternate in dashes, so that all colours are visible."""
     left, top, width, height = one.frame
     x, y = left + cell[0] * width, top + cell[1] * height
     across, down = (cell[2] - cell[0]) * width, (cell[3] - cell[1]) * height
     number, among = turn
     dash = 5.0
-    # A flat cell keeps its middle open: what the text has there must still be seen.
+    # A thinner line around a flat cell: the text inside must stay visible.
     stroke = min(1.5, max(0.5, 72 * min(across, down) / 5))
     if number == 0:
         under = Rectangle((x, y), across, down, fill=False, edgecolor="white", alpha=0.7, zorder=3)

@@ -1,4 +1,4 @@
-"""The words of the figure: what is said of picture, scale, marks, scores and columns. Plain text, no layout."""
+"""Texts in figures: facts, scale, legend, scores, methods. Plain text, no layout."""
 
 from __future__ import annotations
 
@@ -9,104 +9,120 @@ from math import floor
 from typing import Any
 
 from grounding.core.errors import GroundingError
+from grounding.core.images import Picture
 from grounding.explanation.explanation import Entry, Explanation, MethodMaps, PatchMap
 from grounding.explanation.figures.fonts import printable
+from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.painter import Limits, clipped
-from grounding.explanation.figures.pixels import Style
 from grounding.explanation.labels import entry_title, origin_words
-from grounding.explanation.maps import Scale
 
 LONGEST_NAME = 60
 SCALARS = {"log_probability": "log-probability"}
 
 
 def number(value: float) -> str:
-    """Three digits, with a true minus sign."""
+    """Three significant digits, with a typographic minus sign."""
     return f"{value:.3g}".replace("-", "−")
 
 
 def span(limits: Limits) -> str:
-    """low to high."""
+    """`low to high`."""
     return f"{number(limits[0])} to {number(limits[1])}"
 
 
 def percent(fraction: float) -> str:
-    """Of something that is there: never 0%, and 100% only for all of it."""
+    """A fraction above 0, rounded down: never 0%, and 100% only for 1."""
     return f"{floor(100 * fraction)}%" if fraction >= 0.01 else "less than 1%"
 
 
 def name_of(path: str | None) -> str:
-    """The last part of a picture's path or address, shortened in its middle: enough to find the file again."""
+    """The last part of an image's path or address, shortened in its middle."""
     path = (path or "").rstrip("\\/")
-    name = re.split(r"[\\/]", path)[-1] or "picture from memory"
+    name = re.split(r"[\\/]", path)[-1] or "image from memory"
     half = LONGEST_NAME // 2
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
+def image_facts(image: Picture) -> str:
+    """Name and size of an image."""
+    return f"{name_of(image.path)}, {image.width} x {image.height} pixels"
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """The id of a model."""
+    return f"model {model.get('id') or 'unnamed'}"
+
+
 def facts(explanation: Explanation) -> str:
-    """Picture, model, where the text is from, target and score in one line."""
-    geometry, origin = explanation.geometry, origin_words(explanation)
-    how = f" ({explanation.token_target})" if explanation.token_target else ""
+    """Image, model, origin of the text, target and score in one line."""
+    origin = origin_words(explanation)
+    token_target = f" ({explanation.token_target})" if explanation.token_target else ""
     parts = [
-        f"{name_of(explanation.image.path)}, {geometry.width} x {geometry.height} pixels",
-        f"model {explanation.model.get('id') or 'unnamed'}",
+        image_facts(explanation.image),
+        model_name(explanation.model),
         *([origin] if origin else []),
-        f"target {explanation.target}{how}",
+        f"target {explanation.target}{token_target}",
         *([] if explanation.score is None else [f"score {number(explanation.score)}"]),
     ]
     return " · ".join(parts)
 
 
-def drawn_around_zero(columns: Iterable[MethodMaps], style: Style) -> tuple[list[MethodMaps], list[MethodMaps]]:
-    """The columns drawn from low to high, and those drawn around zero."""
-    chosen = list(columns)
-    return [c for c in chosen if not (style.signed and c.signed)], [c for c in chosen if style.signed and c.signed]
+def drawn_around_zero(
+    methods: Iterable[MethodMaps], options: FigureOptions
+) -> tuple[list[MethodMaps], list[MethodMaps]]:
+    """The methods drawn from low to high, and those drawn with zero at the centre of the colour map."""
+    plain: list[MethodMaps] = []
+    around: list[MethodMaps] = []
+    for one in methods:
+        (around if options.signed and one.signed else plain).append(one)
+    return plain, around
 
 
 def symmetric(limits: Limits) -> Limits:
-    """Fixed limits as a map around zero has them."""
+    """Limits widened to be symmetric around zero."""
     reach = max(map(abs, limits))
     return -reach, reach
 
 
-def scale_note(columns: Iterable[MethodMaps], style: Style, scale: Scale, fixed: Limits | None) -> str:
-    """Which values have the ends of the colour map, and what becomes of negative ones."""
-    plain, around = drawn_around_zero(columns, style)
-    middle = "zero in the middle"
+def scale_note(methods: Iterable[MethodMaps], options: FigureOptions) -> str:
+    """Which values have the end colours of the colour map, and how negative values are drawn."""
+    plain, around = drawn_around_zero(methods, options)
+    scale, fixed = options.scale, options.limits
+    centre = "zero at the centre"
     if scale == "fixed" and fixed is not None:
         text = f"Scale fixed: all maps from {span(symmetric(fixed) if around and not plain else fixed)}"
-        extra = f"signed ones from {span(symmetric(fixed))}" if plain else middle
+        extra = f"signed maps from {span(symmetric(fixed))}" if plain else centre
     elif scale == "caption":
         text = "Scale per caption: one range per method over all entries, given with its name"
-        extra = f"{middle} of signed ones" if plain else middle
+        extra = f"{centre} for signed maps" if plain else centre
     elif plain:
         text = "Scale per entry: each map from its own lowest to its own highest value"
-        extra = "a signed one equally far on both sides of zero"
+        extra = "signed maps symmetric around zero"
     else:
-        text, extra = "Scale per entry: each map out to its own largest value, on both sides of zero", middle
+        text, extra = "Scale per entry: each map to its own largest absolute value", centre
     parts = [f"{text}, {extra}" if around else text]
     if scale == "entry":
         parts.append("compare the raw numbers")
-    if any(c.signed for c in plain):
+    if any(one.signed for one in plain):
         parts.append("negative values are drawn as zero")
-    if around and style.diverging != style.cmap != Style.cmap:
-        parts.append(f"{style.cmap} has no middle: signed maps have {style.diverging}")
+    if around and options.diverging != options.cmap != FigureOptions.cmap:
+        parts.append(f"{options.cmap} is not diverging: signed maps use {options.diverging}")
     return "; ".join(parts) + "."
 
 
-def titles(columns: Iterable[MethodMaps]) -> str:
-    """The names of methods, each once."""
-    return ", ".join(dict.fromkeys(c.title for c in columns))
+def titles(methods: Iterable[MethodMaps]) -> str:
+    """The titles of methods, each once."""
+    return ", ".join(dict.fromkeys(one.title for one in methods))
 
 
-def legend(explanation: Explanation, style: Style) -> str:
-    """What the marks mean, those that occur."""
+def legend(explanation: Explanation, options: FigureOptions) -> str:
+    """The meaning of the marks that occur in the figure."""
     seen = explanation.geometry.seen_fraction
-    outside = " (may miss the strongest patch)" if style.peak else ""
+    outside = " (may miss the strongest patch)" if options.peak else ""
     parts = [
-        *(["○ strongest patch"] if style.peak else []),
-        *([f"□ largest region above half the range{outside}"] if style.box else []),
-        *(["one colour per patch, nothing interpolated"] if style.cells else []),
+        *(["○ strongest patch"] if options.peak else []),
+        *([f"□ largest region above half the range{outside}"] if options.box else []),
+        *(["one colour per patch, no interpolation"] if options.cells else []),
         *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
     ]
     others = [one.label for e in explanation.entries for one in e.alternatives]
@@ -117,19 +133,19 @@ def legend(explanation: Explanation, style: Style) -> str:
 
 
 def score_note(explanation: Explanation) -> str:
-    """What the score of a part of the caption means; empty where there is none."""
+    """The meaning of the scores of classes or parts of the caption; empty where there are none."""
     if any(entry.kind == "class" for entry in explanation.entries):
         return "Score of a class: its logit."
     if explanation.origin != "given":
-        return _written_score(explanation)
+        return _generated_score_note(explanation)
     parts = [k for k in ("token", "word", "phrase") if any(e.kind == k for e in explanation.entries)]
-    # A phrase is a text of its own, whatever becomes of the others.
+    # A phrase is always scored as a text of its own.
     left_out = [k for k in parts if k != "phrase"] if explanation.token_target == "leave-one-out" else []
     alone = [k for k in parts if k not in left_out] if explanation.token_target else []
     notes = []
     if left_out:
         notes.append(
-            f"Score of a {' or '.join(left_out)}: what the {explanation.target} loses without it; "
+            f"Score of a {' or '.join(left_out)}: how much the {explanation.target} drops without it; "
             "below zero, the caption fits better without it."
         )
     if alone:
@@ -137,35 +153,35 @@ def score_note(explanation: Explanation) -> str:
     return " ".join(notes)
 
 
-def _written_score(explanation: Explanation) -> str:
-    """The same of a text that was written token by token."""
-    what = SCALARS.get(explanation.target, explanation.target)
+def _generated_score_note(explanation: Explanation) -> str:
+    """The meaning of the scores of a text that was generated token by token."""
+    scalar = SCALARS.get(explanation.target, explanation.target)
     meanings = {
-        "token": f"the {what} at its place",
-        "word": f"the mean {what} of its tokens",
-        "phrase": f"the mean {what} of its tokens",
-        "caption": f"the mean {what} of its tokens",
-        "where": f"the {what} of the token that was not written, at that place",
-        "contrast": f"by how much the {what} of the first exceeds that of the second",
+        "token": f"the {scalar} at its position",
+        "word": f"the mean {scalar} of its tokens",
+        "phrase": f"the mean {scalar} of its tokens",
+        "caption": f"the mean {scalar} of its tokens",
+        "where": f"the {scalar} of the token that was not generated, at that position",
+        "contrast": f"by how much the {scalar} of the first token exceeds that of the second",
     }
-    there = dict.fromkeys(e.kind for e in explanation.entries)
-    said: dict[str, list[str]] = {}
-    for kind in (k for k in meanings if k in there):
-        said.setdefault(meanings[kind], []).append(kind)
+    present = {e.kind for e in explanation.entries}
+    kinds_of: dict[str, list[str]] = {}
+    for kind in (k for k in meanings if k in present):
+        kinds_of.setdefault(meanings[kind], []).append(kind)
     names = {"where": "token in place of another"}
     return " ".join(
-        f"Score of a {' or '.join(names.get(k, k) for k in kinds)}: {meaning}." for meaning, kinds in said.items()
+        f"Score of a {' or '.join(names.get(k, k) for k in kinds)}: {meaning}." for meaning, kinds in kinds_of.items()
     )
 
 
 def shared_note(explanation: Explanation) -> str:
-    """What stands over a map that is one for all entries."""
-    asked = "class" if any(entry.kind == "class" for entry in explanation.entries) else "text"
-    return f"does not see the {asked}: one map for all entries"
+    """The note above a map that all entries share."""
+    query = "class" if any(entry.kind == "class" for entry in explanation.entries) else "text"
+    return f"independent of the {query}: one map for all entries"
 
 
 def entry_titles(explanation: Explanation) -> list[str]:
-    """The label of each entry, the second and later ones of the same kind with their number."""
+    """The title of each entry; repeated titles of one kind are numbered from 2."""
     count: Counter[tuple[str, str]] = Counter()
     made = []
     for entry in explanation.entries:
@@ -177,13 +193,13 @@ def entry_titles(explanation: Explanation) -> list[str]:
 
 
 def score_line(entry: Entry) -> str:
-    """What an entry is, its score and its probability, for the label beside its maps."""
+    """Kind, score and probability of an entry, for the label beside its maps."""
     kind = "" if entry.kind == "class" else f"{entry.kind} · "  # the heading has the target
-    return f"{kind}score {number(entry.score)}{_chance(entry)}"
+    return f"{kind}score {number(entry.score)}{_probability(entry)}"
 
 
-def _chance(entry: Entry) -> str:
-    """The probability of a class, or of a token that was written, to stand behind its score."""
+def _probability(entry: Entry) -> str:
+    """The probability of a class or a generated token, placed after its score; else empty."""
     if entry.probability is None:
         return ""
     if 0.995 <= entry.probability < 1:
@@ -191,13 +207,14 @@ def _chance(entry: Entry) -> str:
     return f" · p={entry.probability:.2f}" if entry.probability >= 0.095 else f" · p={entry.probability:.1g}"
 
 
-def changed_options(column: MethodMaps) -> str:
-    """The options that are not at the method's defaults; all of them where the method is not here any more."""
-    usual = _defaults(column.method)
-    return ", ".join(f"{k} {_value(v)}" for k, v in column.options.items() if k not in usual or usual[k] != v)
+def changed_options(maps: MethodMaps) -> str:
+    """The options that differ from the method's defaults; all of them if the method is not installed."""
+    defaults = _defaults(maps.method) if maps.options else {}
+    return ", ".join(f"{k} {_value(v)}" for k, v in maps.options.items() if k not in defaults or defaults[k] != v)
 
 
 def _defaults(method: str) -> Mapping[str, Any]:
+    # Stored results hold the values of options without the defaults: only the method has these, and it imports torch.
     from grounding.methods import METHODS
 
     try:
@@ -211,11 +228,11 @@ def _value(value: Any) -> str:
 
 
 def short_layer(layer: str) -> str:
-    """A path from its last numbered part on: `...layers.3.layer_norm1`. Several are shortened one by one."""
+    """A layer path from its last numbered part on: `…layers.3.layer_norm1`. Several paths are shortened one by one."""
     return re.sub(r"(?<![\w.])(?:\w+\.)+?(?=\w+\.\d+(?:\.[a-zA-Z_]\w*)*(?:,|$))", "…", layer)
 
 
-def clipping(entry_map: PatchMap, style: Style, limits: Limits) -> str:
-    """How much of a map a fixed scale cuts off; empty where it is nothing."""
-    parts = zip(clipped(entry_map, style, limits), ("below", "above"), strict=True)
+def clipping(patch_map: PatchMap, options: FigureOptions, limits: Limits) -> str:
+    """The fractions of a map outside a fixed scale; empty where there are none."""
+    parts = zip(clipped(patch_map, options, limits), ("below", "above"), strict=True)
     return " and ".join(f"{percent(part)} of the patches {where} the scale" for part, where in parts if part)
