@@ -31,7 +31,7 @@ PARAMETERS = {
     grounding.inspect: "adapter image text entry method layer select target token_target options seed",
     grounding.load: "checkpoint options",
     adapters.load: "checkpoint options",
-    grounding.Explanation.map: "self which column occurrence",
+    grounding.Explanation.map: "self which method occurrence",
     grounding.Explanation.figure: "self options",
     grounding.Explanation.save: "self directory write per_token options",
     grounding.Explanation.load: "directory",

@@ -1,4 +1,4 @@
-"""What is made of raw maps, on cases whose answer is known on paper."""
+"""Diagnosis, views, peaks and boxes of raw maps, on cases with known answers."""
 
 import numpy as np
 import pytest

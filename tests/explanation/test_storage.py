@@ -1,3 +1,5 @@
+"""Saving and loading explanations: round trips, formats, atomic writes, damaged folders, file names."""
+
 import dataclasses
 import hashlib
 import json
@@ -15,7 +17,7 @@ from PIL import Image
 from grounding.core import files
 from grounding.core.errors import GroundingError, OptionError
 from grounding.explanation.explanation import Entry, Explanation
-from grounding.explanation.serialization import dumps
+from grounding.explanation.serialization import dumps, to_builtin
 from grounding.explanation.storage import OutputError, check_output, load, save, slug, to_json
 from tests.support.explanations import column, explanation, noise, whole
 
@@ -42,11 +44,11 @@ def edited(folder, change):
 
 
 def same_as(result, original):
-    """Every field and every bit, the picture apart."""
+    """Assert that every field and every bit is equal, except for the image."""
     for field in dataclasses.fields(Explanation):
-        if field.name not in ("columns", "picture"):
+        if field.name not in ("methods", "image"):
             assert getattr(result, field.name) == getattr(original, field.name), field.name
-    assert list(result.columns) == list(original.methods)
+    assert list(result.methods) == list(original.methods)
     for key, made in result.methods.items():
         for field in dataclasses.fields(made):
             if field.name != "maps":
@@ -55,15 +57,9 @@ def same_as(result, original):
         assert made.maps.tobytes() == original.methods[key].maps.tobytes()
 
 
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Figures of few pixels: what is in them is tested elsewhere."""
-    monkeypatch.setattr("grounding.explanation.figures.comparison.OVERSAMPLING", 0.2)
-
-
 @pytest.fixture
 def on_disk(tmp_path):
-    """An explanation of a picture that has a file."""
+    """An explanation of an image that has a file."""
     path = tmp_path / "in" / "photo.png"
     path.parent.mkdir()
     noise(96, 96).save(path)
@@ -119,7 +115,7 @@ def test_special_values_survive(tmp_path):
     assert [bool(s) for s in result.methods["gradcam"].status] == [True, True, False]
 
 
-def test_a_image_without_a_file_is_saved_beside(tmp_path):
+def test_an_image_without_a_file_is_saved_beside(tmp_path):
     made = explanation()
     save(made, tmp_path / "out")
     assert names(tmp_path / "out") == sorted([*ALL, "picture.png"])
@@ -180,7 +176,7 @@ def test_the_npz_is_useful_alone(on_disk, tmp_path):
         assert not any(arrays[name].dtype.hasobject for name in arrays.files)
 
 
-def test_the_json_has_the_keys_that_are_promised(on_disk):
+def test_keys_of_the_json(on_disk):
     content = to_json(on_disk, {"figure": "figure.png"})
     assert {"schema_version", "image", "model", "caption", "target", "score", "entries", "warnings", "files"} <= set(
         content
@@ -217,10 +213,10 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path):
     assert np.isnan(load(tmp_path / "out").entries[0].score)
     with pytest.raises(ValueError, match="not JSON compliant"):
         dumps({"x": float("nan")})
-    assert plain({frozenset({2, 1}): True}) == {"frozenset({1, 2})": True}
+    assert to_builtin({frozenset({2, 1}): True}) == {"frozenset({1, 2})": True}
 
 
-# ---------------------------------------------------------------- whole or not at all
+# ---------------------------------------------------------------- atomic writes
 
 
 class Fault:
@@ -266,7 +262,7 @@ def test_a_failure_changes_nothing(on_disk, tmp_path, monkeypatch, error, method
             same_as(load(folder), newer)
     else:
         assert failed != folder.exists()
-        assert (tmp_path / "deep").exists() == folder.exists(), "parents that were made are removed again"
+        assert (tmp_path / "deep").exists() == folder.exists(), "new parent folders are removed again"
     left = [p for p in tmp_path.rglob("*") if p.name.startswith(files.STAGING)]
     assert left == []
 
@@ -292,7 +288,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     same_as(load(tmp_path / "old"), made)
 
 
-def test_files_of_an_earlier_result_do_not_stay_beside_the_new_one(tmp_path, on_disk):
+def test_files_of_an_earlier_result_are_removed(tmp_path, on_disk):
     save(explanation(), tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     save(on_disk, tmp_path / "out", ("json",))
@@ -309,7 +305,7 @@ def test_permissions_are_those_of_the_user(tmp_path, on_disk):
     assert stat.S_IMODE((tmp_path / "out" / "maps.npz").stat().st_mode) == 0o666 & ~umask
 
 
-# ---------------------------------------------------------------- where results may go
+# ---------------------------------------------------------------- output folders
 
 
 def test_good_folders_are_left_as_they_are(tmp_path, on_disk):
@@ -332,7 +328,7 @@ def test_good_folders_are_left_as_they_are(tmp_path, on_disk):
     (lambda p: (p.mkdir(), np.savez(p / "maps.npz", a=1)), "was not written by grounding"),
     (lambda p: (p.mkdir(), (p / "maps.npz").mkdir()), "was not written by grounding"),
 ])  # fmt: skip
-def test_folders_of_others_are_refused_and_left_alone(tmp_path, make, message, monkeypatch):
+def test_foreign_folders_raise_and_are_left_alone(tmp_path, make, message, monkeypatch):
     make(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("grounding.explanation.storage.to_json", None)  # no work is done before the refusal
@@ -411,7 +407,7 @@ def put(value, *keys):
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda f: (f / "explanation.json").unlink(), "is no result folder of grounding"),
+    (lambda f: (f / "explanation.json").unlink(), "is not a result folder of grounding"),
     (lambda f: (f / "maps.npz").unlink(), "maps.npz: No such file"),
     (cut("explanation.json"), "is damaged"),
     (cut("maps.npz"), "is damaged or belongs to another result"),
@@ -437,7 +433,7 @@ def test_damaged_folders_are_refused_in_one_line(on_disk, tmp_path, damage, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_a_mixture_of_two_results_is_refused(on_disk, tmp_path):
+def test_a_mixture_of_two_results_raises(on_disk, tmp_path):
     save(on_disk, tmp_path / "a", DATA)
     save(explanation(), tmp_path / "b", DATA)
     other = on_disk.methods["gradcam"]
@@ -449,12 +445,12 @@ def test_a_folder_that_is_a_mixture_of_two_results_is_refused(on_disk, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["missing", "file", "empty"])
-def test_what_is_no_result_folder_is_refused(tmp_path, place):
+def test_a_folder_without_a_result_raises(tmp_path, place):
     if place == "file":
         (tmp_path / place).write_text("x")
     if place == "empty":
         (tmp_path / place).mkdir()
-    with pytest.raises(GroundingError, match="is no result folder"):
+    with pytest.raises(GroundingError, match="is not a result folder"):
         load(tmp_path / place)
 
 

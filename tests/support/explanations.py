@@ -1,4 +1,4 @@
-"""Explanations made by hand from arrays: for tests of what is drawn and written, without a model."""
+"""Explanations built from arrays, without a model: for tests of figures and files."""
 
 import numpy as np
 from PIL import Image
@@ -12,13 +12,13 @@ LABELS = ("man in red", "man", "red")
 
 
 def noise(width, height, seed=0):
-    """A picture of smooth random colours."""
+    """An image of smooth random colours."""
     small = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def column(key, maps, geometry, *, signed=True, shared=False, **options):
-    """A column of these raw maps, their status worked out."""
+    """Method maps of these raw maps, with their status."""
     maps = np.asarray(maps, np.float32)
     status = tuple(diagnose(m, geometry.seen_cells, signed=signed) for m in maps)
     name = key.split("@")[0]
@@ -26,12 +26,12 @@ def column(key, maps, geometry, *, signed=True, shared=False, **options):
 
 
 def whole(width, height, rows=4, columns=4):
-    """The model saw the whole picture."""
+    """The geometry of a model that saw the whole image."""
     return Geometry.from_steps(width, height, resized=(columns * 16, rows * 16), grid=(rows, columns))
 
 
 def explanation(image=None, *, labels=LABELS, geometry=None, columns=None, caption=None, warnings=(), **fields):
-    """Grad-CAM and relevance per entry, rollout for all of them; random, always the same."""
+    """Grad-CAM and relevance per entry, rollout shared by all; random with a fixed seed."""
     image = open_image(noise(96, 96) if image is None else image)
     geometry = geometry or whole(image.width, image.height)
     rng = np.random.default_rng(7)

@@ -1,4 +1,4 @@
-"""Looking at what was drawn: panels, words and pixels of a figure."""
+"""Panels, text and pixels of a finished figure, and maps with simple known figures."""
 
 import numpy as np
 from PIL import Image
@@ -6,12 +6,12 @@ from PIL import Image
 from grounding.explanation.figures.overlays import overlay
 from tests.support.explanations import column, explanation, whole
 
-RAMP = np.array([[[-1, 0, 0.5, 1.0]] * 4])  # from against (left) to for (right)
+RAMP = np.array([[[-1, 0, 0.5, 1.0]] * 4])  # from negative (left) to positive (right)
 PLAIN = {"peak": False, "box": False}
 
 
 def pixels(made):
-    """The finished figure."""
+    """Pixels of the finished figure, RGB."""
     made.canvas.draw()
     return np.asarray(made.canvas.buffer_rgba())[..., :3].copy()
 
@@ -24,17 +24,23 @@ def images(made, start=""):
 
 
 def words(made):
-    """All text of a figure, line ends as blanks."""
+    """All text of a figure, with a space between its lines."""
     return " ".join(t.get_text() for t in made.axes[0].texts)
 
 
+def text_of(made):
+    """All text of a figure with single spaces, independent of line breaks."""
+    return " ".join(words(made).split())
+
+
 def colourful(array):
-    """Where red, green and blue differ."""
+    """Mask of the pixels whose red, green and blue differ."""
     array = np.asarray(array).astype(int)
     return array.max(-1) - array.min(-1) > 12
 
 
 def ramp(image=None, *, signed=True, geometry=None):
+    """An explanation of one entry with the map RAMP."""
     image = image or Image.new("RGB", (64, 64), (128, 128, 128))
     geometry = geometry or whole(*image.size)
     return explanation(
@@ -42,5 +48,6 @@ def ramp(image=None, *, signed=True, geometry=None):
     )
 
 
-def painted(made, **style):
-    return np.asarray(overlay(made.map(0), made.image, **{**PLAIN, **style})).astype(int)
+def painted(made, **options):
+    """The overlay of the first entry without marks."""
+    return np.asarray(overlay(made.map(0), made.image, **{**PLAIN, **options})).astype(int)

@@ -1,4 +1,4 @@
-"""Explanations of text lines made by hand: a model that wrote a text token by token, without the model."""
+"""Explanations of generated text lines, built from arrays without a model."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +11,7 @@ from tests.support.explanations import column
 
 
 def line(width, height, text="", size=None):
-    """A picture of a line of text, dark on light, across its whole width."""
+    """An image of a line of text, dark on light, across its whole width."""
     from matplotlib import get_data_path
 
     image = Image.new("RGB", (width, height), (236, 230, 215))
@@ -24,7 +24,7 @@ def line(width, height, text="", size=None):
 
 
 def peaks(cells, rows, columns):
-    """One map per (row, column): 1 at that cell, a little around it; zero everywhere where it is None."""
+    """One map per (row, column): a Gaussian bump of height 1 at that cell; zero everywhere for None."""
     maps = np.zeros((len(cells), rows, columns), np.float32)
     y, x = np.mgrid[:rows, :columns]
     for raw, cell in zip(maps, cells, strict=True):
@@ -45,10 +45,10 @@ def written(
     columns = [column(key, maps, geometry) for key in keys]
     columns += [column(key, maps[:1], geometry, signed=False, shared=True) for key in shared]
     starts = np.cumsum([0, *map(len, labels)])
-    chances = probabilities or [0.98] * len(labels)
+    token_probabilities = probabilities or [0.98] * len(labels)
     others = (Alternative("o", 4, 0.0123), Alternative("c", 5, 0.004)) if alternatives is None else alternatives
     entries = [
-        Entry(label, "token", int(starts[i]), int(starts[i + 1]), 9.5 - i, 40 + i, chances[i], others)
+        Entry(label, "token", int(starts[i]), int(starts[i + 1]), 9.5 - i, 40 + i, token_probabilities[i], others)
         for i, label in enumerate(labels)
     ]
     return Explanation(
@@ -59,5 +59,5 @@ def written(
 
 
 def along(count, rows, columns):
-    """Cells from left to right in the middle of the picture."""
+    """Cells from left to right at half the height of the image."""
     return [(rows // 2, int((i + 0.5) * columns / count)) for i in range(count)]

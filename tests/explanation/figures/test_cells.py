@@ -1,4 +1,4 @@
-"""The coarse map as it is: no interpolation between patches, neither in the arithmetic nor in the figure."""
+"""Option `cells`: one flat value and colour per patch, without interpolation."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("size", [None, (40, 130), (3, 2)])
-def test_every_pixel_has_the_value_of_the_cell_it_lies_in(name, size):
+def test_every_pixel_has_the_value_of_its_cell(name, size):
     geometry = GEOMETRIES[name]
     raw = np.random.default_rng(0).random((geometry.rows, geometry.columns)).astype(np.float32)
     found = geometry.to_original(raw, size, cells=True)
@@ -28,12 +28,12 @@ def test_every_pixel_has_the_value_of_the_cell_it_lies_in(name, size):
         x, y = (column_ + 0.5) * geometry.width / width, (row + 0.5) * geometry.height / height
         cell = geometry.cell_at(x, y)
         if cell is None:
-            assert np.isnan(found[row, column_]) or size == (3, 2)  # the middle of a thin part always counts
+            assert np.isnan(found[row, column_]) or size == (3, 2)  # a thin part may have no pixel centre
         else:
             assert found[row, column_] == raw[cell], (row, column_, cell)
 
 
-def test_a_cell_that_is_not_finite_stays_alone():
+def test_a_cell_that_is_not_finite_does_not_spread():
     geometry = whole(40, 40, 2, 2)
     found = geometry.to_original(np.array([[1.0, np.nan], [2.0, 3.0]]), cells=True)
     assert (found[:20, :20] == 1).all()
@@ -41,26 +41,26 @@ def test_a_cell_that_is_not_finite_stays_alone():
     assert (found[20:, 20:] == 3).all()
 
 
-@pytest.mark.parametrize("style", [{}, {"signed": True}])
+@pytest.mark.parametrize("options", [{}, {"signed": True}])
 @pytest.mark.parametrize("opacity", [1.0, 0.6])
-def test_a_cell_has_one_colour(style, opacity):
+def test_a_cell_has_one_colour(options, opacity):
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     made = explanation(
         image, labels=("x",), geometry=whole(64, 64), columns=[column("gradcam", RAMP, whole(64, 64), signed=True)]
     )
-    flat = painted(made, cells=True, opacity=opacity, **style)
-    smooth = painted(made, opacity=opacity, **style)
+    flat = painted(made, cells=True, opacity=opacity, **options)
+    smooth = painted(made, opacity=opacity, **options)
     blocks = flat.reshape(4, 16, 4, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 256, 3)
     assert (blocks == blocks[:, :1]).all()
-    # In the middle of a cell both say the same.
+    # In the middle of a cell both are equal.
     assert np.abs(flat[8::16, 8::16] - smooth[8::16, 8::16]).max() <= 12
     assert len(np.unique(smooth[0], axis=0)) > len(np.unique(flat[0], axis=0))
 
 
-def test_the_figure_draws_cells_and_says_so():
+def test_the_figure_draws_and_names_cells():
     made = explanation(columns=None)
     shown = figure(made, layout="panels", cells=True, **PLAIN)
     heat = images(shown)["heat:gradcam:0"]
     assert len(np.unique(heat.reshape(-1, 3), axis=0)) <= 16
-    assert "one colour per patch, nothing interpolated" in words(shown)
-    assert "nothing interpolated" not in words(figure(made, layout="panels", **PLAIN))
+    assert "no interpolation" in words(shown)
+    assert "no interpolation" not in words(figure(made, layout="panels", **PLAIN))

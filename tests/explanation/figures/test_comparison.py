@@ -1,4 +1,4 @@
-"""The figure: what stands in it, its words and its options."""
+"""The side-by-side figure: content, layout, text and options."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from PIL import Image
 from grounding.core.errors import OptionError
 from grounding.explanation.figures.comparison import figure
 from grounding.explanation.figures.fonts import printable, width_of, wrap
-from grounding.explanation.figures.options import check_options
+from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.pixels import colour_table
 from grounding.explanation.figures.sheet import DPI
 from tests.support.explanations import LABELS, column, explanation, whole
-from tests.support.figures import PLAIN, RAMP, images, pixels, words
+from tests.support.figures import PLAIN, RAMP, images, pixels, text_of, words
 from tests.support.lines import along, written
 from tests.support.tolerances import SOON
 
@@ -27,10 +27,8 @@ HOSTILE = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def coarse(monkeypatch):
-    """Panels of few pixels, where only the layout matters."""
-    monkeypatch.setattr("grounding.explanation.figures.comparison.OVERSAMPLING", 0.2)
+# Panels of few pixels, where only the layout matters.
+COARSE = {"oversampling": 0.2}
 
 
 def test_a_single_patch_is_drawn_as_no_range():
@@ -38,14 +36,14 @@ def test_a_single_patch_is_drawn_as_no_range():
     assert "a single value: no range to draw" in words(figure(made))
 
 
-def test_a_shared_map_is_drawn_once_and_says_so():
+def test_a_shared_map_is_drawn_once_with_a_note():
     made = figure(explanation())
     panels = images(made, "overlay")
     assert sorted(panels) == sorted(
         [f"overlay:{m}:{i}" for m in ("gradcam", "relevance") for i in range(3)] + ["overlay:rollout:0"]
     )
-    assert "does not see the text: one map for all entries" in " ".join(words(made).split())
-    assert len(images(made, "picture")) == 1
+    assert "independent of the text: one map for all entries" in text_of(made)
+    assert len(images(made, "image")) == 1
 
 
 def test_panels_show_image_heat_and_overlay():
@@ -58,7 +56,7 @@ def test_panels_show_image_heat_and_overlay():
     assert heat.shape == plain.shape
 
 
-def test_the_figure_says_what_it_shows():
+def test_the_figure_names_its_content():
     text = words(figure(explanation(warnings=["the text was cut: 3 words dropped"])))
     for part in ("man in red", "some/model", "similarity (leave-one-out)", "score 0.25", "Gradcam", "vision.11",
                  "Scale per entry", "lowest", "highest", "strongest patch", "the text was cut", "96 x 96"):  # fmt: skip
@@ -92,10 +90,10 @@ def test_scale_per_entry_caption_and_fixed():
     ((64, 64), 1), ((160, 40), 1), ((40, 160), 1), ((1, 4000), 1), ((4000, 1), 1), ((1, 1), 1),
     ((64, 64), 12), ((160, 40), 12), ((40, 160), 3),
 ])  # fmt: skip
-def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count, coarse):
+def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count):
     labels = tuple(f"word{i} with a long label of many words" for i in range(count))
     shown = explanation(Image.new("RGB", size, "teal"), labels=labels, warnings=["too long " * 60] * 12)
-    made = figure(shown, layout=layout)
+    made = figure(shown, layout=layout, **COARSE)
     width, height = made.canvas.get_width_height()
     for text in made.axes[0].texts:
         box = text.get_window_extent()
@@ -119,10 +117,10 @@ def test_no_text_leaves_the_figure_and_no_two_panels_overlap(layout, size, count
     ((512, 64), 4, 12), ((1280, 64), 4, 3), ((1280, 64), 1, 12), ((2560, 64), 3, 2), ((512, 64), 5, 1),
     ((280, 70), 4, 40),
 ])  # fmt: skip
-def test_lines_of_text_stay_readable_on_a_sheet_of_bounded_width(layout, size, methods, count, coarse):
+def test_lines_of_text_stay_readable_on_a_sheet_of_bounded_width(layout, size, methods, count):
     keys = tuple(f"method{i}" for i in range(methods))
     shown = written(["x"] * count, along(count, 4, 32), size=size, keys=keys, shared=("rollout",))
-    made = figure(shown, layout=layout)
+    made = figure(shown, layout=layout, **COARSE)
     assert made.get_size_inches()[0] <= 16.01
     panels = [i.get_extent() for i in made.axes[0].images if i.get_gid() != "bar"]
     assert all(right - left >= 3.1 and bottom - top >= 0.34 for left, right, bottom, top in panels)
@@ -140,18 +138,18 @@ def test_lines_of_text_stay_readable_on_a_sheet_of_bounded_width(layout, size, m
         assert box.y1 <= height, text.get_text()
 
 
-def test_every_panel_has_its_methods_name_where_methods_stand_in_several_lines(coarse):
+def test_panels_are_titled_where_methods_take_several_lines():
     keys = ("gradcam", "relevance", "attention")
-    many = words(figure(written(list("abc"), along(3, 4, 32), size=(1280, 64), keys=keys)))
+    many = words(figure(written(list("abc"), along(3, 4, 32), size=(1280, 64), keys=keys), **COARSE))
     assert many.count("Relevance") == 3
-    few = words(figure(written(list("abc"), along(3, 4, 32), size=(512, 64), keys=keys[:2])))
+    few = words(figure(written(list("abc"), along(3, 4, 32), size=(512, 64), keys=keys[:2]), **COARSE))
     assert few.count("Relevance") == 1
 
 
-def test_a_caption_of_many_tokens_still_fits_what_agg_can_draw(coarse):
+def test_a_caption_of_many_tokens_still_fits_what_agg_can_draw():
     geometry = whole(96, 96)
     one = [column("gradcam", np.repeat(RAMP, 77, 0), geometry)]
-    made = figure(explanation(labels=tuple(f"w{i}" for i in range(77)), columns=one), layout="panels")
+    made = figure(explanation(labels=tuple(f"w{i}" for i in range(77)), columns=one), layout="panels", **COARSE)
     assert max(made.get_size_inches() * made.dpi) < 2**16
     assert made.dpi > 40
 
@@ -167,7 +165,7 @@ def test_hostile_text_is_shown_as_text(text, recwarn):
     assert not any(t.get_parse_math() or t.get_usetex() for t in made.axes[0].texts)
 
 
-def test_markup_is_not_read():
+def test_markup_is_not_parsed():
     assert printable("$x^2$") == "$x^2$"
     assert "$x^2$" in words(figure(explanation(labels=("$x^2$",))))
     with mpl.rc_context({"text.usetex": True, "text.parse_math": True}):
@@ -229,20 +227,24 @@ def test_a_figure_of_ten_entries_and_a_large_photograph_takes_seconds():
     ({"scale": "fixed", "fixed": (1.0,)}, "two numbers"),
     ({"scale": "caption", "fixed": (0.0, 1.0)}, "only for scale 'fixed', not for 'caption'"),
     ({"fixed": (0.0, 1.0)}, "only for scale 'fixed'"),
+    ({"oversampling": 0}, "oversampling must be a number above 0, got 0"),
 ])  # fmt: skip
 def test_options_that_cannot_be_drawn_are_refused_in_one_line(options, message):
-    for refuse in (lambda: figure(explanation(), **options), lambda: check_options(**options)):
+    for refuse in (lambda: figure(explanation(), **options), lambda: FigureOptions.of(options)):
         with pytest.raises(OptionError, match=message) as caught:
             refuse()
         assert "\n" not in str(caught.value)
 
 
 def test_options_are_checked_without_anything_to_draw():
-    check_options()
-    check_options(layout="panels", scale="fixed", fixed=[-1, 1], cmap="jet", opacity=0, grid=True, peak=False,
-                  box=False, background="edges", signed=True)  # fmt: skip
+    assert FigureOptions.of({}) == FigureOptions()
+    options = FigureOptions(
+        layout="panels", scale="fixed", fixed=[-1, 1], cmap="jet", opacity=0, grid=True, peak=False, box=False,
+        background="edges", signed=True,
+    )  # fmt: skip
+    assert options.limits == (-1.0, 1.0)
     with pytest.raises(OptionError, match="no figure option 'gird'; did you mean 'grid'"):
-        check_options(gird=True)
+        FigureOptions.of({"gird": True})
 
 
 @pytest.mark.parametrize("options", [{}, {"layout": "panels"}, {"background": "edges"}, {"signed": True}])

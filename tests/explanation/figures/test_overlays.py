@@ -1,4 +1,4 @@
-"""Results of a text that a model wrote, as files: probabilities, the strip, and one overlay per token and method."""
+"""Files of a generated text: probabilities, the reading strip, and one overlay per token and method."""
 
 import dataclasses
 import json
@@ -25,16 +25,9 @@ HOSTILE = ["../x", "ğŸ˜€", "", "\n", " ", "\udc80", "a" * 300, "CON", "-rf", "çŒ
 FILES = ["explanation.json", "figure.png", "maps.npz", "strip.png"]
 
 
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Figures of few pixels: what is in them is tested elsewhere."""
-    for module in ("comparison", "strip"):
-        monkeypatch.setattr(f"grounding.{module}.OVERSAMPLING", 0.2)
-
-
 @pytest.fixture
-def read(tmp_path):
-    """A text that was read, of a picture that has a file."""
+def generated(tmp_path):
+    """Makes an explanation of a generated text whose image has a file."""
 
     def make(labels=("a", "b", " ", "d"), **options):
         path = tmp_path / "in.png"
@@ -51,9 +44,9 @@ def written_overlays(folder):
 # ---------------------------------------------------------------- probabilities and alternatives
 
 
-def test_probabilities_alternatives_and_origin_come_back(read, tmp_path):
+def test_probabilities_alternatives_and_origin_come_back(generated, tmp_path):
     others = (Alternative("\udc80", 7, 0.25), Alternative("", 2, float("nan")))
-    made = read(origin="forced", probabilities=[0.9, 1.0, 1e-12, 0.5], alternatives=others)
+    made = generated(origin="forced", probabilities=[0.9, 1.0, 1e-12, 0.5], alternatives=others)
     made = dataclasses.replace(made, entries=(*made.entries[:3], Entry("d", "token", 3, 4, 1.0)))
     save(made, tmp_path / "out", ("npz", "json"))
     result = load(tmp_path / "out")
@@ -78,15 +71,15 @@ def test_probabilities_alternatives_and_origin_come_back(read, tmp_path):
         assert str(arrays["origin"]) == "forced"
 
 
-def test_a_round_trip_keeps_every_field(read, tmp_path):
-    made = read(keys=("gradcam", "gradcam@-1.in"), shared=("rollout",))
+def test_a_round_trip_keeps_every_field(generated, tmp_path):
+    made = generated(keys=("gradcam", "gradcam@-1.in"), shared=("rollout",))
     save(made, tmp_path / "out", per_token=True)
     same_as(load(tmp_path / "out"), made)
     save(load(tmp_path / "out"), tmp_path / "again", per_token=True)
     same_as(load(tmp_path / "again"), made)
 
 
-def test_results_of_earlier_versions_are_read(tmp_path):
+def test_results_of_earlier_versions_are_loaded(tmp_path):
     made = explanation()
     save(made, tmp_path / "out", ("npz", "json"))
 
@@ -99,11 +92,11 @@ def test_results_of_earlier_versions_are_read(tmp_path):
     same_as(load(tmp_path / "out"), made)
 
 
-def test_the_npz_has_no_tables_for_what_there_is_none_of(read, tmp_path):
+def test_the_npz_has_no_empty_tables(generated, tmp_path):
     save(explanation(), tmp_path / "given", ("npz",))
     with np.load(tmp_path / "given" / "maps.npz") as arrays:
         assert not [name for name in arrays.files if name.startswith(("alternatives", "probabilities"))]
-    save(read(alternatives=()), tmp_path / "alone", ("npz",))
+    save(generated(alternatives=()), tmp_path / "alone", ("npz",))
     with np.load(tmp_path / "alone" / "maps.npz") as arrays:
         assert arrays["probabilities"].tolist() == [0.98] * 4
         assert arrays["alternatives/labels"].shape == arrays["alternatives/probabilities"].shape == (4, 0)
@@ -112,8 +105,8 @@ def test_the_npz_has_no_tables_for_what_there_is_none_of(read, tmp_path):
 # ---------------------------------------------------------------- which files there are
 
 
-def test_a_written_text_has_a_strip_a_given_one_has_none(read, tmp_path):
-    saved = save(read(), tmp_path / "out")
+def test_only_a_generated_text_has_a_strip(generated, tmp_path):
+    saved = save(generated(), tmp_path / "out")
     assert names(tmp_path / "out") == FILES
     assert {kind: path.name for kind, path in saved.items()} == {
         "png": "figure.png", "strip": "strip.png", "npz": "maps.npz", "json": "explanation.json",
@@ -121,16 +114,18 @@ def test_a_written_text_has_a_strip_a_given_one_has_none(read, tmp_path):
     content = json.loads((tmp_path / "out" / "explanation.json").read_text())
     assert content["files"] == {"figure": "figure.png", "strip": "strip.png", "maps": "maps.npz"}
     assert set(content["sha256"]) == {"figure.png", "strip.png", "maps.npz"}
-    save(dataclasses.replace(read(), origin="given"), tmp_path / "out")
-    assert names(tmp_path / "out") == [n for n in FILES if n != "strip.png"], "the earlier one is gone"
-    none = dataclasses.replace(read(), entries=tuple(dataclasses.replace(e, kind="word") for e in read().entries))
+    save(dataclasses.replace(generated(), origin="given"), tmp_path / "out")
+    assert names(tmp_path / "out") == [n for n in FILES if n != "strip.png"], "the earlier strip is removed"
+    none = dataclasses.replace(
+        generated(), entries=tuple(dataclasses.replace(e, kind="word") for e in generated().entries)
+    )
     assert "strip" not in save(none, tmp_path / "out", "png")
-    assert "strip" not in save(read(), tmp_path / "out", ("npz", "json"), per_token=True)
+    assert "strip" not in save(generated(), tmp_path / "out", ("npz", "json"), per_token=True)
     assert names(tmp_path / "out") == ["explanation.json", "maps.npz"]
 
 
-def test_overlays_of_one_method_are_named_by_index_and_label(read, tmp_path):
-    made = read(shared=("rollout",))
+def test_overlays_of_one_method_are_named_by_index_and_label(generated, tmp_path):
+    made = generated(shared=("rollout",))
     saved = made.save(tmp_path / "out", per_token=True)
     overlays_there = ["00_a.png", "01_b.png", "02_token.png", "03_d.png"]
     assert written_overlays(tmp_path / "out") == overlays_there
@@ -140,8 +135,8 @@ def test_overlays_of_one_method_are_named_by_index_and_label(read, tmp_path):
     assert set(overlays_there) < set(content["sha256"])
 
 
-def test_overlays_of_several_methods_are_named_by_method_too(read, tmp_path):
-    made = read(("a", "b"), keys=("gradcam@-1.in", "gradcam@-1_in", "relevance"), shared=("rollout",))
+def test_overlays_of_several_methods_are_named_by_method_too(generated, tmp_path):
+    made = generated(("a", "b"), keys=("gradcam@-1.in", "gradcam@-1_in", "relevance"), shared=("rollout",))
     saved = save(made, tmp_path / "out", per_token=True)
     first = [f"00_a-{s}.png" for s in ("gradcam_-1_in", "gradcam_-1_in-2", "relevance")]
     assert written_overlays(tmp_path / "out") == sorted([*first, *(f"01_b{name[4:]}" for name in first)])
@@ -150,15 +145,15 @@ def test_overlays_of_several_methods_are_named_by_method_too(read, tmp_path):
     assert listed(saved)["overlays"]["1"]["relevance"] == str(tmp_path / "out" / "01_b-relevance.png")
 
 
-def test_a_result_of_maps_that_do_not_see_the_text_has_no_overlays(read, tmp_path):
-    made = read(("a",), keys=(), shared=("rollout",))
+def test_maps_independent_of_the_text_have_no_overlays(generated, tmp_path):
+    made = generated(("a",), keys=(), shared=("rollout",))
     save(made, tmp_path / "out", per_token=True)
     assert written_overlays(tmp_path / "out") == []
     assert "overlays" not in json.loads((tmp_path / "out" / "explanation.json").read_text())["files"]
 
 
-def test_hostile_labels_make_good_names(read, tmp_path):
-    made = read(HOSTILE, keys=("gradcam", "a/../../b"))
+def test_hostile_labels_make_good_names(generated, tmp_path):
+    made = generated(HOSTILE, keys=("gradcam", "a/../../b"))
     save(made, tmp_path / "deep" / "out", per_token=True)
     assert names(tmp_path) == ["deep", "in.png"]
     assert names(tmp_path / "deep") == ["out"]
@@ -181,13 +176,13 @@ def test_overlay_names_are_all_different_and_recognised(labels, keys):
     assert all(OVERLAY.fullmatch(name) and "/" not in name for name in found)
 
 
-def test_more_than_a_hundred_tokens_stay_in_order(read):
-    found = list(overlay_names(read("a" * 120)).values())
+def test_more_than_a_hundred_tokens_stay_in_order(generated):
+    found = list(overlay_names(generated("a" * 120)).values())
     assert (found[0], found[119]) == ("000_a.png", "119_a.png")
     assert found == sorted(found)
 
 
-# ---------------------------------------------------------------- what is on them
+# ---------------------------------------------------------------- content of overlays
 
 
 @pytest.mark.parametrize(("size", "wanted"), [
@@ -202,12 +197,12 @@ def test_small_images_are_enlarged_and_large_ones_reduced(size, wanted):
     assert image.size == wanted
 
 
-def test_overlays_are_those_of_render_in_the_style_of_the_figure(tmp_path):
+def test_saved_overlays_are_those_of_overlay_with_the_options_of_the_figure(tmp_path):
     made = written(list("ab"), along(2, 4, 32), image=noise(900, 120))
-    for style in ({}, {"cmap": "jet", "opacity": 0.3, "peak": False}, {"signed": True, "background": "edges"}):
-        save(made, tmp_path / "out", per_token=True, layout="panels", **style)
+    for options in ({}, {"cmap": "jet", "opacity": 0.3, "peak": False}, {"signed": True, "background": "edges"}):
+        save(made, tmp_path / "out", per_token=True, layout="panels", **options)
         with Image.open(tmp_path / "out" / "01_b.png") as image:
-            assert (np.asarray(image) == np.asarray(overlay(made.map(1), made.image, **style))).all()
+            assert (np.asarray(image) == np.asarray(overlay(made.map(1), made.image, **options))).all()
             assert image.info["Software"] == MARK
 
 
@@ -225,28 +220,28 @@ def test_overlays_share_the_scale_of_the_figure(tmp_path):
     assert own[1] > fixed[1] > fixed[0]
 
 
-# ---------------------------------------------------------------- earlier results and files of others
+# ---------------------------------------------------------------- earlier results and files of the user
 
 
-def test_overlays_of_an_earlier_result_do_not_stay(read, tmp_path):
-    save(read("abcdef"), tmp_path / "out", per_token=True)
+def test_overlays_of_an_earlier_result_are_removed(generated, tmp_path):
+    save(generated("abcdef"), tmp_path / "out", per_token=True)
     assert len(written_overlays(tmp_path / "out")) == 6
-    save(read("xb"), tmp_path / "out", per_token=True)
+    save(generated("xb"), tmp_path / "out", per_token=True)
     assert written_overlays(tmp_path / "out") == ["00_x.png", "01_b.png"]
     check_output(tmp_path / "out")
-    save(read("xb"), tmp_path / "out", ("json", "npz"), per_token=True)
+    save(generated("xb"), tmp_path / "out", ("json", "npz"), per_token=True)
     assert written_overlays(tmp_path / "out") == []
-    save(read("ab"), tmp_path / "out", "png", per_token=True)
-    save(read("ab"), tmp_path / "out", "png")
+    save(generated("ab"), tmp_path / "out", "png", per_token=True)
+    save(generated("ab"), tmp_path / "out", "png")
     assert names(tmp_path / "out") == ["figure.png", "strip.png"]
 
 
-def test_files_of_others_with_such_a_name_are_never_touched(read, tmp_path):
+def test_files_of_the_user_with_such_names_are_never_touched(generated, tmp_path):
     out = tmp_path / "out"
-    saved = save(read("abc"), out, per_token=True)
+    saved = save(generated("abc"), out, per_token=True)
     (out / "07_mine.png").write_bytes(b"not even a picture")
     Image.new("L", (2, 2)).save(out / "08_drawn.png")
-    (out / "09_copy.png").write_bytes(saved["overlay:1:gradcam"].read_bytes())  # ours, but somebody gave it this name
+    (out / "09_copy.png").write_bytes(saved["overlay:1:gradcam"].read_bytes())  # a copy made by the user
     (out / "10_figure.png").write_bytes(saved["png"].read_bytes())
     (out / "11_link.png").symlink_to("01_b.png")
     (out / "12_folder.png").mkdir()
@@ -254,16 +249,16 @@ def test_files_of_others_with_such_a_name_are_never_touched(read, tmp_path):
     before = {
         p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name[:2] in ("07", "08", "09", "10", "ho")
     }
-    save(read("x"), out)
+    save(generated("x"), out)
     after = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     assert before.items() <= after.items()
     assert written_overlays(out) == sorted([*(n for n in before if n[0] != "h"), "11_link.png", "12_folder.png"])
 
 
 @pytest.mark.parametrize("kind", ["file", "picture", "link", "folder", "copy"])
-def test_an_overlay_replaces_no_file_of_others(read, tmp_path, kind):
+def test_an_overlay_replaces_no_file_of_the_user(generated, tmp_path, kind):
     out = tmp_path / "out"
-    saved = save(read("ab"), out)
+    saved = save(generated("ab"), out)
     place = out / "01_b.png"
     {
         "file": lambda: place.write_text("mine"),
@@ -274,28 +269,28 @@ def test_an_overlay_replaces_no_file_of_others(read, tmp_path, kind):
     }[kind]()
     earlier = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(OutputError, match=r"01_b.png was not written by grounding and is not replaced"):
-        save(read("ab"), out, per_token=True)
+        save(generated("ab"), out, per_token=True)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == earlier
     assert place.is_symlink() == (kind == "link")
 
 
-def test_a_foreign_strip_is_not_replaced(read, tmp_path):
-    save(read("ab"), tmp_path / "out")
+def test_a_foreign_strip_is_not_replaced(generated, tmp_path):
+    save(generated("ab"), tmp_path / "out")
     (tmp_path / "out" / "strip.png").write_text("mine")
     with pytest.raises(OutputError, match=r"strip.png was not written by grounding"):
         check_output(tmp_path / "out")
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_disk_that_fills_up_leaves_nothing(read, tmp_path, before):
+def test_a_disk_that_fills_up_leaves_nothing(generated, tmp_path, before):
     if before:
-        save(read("abc"), tmp_path / "out", per_token=True)
+        save(generated("abc"), tmp_path / "out", per_token=True)
     earlier = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} if before else {}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         with pytest.raises(OutputError, match="cannot write into"):
-            save(read("xyzw"), tmp_path / "out", per_token=True)
+            save(generated("xyzw"), tmp_path / "out", per_token=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     there = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} if (tmp_path / "out").exists() else {}
@@ -303,9 +298,9 @@ def test_a_disk_that_fills_up_leaves_nothing(read, tmp_path, before):
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(STAGING)]
 
 
-def test_the_same_explanation_gives_the_same_bytes(read, tmp_path):
+def test_the_same_explanation_gives_the_same_bytes(generated, tmp_path):
     for name in ("a", "b"):
-        save(read(), tmp_path / name, per_token=True)
+        save(generated(), tmp_path / name, per_token=True)
     assert len(names(tmp_path / "a")) == 8
     for name in names(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -315,7 +310,7 @@ def test_the_same_explanation_gives_the_same_bytes(read, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_command_counts_overlays_and_lists_them_in_json(read, tmp_path, monkeypatch, capsys, form):
+def test_the_command_counts_overlays_and_lists_them_in_json(generated, tmp_path, monkeypatch, capsys, form):
     from argparse import ArgumentParser
 
     from grounding.cli.options import figure_options, output_options
@@ -325,7 +320,7 @@ def test_the_command_counts_overlays_and_lists_them_in_json(read, tmp_path, monk
     output_options(parser)
     figure_options(parser)
     report = Report(parser.parse_args(["--per-token", "--format", form]), several=False)
-    report.add(read("ab", keys=("gradcam", "relevance")), tmp_path / "out")
+    report.add(generated("ab", keys=("gradcam", "relevance")), tmp_path / "out")
     assert report.end() == 0
     out = capsys.readouterr().out
     if form == "text":
@@ -338,6 +333,6 @@ def test_the_command_counts_overlays_and_lists_them_in_json(read, tmp_path, monk
     assert set(found) == {"figure", "strip", "maps", "json", "overlays"}
 
 
-def test_the_json_names_nothing_that_was_not_written(read):
-    assert to_json(read())["files"] == {}
-    assert to_json(read())["entries"][0]["probability"] == 0.98
+def test_the_json_names_nothing_that_was_not_written(generated):
+    assert to_json(generated())["files"] == {}
+    assert to_json(generated())["entries"][0]["probability"] == 0.98

@@ -1,4 +1,4 @@
-"""One map over its picture: colours, what was not seen, marks."""
+"""One map over its image: colours, unseen areas, maps without evidence, marks."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,10 @@ from PIL import Image
 from grounding.core.errors import OptionError
 from grounding.core.geometry import Geometry
 from grounding.explanation.figures.comparison import figure
+from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.overlays import overlay
 from grounding.explanation.figures.painter import limits_of
-from grounding.explanation.figures.pixels import Style, colour_table, grid_lines
+from grounding.explanation.figures.pixels import colour_table, grid_lines
 from tests.support.explanations import column, explanation, whole
 from tests.support.figures import PLAIN, RAMP, colourful, images, painted, ramp, words
 
@@ -55,19 +56,18 @@ def test_signed_maps_are_red_for_blue_against_white_at_zero():
     assert drawn[24].min() > 230  # the cell of the zero: columns 16 to 31
 
 
-def test_signed_limits_lie_at_the_same_distance_from_zero():
+def test_signed_limits_are_symmetric():
     made = explanation()
-    style = Style(signed=True)
-    low, high = limits_of([made.map(0)], style)
+    low, high = limits_of([made.map(0)], FigureOptions(signed=True))
     assert (low, high) == (-high, pytest.approx(np.abs(made.map(0).raw).max()))
 
 
-# ---------------------------------------------------------------- what was not seen, what is no evidence
+# ---------------------------------------------------------------- unseen areas, maps without evidence
 
 
-@pytest.mark.parametrize("ground", ["black", "white", "red"])
-def test_the_unseen_area_is_hatched_and_never_coloured(ground):
-    image = Image.new("RGB", (192, 64), ground)
+@pytest.mark.parametrize("background", ["black", "white", "red"])
+def test_the_unseen_area_is_hatched_and_never_coloured(background):
+    image = Image.new("RGB", (192, 64), background)
     geometry = Geometry.from_steps(192, 64, resized=(192, 64), crop=(64, 0, 64, 64), grid=(4, 4))
     drawn = painted(ramp(image, geometry=geometry), cmap="jet")
     unseen = np.ones((64, 192), bool)
@@ -75,30 +75,30 @@ def test_the_unseen_area_is_hatched_and_never_coloured(ground):
     assert (drawn[unseen].max(-1) == drawn[unseen].min(-1)).all()
     assert colourful(drawn)[~unseen].mean() > 0.9
     left = drawn[:, :60, 0]
-    assert len(np.unique(left)) == 2, "pale ground and a darker line"
+    assert len(np.unique(left)) == 2, "pale background and a darker line"
     assert left.max() - left.min() > 30
-    assert left.min() > 40, "a line on black must still show as a line"
+    assert left.min() > 40, "a line on black must be visible"
 
 
 @pytest.mark.parametrize(("maps", "reason"), [
     (np.zeros((1, 4, 4)), "zero everywhere"), (np.ones((1, 4, 4)), "flat"), (-RAMP - 2, "all negative"),
 ])  # fmt: skip
-@pytest.mark.parametrize("style", [{}, {"signed": True}, {"background": "edges"}])
-def test_a_map_without_evidence_has_no_heat_and_says_why(maps, reason, style):
+@pytest.mark.parametrize("options", [{}, {"signed": True}, {"background": "edges"}])
+def test_a_map_without_evidence_has_no_heat_and_a_reason(maps, reason, options):
     geometry = whole(64, 64)
     image = Image.new("RGB", (64, 64), "red")
     made = explanation(image, labels=("x",), geometry=geometry, columns=[column("gradcam", maps, geometry)])
-    drawn = figure(made, **style)
+    drawn = figure(made, **options)
     assert not colourful(images(drawn)["overlay:gradcam:0"]).any()
     assert f"no evidence: {reason}" in words(drawn)
-    assert not colourful(images(figure(made, layout="panels", **style))["heat:gradcam:0"]).any()
+    assert not colourful(images(figure(made, layout="panels", **options))["heat:gradcam:0"]).any()
 
 
-def test_a_map_without_evidence_has_no_say_in_a_shared_scale():
+def test_a_map_without_evidence_does_not_change_a_shared_scale():
     geometry = whole(64, 64)
     maps = np.stack([RAMP[0], -1000 - RAMP[0], RAMP[0] * 2])
     made = explanation(geometry=geometry, image=Image.new("RGB", (64, 64)), columns=[column("gradcam", maps, geometry)])
-    assert limits_of(list(made), Style(signed=True), "caption") == (-2, 2)
+    assert limits_of(list(made), FigureOptions(signed=True, scale="caption")) == (-2, 2)
 
 
 @pytest.mark.parametrize("scale", [{"scale": "caption"}, {"scale": "fixed", "fixed": (-2.0, 2.0)}])
@@ -106,8 +106,8 @@ def test_a_map_without_evidence_has_no_heat_on_a_shared_scale_either(scale):
     geometry = whole(64, 64)
     one = column("gradcam", np.stack([RAMP[0], RAMP[0] - 3]), geometry)
     made = explanation(Image.new("RGB", (64, 64)), labels=("a", "b"), geometry=geometry, columns=[one])
-    for style in ({}, {"signed": True}):
-        panels = images(figure(made, **scale, **style), "overlay")
+    for options in ({}, {"signed": True}):
+        panels = images(figure(made, **scale, **options), "overlay")
         assert colourful(panels["overlay:gradcam:0"]).any()
         assert not colourful(panels["overlay:gradcam:1"]).any()
 
@@ -115,9 +115,9 @@ def test_a_map_without_evidence_has_no_heat_on_a_shared_scale_either(scale):
 # ---------------------------------------------------------------- marks
 
 
-@pytest.mark.parametrize("ground", ["black", "white", "yellow"])
-def test_the_peak_is_marked_visibly_on_every_ground(ground):
-    made = ramp(Image.new("RGB", (640, 640), ground))
+@pytest.mark.parametrize("background", ["black", "white", "yellow"])
+def test_the_peak_is_marked_visibly_on_every_background(background):
+    made = ramp(Image.new("RGB", (640, 640), background))
     without, marked = painted(made), painted(made, peak=True)
     changed = np.abs(without - marked).max(-1) > 0
     rows, columns = np.nonzero(changed)
@@ -137,7 +137,7 @@ def test_the_box_is_drawn_where_it_is():
     assert not changed[y0 + 40 : y1 - 40, x0 + 40 : x1 - 40].any()
 
 
-def test_the_grid_runs_along_the_patches_edges():
+def test_the_grid_follows_the_edges_of_patches():
     made = ramp(Image.new("RGB", (640, 640), "gray"))
     changed = np.abs(painted(made) - painted(made, grid=True)).max(-1) > 0
     assert changed[:, 160].all()
@@ -154,11 +154,11 @@ def test_edges_replace_the_image():
 
 
 def test_a_map_of_another_image_is_refused():
-    with pytest.raises(OptionError, match="the picture has 10 x 10 pixels, the map belongs to one of 96 x 96"):
+    with pytest.raises(OptionError, match="the image has 10 x 10 pixels, the map belongs to one of 96 x 96"):
         overlay(explanation().map(0), Image.new("RGB", (10, 10)))
 
 
-def test_overlays_have_the_images_size_or_the_one_asked_for():
+def test_overlays_have_the_size_of_the_image_or_the_given_one():
     made = explanation(Image.new("RGB", (300, 90)))
     assert overlay(made.map(0), made.image).size == (300, 90)
     assert overlay(made.map(0), made.image, longest=100).size == (100, 30)
@@ -196,17 +196,17 @@ def test_small_boxes_and_their_hottest_patch_stay_visible():
     assert frame[y0 - 6 : y1 + 6, x0 - 6 : x1 + 6].sum() > 4 * 5 * (x1 - x0), "drawn around it"
 
 
-def test_grid_lines_are_those_of_the_patches_that_saw_the_image():
+def test_grid_lines_are_those_of_seen_patches():
     geometry = Geometry.from_steps(200, 100, resized=(200, 100), crop=(50, 0, 100, 100), grid=(2, 4))
     lines = grid_lines(geometry)
     assert [line[0][0] for line in lines[:5]] == pytest.approx([0.25, 0.375, 0.5, 0.625, 0.75])
     assert [(line[0], line[1]) for line in lines[5:]] == [((0.25, y), (0.75, y)) for y in (0.0, 0.5, 1.0)]
 
 
-def test_a_fixed_scale_has_zero_in_the_middle_of_signed_maps():
+def test_a_fixed_scale_of_signed_maps_has_zero_at_the_centre():
     made = ramp()
-    assert limits_of([made.map(0)], Style(signed=True), "fixed", (0.0, 0.5)) == (-0.5, 0.5)
-    assert limits_of([made.map(0)], Style(), "fixed", (0.0, 0.5)) == (0.0, 0.5)
+    assert limits_of([made.map(0)], FigureOptions(signed=True, scale="fixed", fixed=(0.0, 0.5))) == (-0.5, 0.5)
+    assert limits_of([made.map(0)], FigureOptions(scale="fixed", fixed=(0.0, 0.5))) == (0.0, 0.5)
     drawn = images(figure(made, scale="fixed", fixed=(0, 0.5), signed=True, **PLAIN))["overlay:gradcam:0"]
     middle = drawn[drawn.shape[0] // 2, 3 * drawn.shape[1] // 8].astype(int)  # the cell of the zero
     assert np.ptp(middle) <= 3

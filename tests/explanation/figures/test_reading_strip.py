@@ -1,4 +1,4 @@
-"""The strip: every token at its patch, nothing over anything else, and the order in which the line was read."""
+"""The reading strip: token positions, labels without overlap, and reading order."""
 
 import sys
 
@@ -11,19 +11,17 @@ from PIL import Image
 from grounding.core.errors import GroundingError
 from grounding.core.geometry import Geometry
 from grounding.explanation.figures.label_placement import GAP, extent, spread
-from grounding.explanation.figures.reading_strip import reading_order, strip
 from grounding.explanation.figures.sheet import ALERT
 from grounding.explanation.labels import likelihood
-from grounding.explanation.reading_order import right_to_left
+from grounding.explanation.reading_order import reading_order, right_to_left
 from tests.support.explanations import column, explanation
-from tests.support.figures import images, pixels, words
+from tests.support.figures import images, pixels, text_of
 from tests.support.lines import along, line, peaks, written
 
 
-@pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Pictures of few pixels, where only the layout matters."""
-    monkeypatch.setattr("grounding.explanation.figures.reading_strip.OVERSAMPLING", 0.2)
+def strip(made, *args, **options):
+    """A strip with an image of few pixels, where only the layout matters."""
+    return made.strip(*args, oversampling=0.2, **options)
 
 
 def artists(made, start):
@@ -31,10 +29,6 @@ def artists(made, start):
     axes = made.axes[0]
     found = [a for a in (*axes.patches, *axes.lines, *axes.texts) if (a.get_gid() or "").startswith(start)]
     return {a.get_gid(): a for a in found}
-
-
-def said(made):
-    return " ".join(words(made).split())
 
 
 def at(*columns, rows=2, row=1):
@@ -51,27 +45,27 @@ def at(*columns, rows=2, row=1):
     ("abcd", (0, 3, 1, 9), (2,)),
     ("abcd", (9, 0, 1, 2), (1, 2, 3)),  # against the furthest, not against the neighbour
     ("abcd", (5, 5, 5, 5), ()),
-    ("abcd", (0, 8, None, 1), (3,)),  # no evidence has no say
+    ("abcd", (0, 8, None, 1), (3,)),  # a map without evidence is ignored
     ("abcd", (None, None, None, None), ()),
-    ("a cd", (0, 15, 4, 8), ()),  # a blank has no say: neither as the furthest ...
-    ("ab d", (4, 8, 0, 12), ()),  # ... nor as one that lies back
+    ("a cd", (0, 15, 4, 8), ()),  # a blank is ignored: neither as the furthest ...
+    ("ab d", (4, 8, 0, 12), ()),  # ... nor as a token behind
     ("אבגד", (9, 6, 3, 0), ()),
     ("אבגד", (0, 3, 6, 9), (1, 2, 3)),
     ("אבגד", (9, 6, 8, 0), (2,)),
     ("אב1c", (9, 6, 3, 0), ()),  # more of its letters run from right to left
     ("a", (3,), ()),
 ])  # fmt: skip
-def test_reading_order_on_paper(text, columns, back):
+def test_reading_order_of_known_peaks(text, columns, back):
     made = written(list(text), at(*columns), grid=(2, 16))
     assert reading_order(made, "gradcam") == back
 
 
-def test_reading_order_counts_entries_and_leaves_out_what_is_no_token():
+def test_reading_order_gives_indices_of_entries_and_ignores_other_kinds():
     made = written(list("abc"), at(0, 9, 3), grid=(2, 16), shared=("rollout",))
     caption = explanation().entries[0]
     maps = np.concatenate([peaks(at(15), 2, 16), made.methods["gradcam"].maps])
     shifted = type(made)(**{
-        **vars(made), "entries": (caption, *made.entries), "columns": {
+        **vars(made), "entries": (caption, *made.entries), "methods": {
             "gradcam": column("gradcam", maps, made.geometry), "rollout": made.methods["rollout"],
         },
     })  # fmt: skip
@@ -89,7 +83,7 @@ def test_the_direction_of_a_text_is_that_of_most_of_its_letters():
     assert not right_to_left("abc ש")
 
 
-# ---------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------- content of the strip
 
 
 @pytest.mark.parametrize("size", [(512, 64), (2000, 60), (300, 1200), (200, 200), (7, 3)])
@@ -127,34 +121,34 @@ def test_tokens_of_one_cell_share_its_outline():
     assert len({str(b.get_linestyle()) for b in boxes}) == 3
 
 
-def test_only_token_entries_are_drawn_and_one_method_if_asked():
+def test_only_token_entries_are_drawn_and_one_method_on_request():
     made = written(["a", "b"], along(2, 4, 32), keys=("gradcam", "relevance"), shared=("rollout",))
     assert set(images(made.strip(), "strip:")) == {"strip:gradcam", "strip:relevance"}
-    assert set(images(made.strip(column="relevance"), "strip:")) == {"strip:relevance"}
-    assert "Rollout" in said(made.strip())
-    assert "no evidence about single tokens" in said(made.strip())
-    assert not images(made.strip(column="rollout"))
+    assert set(images(strip(made, method="relevance"), "strip:")) == {"strip:relevance"}
+    assert "Rollout" in text_of(made.strip())
+    assert "no evidence about single tokens" in text_of(made.strip())
+    assert not images(strip(made, method="rollout"))
     with pytest.raises(GroundingError, match="no method 'x'"):
-        made.strip(column="x")
+        strip(made, method="x")
     with pytest.raises(GroundingError, match="no tokens to draw"):
         strip(type(made)(**{**vars(made), "entries": ()}))
 
 
-def test_what_is_odd_is_said():
+def test_improbable_tokens_tokens_behind_and_missing_evidence_are_marked():
     made = written(
         ["a", "b", " ", "c", ""], [(1, 9), (1, 2), (1, 30), None, (1, 31)],
         probabilities=[0.98, 0.3, 1.0, 0.999, 0.0002],
         warnings=["w" * 300, "second"] * 6, origin="forced",
     )  # fmt: skip
     drawn = strip(made)
-    text = said(drawn)
+    text = text_of(drawn)
     assert "“ab c”" in text
     assert "forced text" in text
     assert "some/reader" in text
     assert "512 x 64" in text
-    assert "reading order: 'b' at sign 1 peaks left of what was read before" in text
-    assert "no evidence: 'c' at sign 3 (zero everywhere" in text
-    assert "Below 50%: 'b' at sign 1 30% (or: o 1%, c 0.4%), (end) at sign 4 <0.1% (or:" in text
+    assert "reading order: 'b' at character 1 peaks left of an earlier token" in text
+    assert "no evidence: 'c' at character 3 (zero everywhere" in text
+    assert "Below 50%: 'b' at character 1 30% (or: o 1%, c 0.4%), (end) at character 4 <0.1% (or:" in text
     assert text.count("second") == 6
     assert text.replace(" ", "").count("w" * 300) == 6, "warnings are not cut"
     labels = {name: t.get_text() for name, t in artists(drawn, "token:").items()}
@@ -167,13 +161,14 @@ def test_what_is_odd_is_said():
     assert notes["98%"] != ALERT
 
 
-def test_many_that_lie_back_are_counted():
+def test_many_tokens_behind_are_counted():
     made = written(list("abcdefgh"), at(15, 0, 1, 2, 3, 4, 5, 6), grid=(2, 16))
-    assert "reading order: 'b' at sign 1, 'c' at sign 2, 'd' at sign 3, and 4 more peak left" in said(strip(made))
+    text = text_of(strip(made))
+    assert "reading order: 'b' at character 1, 'c' at character 2, 'd' at character 3, and 4 more peak left" in text
     mirrored = written(list("אבג"), at(0, 8, 15), grid=(2, 16))
-    assert "peak right of what was read before" in said(strip(mirrored))
-    assert "back ›" in said(strip(mirrored))
-    assert "back" not in said(strip(written(list("abc"), along(3, 4, 32))))
+    assert "peak right of an earlier token" in text_of(strip(mirrored))
+    assert "back ›" in text_of(strip(mirrored))
+    assert "back" not in text_of(strip(written(list("abc"), along(3, 4, 32))))
 
 
 @pytest.mark.parametrize(("labels", "cells", "size"), [
@@ -188,7 +183,7 @@ def test_many_that_lie_back_are_counted():
     (["猫", "😀", "$x$", "\n", "</b>", "\udc80", "../x", "", "a" * 90, " ", "\u202e", "سلام"],
      along(12, 4, 24), (1000, 25)),
 ])  # fmt: skip
-def test_nothing_leaves_the_sheet_and_no_label_lies_on_another(labels, cells, size, recwarn):
+def test_nothing_leaves_the_sheet_and_no_labels_overlap(labels, cells, size, recwarn):
     grid = (24, 32)
     made = written(
         labels, cells, size=size, grid=grid, probabilities=[0.3, 1.0] * (len(labels) // 2) + [0.99] * (len(labels) % 2)
@@ -212,10 +207,10 @@ def test_nothing_leaves_the_sheet_and_no_label_lies_on_another(labels, cells, si
         assert not any(one.overlaps(other) for other in boxes[:i]), labels_drawn[i].get_text()
 
 
-def test_a_image_that_is_stretched_says_so():
-    assert "picture drawn higher than it is" in said(strip(written(["a"], [(0, 0)], size=(4000, 1))))
-    assert "picture drawn wider than it is" in said(strip(written(["a"], [(0, 0)], size=(1, 4000))))
-    assert "drawn" not in said(strip(written(["a"], [(0, 0)], size=(2000, 50))))
+def test_a_stretched_image_has_a_note():
+    assert "image drawn higher than it is" in text_of(strip(written(["a"], [(0, 0)], size=(4000, 1))))
+    assert "image drawn wider than it is" in text_of(strip(written(["a"], [(0, 0)], size=(1, 4000))))
+    assert "drawn" not in text_of(strip(written(["a"], [(0, 0)], size=(2000, 50))))
 
 
 def test_leader_lines_cross_no_label():
@@ -251,12 +246,12 @@ def test_the_same_strip_gives_the_same_pixels_and_leaves_pyplot_alone(monkeypatc
 # ---------------------------------------------------------------- labels along a line
 
 
-def test_labels_stay_where_they_are_wanted_if_there_is_room():
+def test_labels_keep_their_positions_if_there_is_room():
     assert spread([1.0, 3.0], [0.5, 0.5], 0, 5) == [1.0, 3.0]
     assert spread([], [], 0, 5) == []
 
 
-def test_labels_of_one_place_stand_evenly_around_it():
+def test_labels_of_one_position_are_spread_evenly_around_it():
     assert spread([2.0] * 3, [0.45] * 3, 0, 4) == pytest.approx([1.5, 2.0, 2.5])
     assert spread([0.0] * 2, [0.45] * 2, 0, 4) == pytest.approx([0.225, 0.725])
     assert spread([4.0] * 2, [0.45] * 2, 0, 4) == pytest.approx([3.275, 3.775])
