@@ -11,12 +11,11 @@ import tests.support.typecheck  # noqa: F401  the hook finds it by name
 
 install_import_hook(["grounding", "adapters"], "tests.support.typecheck.check")
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.support import models
+from tests.support.images import noise
 
 torch.set_num_threads(int(os.environ.get("GROUNDING_TEST_THREADS", "1")))
 
@@ -39,11 +38,5 @@ def trocr():
 
 @pytest.fixture
 def image():
-    """A picture that is neither square nor flat."""
+    """An image that is neither square nor flat."""
     return noise(90, 60)
-
-
-def noise(width, height, seed=0):
-    """A picture of smooth random colours."""
-    small = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)

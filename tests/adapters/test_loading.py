@@ -14,8 +14,8 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.loading import find_adapter
 from grounding import explain
 from grounding.core.errors import ModelError
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,15 @@ from grounding.engine.inspect import inspect_request
 from grounding.engine.request import Request
 from grounding.explanation.figures.inspection import check_channels, figure
 from grounding.explanation.figures.pixels import DIVERGING, colour_table
-from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
-from tests.conftest import noise
-from tests.methods.test_cams import one_by_one
-from tests.methods.test_methods import CAPTION, LAYERS, run_tutorial
 from tests.support import models
-from tests.support.convolutional import COLUMNS, ROWS, ClassAdapter
+from tests.support.convolutional import COLUMNS, ROWS, ClassAdapter, one_by_one
 from tests.support.figures import images, words
+from tests.support.images import noise
 from tests.support.inspections import inspection as made
 from tests.support.oracles import vision
 from tests.support.tolerances import STORED, close
+from tests.support.tutorials.clip import CAPTION, LAYERS, run_tutorial
+from tests.support.tutorials.flava import FUSION, TEXT, entries, loop, patches
 
 
 def inspect_all(adapter, image, text=None, *, entry=None, **settings):
@@ -308,10 +307,9 @@ def test_what_the_model_saw_lies_under_the_grid(geometry, left, right):
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 4), (2, 64), (1, 200), (40, 2), (14, 14), (4, 10), (200, 1)])
-def test_no_text_leaves_the_figure_and_no_two_panels_overlap(rows, columns, channels, monkeypatch):
-    monkeypatch.setattr("grounding.explanation.figures.inspection.OVERSAMPLING", 0.2)
+def test_no_text_leaves_the_figure_and_no_two_panels_overlap(rows, columns, channels):
     one = made(rows, columns, label="a long label of very many words " * 5, warnings=("too long " * 60,) * 2)
-    shown = figure([one, made(rows, columns)], channels)
+    shown = figure([one, made(rows, columns)], channels, oversampling=0.2)
     width, height = shown.canvas.get_width_height()
     assert shown.get_size_inches()[0] <= 17
     boxes = [text.get_window_extent() for text in shown.axes[0].texts]

@@ -9,33 +9,21 @@ from PIL import Image
 from adapters.module.adapter import ModuleAdapter
 from grounding import Selection, explain
 from grounding.core.errors import OptionError
-from tests.adapters.classifier import test_classifier
-from tests.adapters.flava.test_flava import FUSION, TEXT, entries, loop, patches
-from tests.adapters.module import test_module
-from tests.adapters.trocr.test_trocr import TOKENS, tutorial
-from tests.conftest import noise
-from tests.methods.test_methods import CAPTION, LAYERS, run_tutorial
 from tests.support import models, nets
-from tests.support.convolutional import CLASSES, COLUMNS, ROWS, ClassAdapter, Quadrants, quadrant
+from tests.support.convolutional import CLASSES, COLUMNS, ROWS, ClassAdapter, Quadrants, one_by_one, quadrant
+from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import ORACLE, TUTORIAL, close
+from tests.support.tutorials import classifier, module
+from tests.support.tutorials.clip import CAPTION, LAYERS, run_tutorial
+from tests.support.tutorials.flava import FUSION, TEXT, entries, loop, patches
+from tests.support.tutorials.trocr import TOKENS, tutorial
 
 CAMS = list(vision.CAMS)
 WHOLE = Selection(tokens=False)
 PICTURES = [noise(70, 50, 1), noise(40, 90, 2), noise(64, 64, 3)]
 ORTHOGONAL = LAYERS[1]  # read through a LayerNorm alone: in float32 <features, gradient> is rounding there
 COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-
-
-def one_by_one(adapter, image, number, layer):
-    """Features and gradient (P, D) of one image and class: the model's own forward and a full backward."""
-    kept = {}
-    module = adapter.model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda m, a, out: kept.update(f=out) or out.clone())
-    score = adapter.model(adapter.pixels(image)[None])[0, number]
-    handle.remove()
-    [gradient] = torch.autograd.grad(score, kept["f"])
-    return [t[0].detach().flatten(1).T.numpy() for t in (kept["f"], gradient)]
 
 
 @pytest.mark.parametrize("layer", ["active", "features", "stem.0"])
@@ -56,10 +44,10 @@ def test_all_cams_of_image_classifiers(kind, layer):
     """Three images in one batch, each with its own class, at the default layer and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
     path, prefix = adapter.resolve(layer), adapter.structure.prefix
-    found = explain(adapter, PICTURES, test_classifier.ASKED, methods=CAMS, layers=[path])
-    for image, index, one in zip(PICTURES, test_classifier.INDICES, found, strict=True):
-        _, *kept, _ = test_classifier.tutorial(adapter, image, index, path)
-        pair = [test_classifier.as_patches(tensor, prefix) for tensor in kept]
+    found = explain(adapter, PICTURES, classifier.ASKED, methods=CAMS, layers=[path])
+    for image, index, one in zip(PICTURES, classifier.INDICES, found, strict=True):
+        _, *kept, _ = classifier.tutorial(adapter, image, index, path)
+        pair = [classifier.as_patches(tensor, prefix) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))
 
@@ -69,11 +57,11 @@ def test_all_cams_of_image_classifiers(kind, layer):
     [(nets.Vgg, "features.28"), (nets.ResNet34, "layer3"), (nets.MobileNet, None), (nets.ViT, "encoder.layers.2.ln_1")],
 )
 def test_all_cams_of_any_module(net, layer):
-    adapter = test_module.made(net(), layer, width=64, height=48 if net is nets.ViT else 96)
+    adapter = module.made(net(), layer, width=64, height=48 if net is nets.ViT else 96)
     found = explain(adapter, PICTURES, [3, 0, 4], methods=CAMS)
     for image, index, one in zip(PICTURES, (3, 0, 4), found, strict=True):
-        kept = test_module.tutorial(adapter.model, adapter.preprocess(image), index, adapter.structure.layer)
-        pair = [test_classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
+        kept = module.tutorial(adapter.model, adapter.preprocess(image), index, adapter.structure.layer)
+        pair = [classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))
 

@@ -108,3 +108,14 @@ class ClassAdapter(Adapter):
 
     def score(self, inputs, encoded, targets):
         return encoded[targets.image, targets.data["class"]]
+
+
+def one_by_one(adapter, image, number, layer):
+    """Features and gradient (P, D) of one image and class: the model's own forward and a full backward."""
+    kept = {}
+    module = adapter.model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda m, a, out: kept.update(f=out) or out.clone())
+    score = adapter.model(adapter.pixels(image)[None])[0, number]
+    handle.remove()
+    [gradient] = torch.autograd.grad(score, kept["f"])
+    return [t[0].detach().flatten(1).T.numpy() for t in (kept["f"], gradient)]

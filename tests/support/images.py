@@ -1,4 +1,4 @@
-"""Pictures as files, and the errors that broken ones must raise."""
+"""Random images, images as encoded bytes, and the errors that broken ones must raise."""
 
 import io
 from contextlib import contextmanager
@@ -10,8 +10,10 @@ from PIL import Image
 from grounding.core.images import ImageError, open_image
 
 
-def noise(width=80, height=60):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+def noise(width=80, height=60, seed=0):
+    """An image of smooth random colours."""
+    small = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encode(image, kind="PNG", **options):

@@ -14,39 +14,13 @@ from grounding.core.text import Classes
 from grounding.engine.layers import list_layers
 from grounding.engine.plan import available
 from grounding.explanation.text_table import explanation_table, headline
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import TUTORIAL, close
+from tests.support.tutorials.classifier import ASKED, INDICES, as_patches, tutorial
 
 PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
-ASKED = [2, "crane, BIRD", "two dogs"]
-INDICES = [2, 8, 1]
-
-
-def tutorial(adapter, image, index, path):
-    """Logits, features and gradient of one picture by a full backward with hooks on the bare model, and attention."""
-    model, kept = adapter.model, {}
-    if adapter.structure.attention("vision"):
-        model.set_attn_implementation("textbook")
-    vision.KEPT.clear()
-    pixels = adapter.image_processor(image, return_tensors="pt")["pixel_values"].to(adapter.dtype)
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda m, a, out: kept.update(f=out[0] if isinstance(out, tuple) else out)
-    )
-    logits = model(pixel_values=pixels).logits[0]
-    handle.remove()
-    kept["f"].retain_grad()
-    for attention in vision.KEPT:
-        attention.retain_grad()
-    logits[index].backward()
-    pairs = [(a[0].detach().numpy(), a.grad[0].numpy()) for a in vision.KEPT]
-    return logits.detach(), kept["f"][0].detach(), kept["f"].grad[0], pairs
-
-
-def as_patches(tensor, prefix):
-    """(patches, D) of a map (D, rows, columns) or of tokens."""
-    return (tensor.flatten(1).T if tensor.ndim == 3 else tensor[prefix:]).numpy()
 
 
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "swin", "vit", "deit", "deit with teacher", "dinov2"])

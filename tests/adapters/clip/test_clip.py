@@ -8,8 +8,8 @@ import adapters
 from grounding import Selection, explain
 from grounding.adapter.recorder import Recorder
 from grounding.core.errors import ModelError, TextError
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import HALF_MODEL, ORACLE, alike, close
 

@@ -8,47 +8,23 @@ from grounding import Selection, explain
 from grounding.core.errors import LayerError, OptionError, TargetError
 from grounding.engine.layers import list_layers
 from grounding.methods.trace import Trace
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.oracles import vision
-from tests.support.oracles.fusion import Tutorial
 from tests.support.tolerances import ORACLE, TUTORIAL, close
+from tests.support.tutorials.flava import FUSION, PATCHES, TEXT, entries, loop, patches
 
-TEXT = "a man in a red jacket"
 KINDS = ("similarity", "matching", "logit")
-PATCHES = 16
 VISION = {
     "patch projection": "flava.image_model.embeddings.patch_embeddings.projection",
     "block input": "flava.image_model.encoder.layer.2.layernorm_before",
     "inner block": "flava.image_model.encoder.layer.0",
-}
-FUSION = {
-    "fusion:-1.in": "flava.multimodal_model.encoder.layer.2.layernorm_before",
-    "fusion:0": "flava.multimodal_model.encoder.layer.0",
 }
 
 
 @pytest.fixture
 def flava():
     return models.flava_adapter()
-
-
-def loop(adapter, kind, layer, image=None):
-    """The caption (where it has a score of its own), then each token."""
-    pixels = adapter.image_processor(image or noise(50, 40), return_tensors="pt")["pixel_values"].to(adapter.dtype)
-    ids = adapter.tokenizer(TEXT)["input_ids"]
-    tutorial = Tutorial(adapter.model, pixels, ids)
-    places = [*([] if kind == "logit" else [None]), *range(1, len(ids) - 1)]
-    return [(*tutorial.run(kind, layer, place), tutorial.compared) for place in places]
-
-
-def entries(kind):
-    return Selection(caption=kind != "logit")
-
-
-def patches(features, first=1):
-    """The patches of one picture: (P, D), from a sequence or from a convolution's (D, rows, columns)."""
-    return features.reshape(len(features), -1).T if features.ndim == 3 else features[first : first + PATCHES]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,38 +6,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from adapters.module.adapter import ModuleAdapter, scores_of
+from adapters.module.adapter import ModuleAdapter
 from grounding import explain
 from grounding.core.errors import LayerError, ModelError, OptionError, ProbeError, TargetError
 from grounding.engine.layers import list_layers
-from tests.adapter.test_recorder_state import disturb, snapshot, unchanged
-from tests.conftest import noise
 from tests.support import models, nets
+from tests.support.images import noise
+from tests.support.model_state import disturb, snapshot, unchanged
 from tests.support.oracles import vision
 from tests.support.tolerances import TUTORIAL, close
+from tests.support.tutorials.module import made, tutorial
 
 PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
-
-
-def made(net, layer=None, width=64, height=64, **options):
-    torch.manual_seed(0)
-    model = models.shaken(net).double().eval()
-    return ModuleAdapter(model, layer, **{"preprocess": models.to_pixels(width, height)} | options)
-
-
-def tutorial(model, pixels, index, path):
-    """Features and gradient (D, rows, columns) or (N, D) of one picture by hooks on the bare model."""
-    kept = {}
-
-    def keep(module, args, out):
-        kept["f"] = out
-        out.retain_grad()
-        return out.clone()  # or the next module may overwrite it
-
-    handle = model.get_submodule(path).register_forward_hook(keep)
-    scores_of(model(pixels[None]))[0, index].backward()
-    handle.remove()
-    return kept["f"][0].detach(), kept["f"].grad[0]
 
 
 @pytest.mark.parametrize(
@@ -218,16 +198,6 @@ def test_wrong_labels_and_models_are_refused():
         explain(made(nets.ViT()), PICTURES[0], methods=["rollout"])
 
 
-class Answers(nn.Module):
-    def __init__(self, wrap):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net, self.wrap = nets.MobileNet(), wrap
-
-    def forward(self, x):
-        return self.wrap(self.net(x))
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -240,14 +210,14 @@ class Answers(nn.Module):
     ],
 )
 def test_answers_of_any_kind(wrap):
-    found = explain(made(Answers(wrap)), PICTURES[0], target=1)
-    assert close(found[0].raw, explain(made(Answers(lambda y: y)), PICTURES[0], target=1)[0].raw)
+    found = explain(made(nets.Answers(wrap)), PICTURES[0], target=1)
+    assert close(found[0].raw, explain(made(nets.Answers(lambda y: y)), PICTURES[0], target=1)[0].raw)
 
 
 @pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {}, lambda y: (), lambda y: y[0]])
 def test_answers_without_scores(wrap):
     with pytest.raises(ModelError, match=r"the model returns .*, expected scores of shape"):
-        made(Answers(wrap))
+        made(nets.Answers(wrap))
 
 
 def test_one_score_is_a_yes():

@@ -14,11 +14,13 @@ from grounding.core.errors import LayerError, ModelError, ProbeError, TargetErro
 from grounding.core.images import open_image
 from grounding.engine.warnings import map_warnings
 from grounding.explanation.maps import Status
-from tests.adapters.module.test_module import PICTURES, Answers, made, tutorial
-from tests.conftest import noise
 from tests.support import models, nets
+from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import close
+from tests.support.tutorials.module import made, tutorial
+
+PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 
 
 class ClassBehind(nets.ViT):
@@ -83,11 +85,11 @@ def test_labels_as_they_come_from_json():
 
 @pytest.mark.parametrize("squeeze", [lambda y: y[:, :1].squeeze(1), lambda y: y[:, :1].squeeze()])
 def test_one_score_that_was_squeezed(squeeze):
-    plain = explain(made(Answers(lambda y: y[:, :1])), PICTURES)
-    for one, other in zip(explain(made(Answers(squeeze)), PICTURES), plain, strict=True):
+    plain = explain(made(nets.Answers(lambda y: y[:, :1])), PICTURES)
+    for one, other in zip(explain(made(nets.Answers(squeeze)), PICTURES), plain, strict=True):
         assert close(one[0].raw, other[0].raw)
         assert one.entries == other.entries
-    explain(made(Answers(squeeze)), PICTURES[0])
+    explain(made(nets.Answers(squeeze)), PICTURES[0])
 
 
 def test_a_dict_without_logits_names_its_keys():
@@ -95,9 +97,9 @@ def test_a_dict_without_logits_names_its_keys():
         ModelError,
         match=r"a dict with the keys 'out', 'aux', expected scores of shape \(images, classes\) as 'logits'",
     ):
-        made(Answers(lambda y: {"out": y, "aux": y}))
+        made(nets.Answers(lambda y: {"out": y, "aux": y}))
     with pytest.raises(ModelError, match="a dict with the keys none, expected"):
-        made(Answers(lambda y: {}))
+        made(nets.Answers(lambda y: {}))
 
 
 @pytest.mark.parametrize("preprocess", [None, 7])

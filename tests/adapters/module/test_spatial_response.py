@@ -10,8 +10,8 @@ from adapters.module.adapter import ModuleAdapter
 from adapters.module.spatial_response import is_spatial
 from grounding import explain
 from grounding.core.errors import LayerError
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 
 SIDE = 64
 SPOT = (9, 50)  # of a picture of 64 x 64, (x, y): in cell (6, 1) of 8 x 8

@@ -14,13 +14,13 @@ from grounding import Selection, explain
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.text import Generate
 from grounding.engine import passes as tracing
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.oracles import decoder, vision
 from tests.support.tolerances import ORACLE, STORED, TUTORIAL, close
+from tests.support.tutorials.trocr import TOKENS, tutorial
 
 TEXT = "red car and red bus"
-TOKENS = Selection(caption=False, special=True)
 VARIANTS = {
     "trocr": {},
     "sinusoidal positions": {"kind": "sinusoidal"},
@@ -34,14 +34,6 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS, scope="module")
 def variant(request):
     return models.trocr_adapter(**VARIANTS[request.param])
-
-
-def tutorial(adapter, text, layer="encoder.layers.2", image=None):
-    """The loop over all tokens of a forced text, the end token included."""
-    pixels = adapter.image_processor(image or noise(90, 30), return_tensors="pt")["pixel_values"].to(adapter.dtype)
-    ids = [*adapter.tokenizer(text, add_special_tokens=False)["input_ids"], 1]
-    loop = decoder.Tutorial(adapter.model, pixels, [0, *ids])
-    return [loop.run(row, token, layer) for row, token in enumerate(ids)]
 
 
 def patches(adapter, rows):
