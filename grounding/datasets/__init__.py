@@ -1,1 +1,1 @@
-"""Data sets of images with captions, boxes or text lines: Flickr30k and others."""
+"""Data sets of images with captions, phrases with boxes, or text lines, in the layouts in which they are published."""

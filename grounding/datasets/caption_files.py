@@ -1,7 +1,7 @@
-"""The formats of files that list pictures and captions: delimited tables, `.token`, JSON, lines of JSON.
+"""Parsers of files that list images and captions: delimited tables, `.token`, JSON, JSON lines.
 
-A reader takes the text of a file and the name by which its rows are called, and gives what it `Found`; it raises
-DataError where the file as a whole is not in its format. A row that cannot be read is named, the others count.
+A parser takes the text of a file and its name for messages, and returns a `ParsedListing`. It raises DataError if the
+file is not in its format; rows that cannot be parsed are reported in `ParsedListing.broken`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from grounding.core.printable import quote
 from grounding.datasets.caption_lists import ListedRow, ParsedListing
 from grounding.datasets.text_files import lines_of
 
-# Column names, in lower case; the first that a header has is taken.
-IMAGES = ("image", "file", "file_name", "filename", "image_path", "image_name")
-CAPTIONS = ("caption", "text", "sentence", "captions", "sentences", "raw", "comment")
-NUMBERS = ("comment_number", "caption_number")
-SPLITS = ("split",)
+# Column names, in lower case; the first one that a header contains is used.
+FILE_COLUMNS = ("image", "file", "file_name", "filename", "image_path", "image_name")
+CAPTION_COLUMNS = ("caption", "text", "sentence", "captions", "sentences", "raw", "comment")
+NUMBER_COLUMNS = ("comment_number", "caption_number")
+SPLIT_COLUMNS = ("split",)
 DELIMITERS = ("\t", "|", ",", ";")
-# `["` or, as Python writes lists, `['`; a caption may begin with a bracket alone.
+# `["`, or `['` as in Python's repr; a caption may begin with a single bracket.
 LIST = re.compile(r"""\s*\[\s*["']""")
 TOKEN_TAB = re.compile(r"(.+)#(\d+)\t(.*)", re.DOTALL)
 TOKEN_BLANK = re.compile(r"(\S+)#(\d+)(?: +(.*))?", re.DOTALL)
@@ -34,7 +34,7 @@ UNSEPARATED = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 
 
 def read_listing(path: Path, text: str) -> ParsedListing:
-    """What a file lists, by its format: the ending of its name, and for `.txt` its first line. Raises DataError."""
+    """Parse a listing, by the suffix of its name, and for `.txt` by its first line. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return json_lines(text, path.name)
@@ -50,36 +50,36 @@ def read_listing(path: Path, text: str) -> ParsedListing:
 
 
 class Header(NamedTuple):
-    """`places` are those of the columns by name, lower case; `width` is the number of columns."""
+    """The header of a table: `index` of each column by its name in lower case, `width` the number of columns."""
 
     delimiter: str
-    places: Mapping[str, int]
+    index: Mapping[str, int]
     width: int
 
-    def place(self, names: tuple[str, ...]) -> int | None:
-        """The place of the first of these columns that there is."""
-        name = _pick(self.places, names)
-        return None if name is None else self.places[name]
+    def find(self, names: tuple[str, ...]) -> int | None:
+        """Return the index of the first of these columns that the table has, None if it has none."""
+        name = _pick(self.index, names)
+        return None if name is None else self.index[name]
 
 
 def header_of(line: str) -> Header | None:
-    """The header that a line is, if it names an image and a caption column; nothing is guessed from other lines."""
+    """Return the header in a line, None unless it has an image and a caption column. Other lines are not considered."""
     for delimiter in DELIMITERS:
         names = [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
-        header = Header(delimiter, {name: place for place, name in enumerate(names)}, len(names))
-        if header.place(IMAGES) is not None and header.place(CAPTIONS) is not None:
+        header = Header(delimiter, {name: index for index, name in enumerate(names)}, len(names))
+        if header.find(FILE_COLUMNS) is not None and header.find(CAPTION_COLUMNS) is not None:
             return header
     return None
 
 
 def delimited(text: str, name: str) -> ParsedListing:
-    """A table with a header: comma, semicolon, tab with fields quoted as in RFC 4180, or ` | ` without quoting."""
+    """Parse a table with header: comma, semicolon or tab with quoting as in RFC 4180, or ` | ` without quoting."""
     first = text.split("\n", 1)[0].rstrip("\r")
     header = header_of(first)
     if header is None:
         raise DataError(
             f"{quote(name)} begins with {quote(first, 80)}: expected a header with an image column "
-            f"({', '.join(IMAGES)}) and a caption column ({', '.join(CAPTIONS)}), separated by comma, "
+            f"({', '.join(FILE_COLUMNS)}) and a caption column ({', '.join(CAPTION_COLUMNS)}), separated by comma, "
             "semicolon, tab or |"
         )
     bare = header.delimiter == "|"
@@ -97,7 +97,7 @@ def delimited(text: str, name: str) -> ParsedListing:
 
 
 def _rows(text: str, header: Header, broken: dict[str, str], name: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number from 1, fields) of each row. After a broken quote every line of the row is tried by itself."""
+    """Yield (line number from 1, fields) of each row. After a broken quote its lines are parsed one by one."""
     fed: list[tuple[int, str]] = []
 
     def feed() -> Iterator[str]:
@@ -106,8 +106,8 @@ def _rows(text: str, header: Header, broken: dict[str, str], name: str) -> Itera
             yield line
 
     quoting = csv.QUOTE_NONE if header.delimiter == "|" else csv.QUOTE_MINIMAL
-    how: dict[str, Any] = {"delimiter": header.delimiter, "strict": True, "quoting": quoting}
-    reader = csv.reader(feed(), **how)
+    dialect: dict[str, Any] = {"delimiter": header.delimiter, "strict": True, "quoting": quoting}
+    reader = csv.reader(feed(), **dialect)
     while True:
         fed.clear()
         try:
@@ -115,18 +115,18 @@ def _rows(text: str, header: Header, broken: dict[str, str], name: str) -> Itera
         except StopIteration:
             return
         except csv.Error as error:
-            # A quote that is never closed would swallow the pictures that follow.
-            yield from _one_by_one(list(fed), how, header.width, broken, name, str(error))
+            # A quote that is never closed would include the rows that follow.
+            yield from _one_by_one(list(fed), dialect, header.width, broken, name, str(error))
             continue
         yield fed[0][0], fields
 
 
 def _one_by_one(
-    lines: list[tuple[int, str]], how: dict[str, Any], width: int, broken: dict[str, str], name: str, why: str
+    lines: list[tuple[int, str]], dialect: dict[str, Any], width: int, broken: dict[str, str], name: str, why: str
 ) -> Iterator[tuple[int, list[str]]]:
     for number, line in lines:
         try:
-            [fields] = csv.reader([line], **how)
+            [fields] = csv.reader([line], **dialect)
         except (csv.Error, ValueError):
             fields = []
         if len(fields) == width:
@@ -136,11 +136,11 @@ def _one_by_one(
 
 
 def _bare_fields(fields: list[str], header: Header, place: str, problems: list[str]) -> list[str]:
-    """The fields of a row without quoting; what is mended is told. Blanks beside the separator do not count."""
+    """Return the fields of a row without quoting, without blanks around separators; repairs go to `problems`."""
     width = header.width
-    if header.place(CAPTIONS) == width - 1:  # what follows the last separator is the caption, whatever is in it
+    if header.find(CAPTION_COLUMNS) == width - 1:  # the caption is the rest of the line, separators included
         fields = [*fields[: width - 1], "|".join(fields[width - 1 :])] if len(fields) > width else fields
-        numbered = len(fields) == width - 1 and header.place(NUMBERS) == width - 2
+        numbered = len(fields) == width - 1 and header.find(NUMBER_COLUMNS) == width - 2
         if numbered and (parts := UNSEPARATED.fullmatch(fields[-1])):
             fields = [*fields[:-1], *parts.groups()]
             problems.append(f"{place}: no separator after the number; read as caption {parts[1]} of {quote(fields[0])}")
@@ -148,29 +148,30 @@ def _bare_fields(fields: list[str], header: Header, place: str, problems: list[s
 
 
 def _row(fields: list[str], header: Header, place: str) -> ListedRow:
-    """Raises DataError for a row that does not fit the header."""
+    """Return the row of some fields. Raises DataError if they do not fit the header."""
     if len(fields) != header.width:
         hint = "; a caption with the separator in it must be quoted" if len(fields) > header.width else ""
         raise DataError(f"{len(fields)} fields, the header has {header.width}{hint}: {quote(fields[0], 80)}")
 
     def cell(names: tuple[str, ...]) -> str:
-        column = header.place(names)
+        column = header.find(names)
         return "" if column is None else fields[column]
 
-    number = cell(NUMBERS).strip()
+    number = cell(NUMBER_COLUMNS).strip()
     if number and not number.isdecimal():
         raise DataError(f"{quote(number, 40)} is no number of a caption")
-    return ListedRow(place, cell(IMAGES), _texts(cell(CAPTIONS)), int(number) if number else None, cell(SPLITS).strip())
+    texts, split = _texts(cell(CAPTION_COLUMNS)), cell(SPLIT_COLUMNS).strip()
+    return ListedRow(place, cell(FILE_COLUMNS), texts, int(number) if number else None, split)
 
 
 def _texts(cell: str) -> tuple[object, ...]:
-    """The captions of a cell: a JSON list of texts, or the one that it is. Raises DataError for another list."""
+    """Return the captions of a cell: a JSON list of texts, or the cell. Raises DataError for an invalid list."""
     if not LIST.match(cell):
         return (cell,)
     try:
         return tuple(json.loads(cell))
     except (ValueError, RecursionError):
-        # Taken as it stands, five captions would pass for one.
+        # As plain text, five captions would count as one.
         raise DataError(f"its captions look like a list, but are none in JSON: {quote(cell, 80)}") from None
 
 
@@ -182,7 +183,7 @@ def _pick(columns: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def token(text: str, name: str) -> ParsedListing:
-    """`1000092795.jpg#0<TAB>caption`, or blanks in place of the tab; the number counts from 0."""
+    """Parse lines `1000092795.jpg#0<TAB>caption`, or with blanks in place of the tab; numbers count from 0."""
     listing = ParsedListing("token")
     for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
@@ -190,7 +191,7 @@ def token(text: str, name: str) -> ParsedListing:
         match = TOKEN_TAB.fullmatch(line) or TOKEN_BLANK.fullmatch(line)
         place = f"{name}:{number}"
         if match is None:
-            listing.broken[place] = f"expected <picture>#<number><TAB><caption>, got {quote(line, 80)}"
+            listing.broken[place] = f"expected <image>#<number><TAB><caption>, got {quote(line, 80)}"
         else:
             listing.entries.append(ListedRow(place, match[1], ((match[3] or "").strip(),), int(match[2])))
     return listing
@@ -200,7 +201,7 @@ def token(text: str, name: str) -> ParsedListing:
 
 
 def json_document(text: str, name: str) -> ParsedListing:
-    """`{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, or a list of objects as in lines of JSON."""
+    """Parse `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`, or a list of objects as in `json_lines`."""
     document = _json(text, name)
     karpathy = isinstance(document, dict)
     things = document.get("images") if karpathy else document
@@ -214,7 +215,7 @@ def json_document(text: str, name: str) -> ParsedListing:
 
 
 def json_lines(text: str, name: str, folder: str = "") -> ParsedListing:
-    """A JSON object a line, with an image and a caption; `folder` comes before the names of its pictures."""
+    """Parse one JSON object per line, with an image and a caption; `folder` is prepended to the image names."""
     listing = ParsedListing("jsonl")
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
@@ -236,25 +237,25 @@ def _json(text: str, name: str) -> Any:
 
 
 def _add(listing: ParsedListing, thing: Any, place: str, *, whole: bool = False, folder: str = "") -> None:
-    """The entry of a JSON object, or why it is none."""
+    """Add the row of a JSON object to the listing, or the reason why it has none."""
     if not isinstance(thing, dict):
         listing.broken[place] = f"expected a JSON object, got {type(thing).__name__}"
         return
-    key = _pick(thing, IMAGES)
+    key = _pick(thing, FILE_COLUMNS)
     image = thing.get(key) if key else None
     if not isinstance(image, str) or not image:
-        listing.broken[place] = f"it names no picture ({', '.join(IMAGES)})"
+        listing.broken[place] = f"it names no image ({', '.join(FILE_COLUMNS)})"
         return
     if whole and isinstance(above := thing.get("filepath"), str) and above:
         image = f"{above}/{image}"
     split = thing.get("split")
     split = folder.rstrip("/") or (split if isinstance(split, str) else "")
-    caption = _pick(thing, CAPTIONS)
+    caption = _pick(thing, CAPTION_COLUMNS)
     texts = captions_of(thing[caption]) if caption else ()
     listing.entries.append(ListedRow(place, f"{folder}{image}", texts, None, split, whole))
 
 
 def captions_of(value: object) -> tuple[object, ...]:
-    """The captions of a value: itself, or those of a list; an object is taken by its `raw` text."""
+    """Return the captions in a value: one, or a list; of an object its `raw` text."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(text.get("raw", text) if isinstance(text, dict) else text for text in values)

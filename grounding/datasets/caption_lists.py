@@ -1,6 +1,6 @@
-"""Data sets that are a list of pictures and captions: rows are grouped by picture, and each caption has a line.
+"""Data sets that list images and captions: rows grouped by image, captions numbered by line.
 
-What a layout gives are entries; the formats of files are in `listing_files.py`, tables of `datasets` in `hub.py`.
+Files are parsed in `caption_files.py`, tables of the library `datasets` in `huggingface.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from grounding.core.text import check_text
 from grounding.datasets.image_folder import image_path
 from grounding.datasets.records import Caption, Failure, Record
 
-# The split that is all of them.
+# The name of all splits together.
 ALL = "all"
 
 
 class ListedRow(NamedTuple):
-    """What one row says: texts of a picture, as they stand there (anything: what is no caption is reported later).
+    """One row of a listing: an image and its texts, unchecked (texts that are no captions are reported later).
 
-    `place` names the row for messages and is no other row's. `number` is the line of the first text, None: the next
-    one of its picture. `whole`: the row says all there is of its picture, so that it may have no second one.
+    `place` is the unique name of the row in messages (`captions.txt:17`). `number` is the line of the first text; None:
+    the next one of its image. `whole`: the row lists all texts of its image, which may have no second row.
     """
 
     place: str
@@ -38,7 +38,7 @@ class ListedRow(NamedTuple):
 
 @dataclass
 class ParsedListing:
-    """What a file gave: entries, rows that belong to no picture (name and reason), and what else to tell."""
+    """Content of a parsed file: rows, broken rows (place -> reason), and other problems for the user."""
 
     layout: str
     entries: list[ListedRow] = field(default_factory=list)
@@ -48,29 +48,29 @@ class ParsedListing:
 
 @runtime_checkable
 class Images(Protocol):
-    """Where a listing's pictures are."""
+    """Storage of the images of a listing."""
 
     @property
     def root(self) -> Path | None:
-        """Their folder, an absolute path; None where they are no files."""
+        """The absolute path of their folder; None if they are no files."""
 
     def image(self, name: str) -> Path | bytes:
-        """The file of a picture that is listed, or its bytes. Raises DataError."""
+        """Return the path or the bytes of a listed image. Raises DataError."""
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Pictures that are files below `root`, by their names."""
+    """Images stored as files below `root`."""
 
     root: Path
 
     def image(self, name: str) -> Path:
-        """The path, whether or not there is a file. Raises DataError for one that leaves `root`."""
+        """Return the path of an image, which may not exist. Raises DataError for a path outside of `root`."""
         return image_path(self.root, name)
 
 
 class _Group:
-    """The texts of one picture, by line."""
+    """The texts of one image, by line."""
 
     __slots__ = ("lines", "place", "split", "whole")
 
@@ -80,14 +80,14 @@ class _Group:
 
 
 class Listing:
-    """A data set of pictures with captions, without boxes. See `records.Dataset`."""
+    """A data set of images with captions, without boxes. See `records.Dataset`."""
 
     heldout: frozenset[str] | None = None
     boxes = False
     broken: Mapping[str, str]
 
     def __init__(self, folder: Path, split: str | None, found: ParsedListing, images: Images, digest: str) -> None:
-        """`digest` is the sha256 of what `found` was read from. Raises DataError where there is no such split."""
+        """`digest` is the sha256 of the parsed files. Raises DataError for a split that does not exist."""
         self.layout, self.folder, self._images, self._digest = found.layout, folder, images, digest
         self.root = images.root
         groups, repeated = grouped(found.entries)
@@ -95,14 +95,14 @@ class Listing:
         self.problems = tuple(found.problems)
         if not groups:
             why = next((f": {place}: {reason}" for place, reason in self.broken.items()), "")
-            raise DataError(f"{quote(folder)} lists no pictures{why}")
+            raise DataError(f"{quote(folder)} lists no images{why}")
         self.split, self._groups = _selected(groups, split, folder)
         self.ids = tuple(self._groups)
 
     def read(self, name: str) -> Record:
-        """The record of a picture, without the picture where that would lie elsewhere.
+        """Return the record of an image; its `image` is None if the path is outside of the data set.
 
-        Raises DataError for one that is not listed.
+        Raises DataError for an image that is not listed.
         """
         if name not in self._groups:
             raise DataError(f"{quote(name)} is not listed in {quote(self.folder)}")
@@ -122,18 +122,18 @@ class Listing:
         return Record(name, image, tuple(captions), failures=tuple(failures))
 
     def digest(self) -> str:
-        """sha256 of the bytes that the listing was read from (of ids and captions, for tables of `datasets`)."""
+        """sha256 of the parsed files; for tables of `datasets`, of ids and captions."""
         return self._digest
 
 
 def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, str]]:
-    """(groups by picture, in order of first appearance; rows that cannot join one, with the reason)."""
+    """Return (image -> its rows, in order of first appearance; place -> reason of rows that do not fit)."""
     groups: dict[str, _Group] = {}
     broken: dict[str, str] = {}
     bare: list[ListedRow] = []
     for entry in entries:
         if not entry.image or not _is_unicode(entry.image):
-            broken[entry.place] = "its name is not valid Unicode" if entry.image else "it names no picture"
+            broken[entry.place] = "its name is not valid Unicode" if entry.image else "it names no image"
             continue
         group = groups.get(entry.image)
         if group is None:
@@ -144,13 +144,13 @@ def grouped(entries: Iterable[ListedRow]) -> tuple[dict[str, _Group], dict[str, 
         first = entry.number if entry.number is not None else len(group.lines)
         group.lines.update(enumerate(entry.texts, first))
         bare += [] if entry.texts else [entry]
-    # A picture that has no caption at all is a row of its own.
+    # An image without any caption is valid; an empty row beside others is not.
     broken |= {entry.place: f"no caption of {quote(entry.image)}" for entry in bare if groups[entry.image].lines}
     return groups, broken
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON and file names may hold half a character."""
+    """Whether a text can be encoded as UTF-8: JSON and file names may contain lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -159,7 +159,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _shown(text: object) -> str:
-    """What there is of a caption that cannot be used, as text that can be written."""
+    """Return an unusable caption as valid Unicode, for reports; empty if it is no text."""
     return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else ""
 
 
@@ -174,7 +174,7 @@ def _misfit(group: _Group, entry: ListedRow) -> str | None:
 
 
 def _selected(groups: dict[str, _Group], split: str | None, folder: Path) -> tuple[str, dict[str, _Group]]:
-    """(name, groups) of a split. With None a listing that has just one split answers by its name."""
+    """Return (name, groups) of a split; None: the only split under its name, or all. Raises DataError."""
     known = tuple(dict.fromkeys(group.split for group in groups.values()))
     if split is None or split == ALL:
         return (known[0] if split is None and len(known) == 1 and known[0] else ALL), groups
@@ -187,7 +187,7 @@ def _selected(groups: dict[str, _Group], split: str | None, folder: Path) -> tup
 
 
 def sha256(parts: Iterable[bytes]) -> str:
-    """The digest of several parts; where one ends counts."""
+    """Return the digest of a sequence of parts; their boundaries are part of it."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "big"))

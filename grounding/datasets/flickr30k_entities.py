@@ -1,9 +1,11 @@
-"""Reading Flickr30k Entities: pictures, captions with marked phrases, and boxes for what the phrases name.
+"""Flickr30k Entities: images, captions with marked phrases, and boxes of the phrases.
+
+Source: Plummer et al. 2015, arXiv:1505.04870.
 
     Images/<id>.jpg  Sentences/<id>.txt  Annotations/<id>.xml  train.txt, val.txt, test.txt: one id a line
 
-A phrase belongs to a chain (an entity of the picture); a chain has boxes, or a reason for having none. The demo world
-has the same layout, with a `heldout.txt` besides: phrases that the demo model never saw in training.
+A phrase belongs to a chain (an entity of the image); a chain has boxes, or a reason for having none. The demo scenes
+have the same layout and a file `heldout.txt`: phrases that are not in the training data of the demo model.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ from grounding.datasets.records import Caption, Failure, Phrase, Record, normal
 from grounding.datasets.text_files import decoded, read_bytes, read_lines
 
 # `[/EN#6729/vehicles/scene the subway]`: chain, one or more types, phrase.
-MARK = re.compile(r"\[/EN#(\d+)((?:/[A-Za-z]+)+) ([^\]]*)\]")
+PHRASE_MARK = re.compile(r"\[/EN#(\d+)((?:/[A-Za-z]+)+) ([^\]]*)\]")
 OPENED = "[/EN"
 NOTHING_VISIBLE = "0"
-NAME = re.compile(r"\w[\w.-]*")
-# Text files beside the lists of ids.
-NO_SPLIT = {"captions", "heldout", "readme", "readme_entities", "unrelated_captions", "license"}
-# In this order they make up the whole.
-SPLITS = ("train", "val", "test")
+ID = re.compile(r"\w[\w.-]*")
+# Text files that are no lists of ids.
+OTHER_FILES = {"captions", "heldout", "readme", "readme_entities", "unrelated_captions", "license"}
+# All ids are those of these lists, in this order.
+MAIN_SPLITS = ("train", "val", "test")
 
 
 class Entities:
-    """A split of Flickr30k Entities, or all of it. Records are read when they are asked for."""
+    """A split of Flickr30k Entities, or all of it; see `records.Dataset`. `read` parses one record."""
 
     layout = "flickr30k-entities"
     needs = "Images/, Sentences/, Annotations/ and <split>.txt"
@@ -46,10 +48,10 @@ class Entities:
     root: Path | None
 
     def __init__(self, folder: Path, split: str | None) -> None:
-        """`split` is the name of a list of ids; None or `all`: those of train, val and test, or where there are none
-        of these, one id for every file of Sentences/. With None a single list answers by its name."""
+        """`split` is the name of a list of ids. None or `all`: the ids of train, val and test, or without these lists
+        one id for each file of Sentences/. With None a single list is opened under its name. Raises DataError."""
         self.folder = folder
-        lists = [name for name in SPLITS if (folder / f"{name}.txt").is_file()]
+        lists = [name for name in MAIN_SPLITS if (folder / f"{name}.txt").is_file()]
         if split is None and len(lists) == 1:
             split = lists[0]
         self.split = split or ALL
@@ -59,7 +61,7 @@ class Entities:
             lists = [self.split]
             self._check_split()
         self.ids = self._listed(lists) if lists else self._sentences()
-        # Pictures may lie under another suffix than the first.
+        # Images may have another suffix than the first.
         self._images = image_root(folder, (f"{name}{suffix}" for name in self.ids[:2] for suffix in SUFFIXES))
         self.root = self._images
         phrases = folder / "heldout.txt"
@@ -72,20 +74,20 @@ class Entities:
         return parts and any((folder / part).is_dir() for part in FOLDERS)
 
     def read(self, name: str) -> Record:
-        """The record of an id. Raises DataError where a file is missing or cannot be parsed as a whole."""
-        if not NAME.fullmatch(name):
+        """Return the record of an id. Raises DataError if a file is missing or cannot be parsed."""
+        if not ID.fullmatch(name):
             raise DataError(f"{quote(name)} is no id")
         sentences = f"{name}.txt"
         captions, failures = read_sentences(self.folder / "Sentences" / sentences)
         found = read_annotation(self.folder / "Annotations" / f"{name}.xml")
         image = self._image(name)
-        boxes, doubts = fitted(found, upright_size(image), name)
+        boxes, repairs = fitted(found, upright_size(image), name)
         named = {phrase.chain for caption in captions for phrase in caption.phrases}
         absent = {
             chain: "notvisual" if chain == NOTHING_VISIBLE else "missing" for chain in named if chain not in boxes
         }
         no_box = absent | {chain: why for chain, why in found.no_box.items() if chain not in boxes}
-        problems = (*(_place(sentences, failure) for failure in failures), *found.problems, *doubts)
+        problems = (*(_place(sentences, failure) for failure in failures), *found.problems, *repairs)
         return Record(name, image, captions, boxes, no_box, problems, failures)
 
     def digest(self) -> str:
@@ -98,42 +100,43 @@ class Entities:
             yield name.encode()
             for part, suffix in (("Sentences", ".txt"), ("Annotations", ".xml")):
                 path = self.folder / part / f"{name}{suffix}"
-                # A file that is missing is no empty one.
+                # A missing file differs from an empty one.
                 yield b"+" + read_bytes(path) if path.is_file() else b"-"
         yield "\n".join(sorted(self.heldout)).encode() if self.heldout is not None else b""
 
     def _check_split(self) -> None:
-        if not NAME.fullmatch(self.split) or not (self.folder / f"{self.split}.txt").is_file():
-            found = sorted(p.stem for p in self.folder.glob("*.txt") if p.stem.lower() not in NO_SPLIT)
+        if not ID.fullmatch(self.split) or not (self.folder / f"{self.split}.txt").is_file():
+            found = sorted(p.stem for p in self.folder.glob("*.txt") if p.stem.lower() not in OTHER_FILES)
             raise DataError(
                 f"no split {self.split!r} in {quote(self.folder)} (there are: {', '.join(found) or 'none'})"
             )
 
     def _listed(self, lists: list[str]) -> tuple[str, ...]:
-        """The ids of some lists, in order; what is no id, and what stands there twice, is told."""
+        """Return the ids of some lists, in order, each once; duplicates and invalid ids go to `problems`."""
         good = []
         for part in lists:
             names = list(filter(None, (line.strip() for line in read_lines(self.folder / f"{part}.txt"))))
-            good += [name for name in names if NAME.fullmatch(name)]
-            self.problems += tuple(f"{part}.txt: {quote(name)} is no id" for name in names if not NAME.fullmatch(name))
+            good += [name for name in names if ID.fullmatch(name)]
+            self.problems += tuple(f"{part}.txt: {quote(name)} is no id" for name in names if not ID.fullmatch(name))
         ids = tuple(dict.fromkeys(good))
         files = ", ".join(f"{part}.txt" for part in lists)
         if len(good) > len(ids):
-            self.problems += (f"{files}: {len(good) - len(ids)} ids stand there twice and count once",)
+            self.problems += (f"{files}: {len(good) - len(ids)} ids are listed twice and count once",)
         if not ids:
             raise DataError(f"{quote(self.folder)}: {files} lists no ids")
         return ids
 
     def _sentences(self) -> tuple[str, ...]:
         names = sorted(path.stem for path in (self.folder / "Sentences").glob("*.txt"))
-        ids = tuple(name for name in names if NAME.fullmatch(name))
-        self.problems += tuple(f"Sentences/: {quote(name)} is no id" for name in names if not NAME.fullmatch(name))
+        ids = tuple(name for name in names if ID.fullmatch(name))
+        self.problems += tuple(f"Sentences/: {quote(name)} is no id" for name in names if not ID.fullmatch(name))
         if not ids:
-            raise DataError(f"{quote(self.folder)} has no list of ids ({', '.join(SPLITS)}) and no Sentences/*.txt")
+            lists = ", ".join(MAIN_SPLITS)
+            raise DataError(f"{quote(self.folder)} has no list of ids ({lists}) and no Sentences/*.txt")
         return ids
 
     def _image(self, name: str) -> Path:
-        """The picture of an id; where there is none, the path at which it is missed."""
+        """Return the path of the image of an id; that of the first suffix if there is none."""
         paths = [self._images / f"{name}{suffix}" for suffix in SUFFIXES]
         path = next((path for path in paths if path.is_file()), paths[0])
         return image_path(self._images, path.name)
@@ -143,14 +146,14 @@ class Entities:
 
 
 def read_sentences(path: Path) -> tuple[tuple[Caption, ...], tuple[Failure, ...]]:
-    """(captions, failures) of a file of Sentences/, by line. Raises DataError where no line can be read."""
+    """Parse a file of Sentences/: (captions, failures) by line. Raises DataError if no line can be parsed."""
     captions, failures = [], []
     lines = read_lines(path)
     for number, line in enumerate(lines):
         try:
             captions.append(parse_sentence(line, number))
         except DataError as error:
-            # The end of the last line is no line.
+            # The text after the last line end is no line.
             if line.strip() or number < len(lines) - 1:
                 failures.append(Failure(number, str(error), line.strip()))
     if not captions:
@@ -164,10 +167,10 @@ def _place(name: str, failure: Failure) -> str:
 
 
 def parse_sentence(line: str, number: int = 0) -> Caption:
-    """The caption of one line: plain text, and where in it each phrase stands. Raises DataError for broken marks."""
+    """Parse one line: the plain caption and the characters of each phrase. Raises DataError for broken marks."""
     line = line.strip()
     text, phrases, last = "", [], 0
-    for mark in MARK.finditer(line):
+    for mark in PHRASE_MARK.finditer(line):
         text += line[last : mark.start()]
         phrase = mark[3]
         if not phrase.strip() or OPENED in phrase:
@@ -183,13 +186,13 @@ def parse_sentence(line: str, number: int = 0) -> Caption:
     return Caption(text, number, tuple(phrases))
 
 
-# Boxes that reach further than this over the picture's edge are reported, pixels.
+# Boxes that exceed the image by more than this are reported; pixels.
 OVERHANG = 1.0
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What an XML file says: boxes in the frame of its own `size` (width, height), None where it gives none."""
+    """Content of an annotation file: boxes in pixels of its `size` (width, height), or of the image if that is None."""
 
     size: tuple[int, int] | None
     boxes: Mapping[str, tuple[Box, ...]]
@@ -198,9 +201,10 @@ class Annotation:
 
 
 def read_annotation(path: Path) -> Annotation:
-    """Boxes and reasons by chain. In the file boxes are 1-based and inclusive: (xmin - 1, ymin - 1, xmax, ymax) here.
+    """Parse an annotation file: boxes, or reasons for having none, by chain.
 
-    An object may have several names and a chain several objects. Objects that cannot be used are named in `problems`.
+    Boxes of the file are 1-based with inclusive corners; here they are half-open: (xmin - 1, ymin - 1, xmax, ymax). An
+    object may have several names and a chain several objects. Objects that cannot be used are reported in `problems`.
     Raises DataError for a file that is missing or no XML.
     """
     try:
@@ -226,7 +230,7 @@ def read_annotation(path: Path) -> Annotation:
                 boxes.setdefault(chain, []).append(found)
     size = _size_of(root)
     if size is None:
-        problems.append(f"{path.name}: it gives no size; its boxes are taken as pixels of the picture")
+        problems.append(f"{path.name}: it gives no size; its boxes are taken as pixels of the image")
     return Annotation(size, {c: tuple(b) for c, b in boxes.items()}, no_box, tuple(problems))
 
 
@@ -254,16 +258,16 @@ def _size_of(root: ET.Element) -> tuple[int, int] | None:
 def fitted(
     found: Annotation, size: tuple[int, int] | None, name: str
 ) -> tuple[dict[str, tuple[Box, ...]], tuple[str, ...]]:
-    """Boxes in the picture's own pixels, cut to it, and what had to be done to them."""
-    if size is None:  # the picture cannot be opened; whoever needs it will say so
+    """Return the boxes in original pixels, clipped to the image, and the changes that were made to them."""
+    if size is None:  # the image cannot be opened; that is reported where it is decoded
         return dict(found.boxes), ()
-    doubts = []
+    repairs = []
     width, height = size
     fx, fy = (width / found.size[0], height / found.size[1]) if found.size else (1.0, 1.0)
     if found.size and found.size != size:
         bent = "" if 0.98 < fx / fy < 1.02 else ", which has another shape: they may not fit"
-        doubts.append(
-            f"{name}.xml: boxes for {found.size[0]} x {found.size[1]} pixels were rescaled to the picture's "
+        repairs.append(
+            f"{name}.xml: boxes for {found.size[0]} x {found.size[1]} pixels were rescaled to the image's "
             f"{width} x {height}{bent}"
         )
     boxes: dict[str, tuple[Box, ...]] = {}
@@ -274,17 +278,17 @@ def fitted(
             cut = (max(scaled[0], 0.0), max(scaled[1], 0.0), min(scaled[2], width), min(scaled[3], height))
             empty = cut[0] >= cut[2] or cut[1] >= cut[3]
             if empty or max(abs(a - b) for a, b in zip(scaled, cut, strict=True)) > OVERHANG:
-                what = "lies outside of" if empty else "reaches over"
+                relation = "is outside of" if empty else "exceeds"
                 corners = tuple(round(value, 1) for value in scaled)
-                doubts.append(f"{name}.xml: a box of {chain} {what} the picture ({width} x {height}): {corners}")
+                repairs.append(f"{name}.xml: a box of {chain} {relation} the image ({width} x {height}): {corners}")
             kept += [] if empty else [cut]
         if kept:
             boxes[chain] = tuple(kept)
-    return boxes, tuple(doubts)
+    return boxes, tuple(repairs)
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) from the header, EXIF orientation applied; None where that cannot be read."""
+    """Return (width, height) of an upright image from its header; None if that cannot be read."""
     if not path.is_file():
         return None
     try:

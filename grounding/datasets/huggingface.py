@@ -1,7 +1,7 @@
-"""Tables of the library `datasets`: Parquet files, what `save_to_disk` wrote, and names on the Hugging Face hub.
+"""Tables of the library `datasets`: Parquet files, folders of `save_to_disk`, and data sets on the Hugging Face hub.
 
-Pictures stay encoded: a record has the bytes that the table holds. A table may have one split that holds everything
-and a column `split` besides; the column counts. No code that comes with a data set is ever run.
+Images stay encoded: a record has the bytes of the table. If a table has a column `split`, it decides, whatever the name
+of the split that contains the row. Code of a data set is never run.
 """
 
 from __future__ import annotations
@@ -20,73 +20,73 @@ from typing import Any
 from grounding.core.errors import DataError
 from grounding.core.hub import hub_answers, quiet
 from grounding.core.printable import one_line, quote
-from grounding.datasets.caption_files import CAPTIONS, captions_of
+from grounding.datasets.caption_files import CAPTION_COLUMNS, captions_of
 from grounding.datasets.caption_lists import ListedRow, Listing, ParsedListing, sha256
 from grounding.datasets.image_folder import image_path
 
 PREFIX = "hf:"
 # `owner/name`, or with a revision `owner/name@refs/convert/parquet`.
-NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
-SAVED = ("dataset_dict.json", "state.json")
-IMAGES = ("image", "img", "picture")
-IDS = ("filename", "file_name", "img_id", "image_id")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
+SAVED_FILES = ("dataset_dict.json", "state.json")
+IMAGE_COLUMNS = ("image", "img", "picture")
+ID_COLUMNS = ("filename", "file_name", "img_id", "image_id")
 # `test-00000-of-00009.parquet`
 SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}(-\w+)?")
-SPLITS = ("train", "val", "validation", "dev", "test")
-UNNAMED = "rows"
+FILE_SPLITS = ("train", "val", "validation", "dev", "test")
+UNNAMED_SPLIT = "rows"
 
 NO_SCRIPTS = "Dataset scripts are no longer supported"
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file or folder holds a table: `.parquet`, or what `save_to_disk` wrote."""
+    """Whether a path is a table: a `.parquet` file, or a folder of them or of `save_to_disk`."""
     if path.is_file():
         return path.suffix == ".parquet"
-    return any((path / name).is_file() for name in SAVED) or bool(_parquet(path))
+    return any((path / name).is_file() for name in SAVED_FILES) or bool(_parquet(path))
 
 
 def open_local(path: Path, split: str | None) -> Listing:
-    """A split of a table on this machine (None: all). Raises DataError.
+    """Open a split of a local table (None: all). Raises DataError.
 
-    Parquet files are copied once into the cache of `datasets` (HF_DATASETS_CACHE), where rows can be read at random.
+    `datasets` copies Parquet files once to its cache (HF_DATASETS_CACHE), from which rows are read in any order.
     """
     home = path if path.is_dir() else path.parent
     with _as_data_error(quote(path)):
         import datasets
 
-        if any((path / name).is_file() for name in SAVED):
+        if any((path / name).is_file() for name in SAVED_FILES):
             tables = datasets.load_from_disk(str(path))
             tables = tables if isinstance(tables, dict) else {"": tables}
         else:
             files = _by_split([path] if path.is_file() else _parquet(path))
-            # The library has no split without a name.
-            named = {split or UNNAMED: [glob.escape(str(file)) for file in own] for split, own in files.items()}
+            # The library requires a name for a split.
+            named = {split or UNNAMED_SPLIT: [glob.escape(str(file)) for file in own] for split, own in files.items()}
             tables = datasets.load_dataset("parquet", data_files=named)
-            tables = {split: tables[split or UNNAMED] for split in files}
+            tables = {split: tables[split or UNNAMED_SPLIT] for split in files}
         return _listing(tables, path, home.absolute(), split)
 
 
 def _parquet(folder: Path) -> list[Path]:
-    """The Parquet files of a folder, or of `data/` in it. Others below may belong to something else."""
+    """Return the Parquet files of a folder, or of `data/` in it; deeper ones may belong to another data set."""
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
 def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
-    """Parquet files by the split that their names tell; the empty name for those that tell none."""
+    """Group Parquet files by the split in their names; the empty name for those without one."""
     found: dict[str, list[Path]] = {}
     for path in paths:
         shard = SHARD.fullmatch(path.stem)
-        found.setdefault(shard[1] if shard else path.stem if path.stem in SPLITS else "", []).append(path)
-    # As the library orders them, not by the alphabet.
-    return dict(sorted(found.items(), key=lambda item: (*SPLITS, item[0]).index(item[0])))
+        found.setdefault(shard[1] if shard else path.stem if path.stem in FILE_SPLITS else "", []).append(path)
+    # In the order of the library, not of the alphabet.
+    return dict(sorted(found.items(), key=lambda item: (*FILE_SPLITS, item[0]).index(item[0])))
 
 
 def open_hub(name: str, split: str | None) -> Listing:
-    """A split of a data set on the hub (None: all), `owner/name` or `owner/name@revision`. Raises DataError.
+    """Open a split (None: all) of a data set on the hub, `owner/name` or `owner/name@revision`. Raises DataError.
 
-    Without an answer of the hub only what is in the cache of `datasets` can be opened.
+    If the hub does not answer, only data sets in the cache of `datasets` can be opened.
     """
-    match = NAME.fullmatch(name)
+    match = HUB_NAME.fullmatch(name)
     if match is None:
         raise DataError(
             f"{quote(name)} is no name on the hub: expected {PREFIX}owner/name or {PREFIX}owner/name@revision"
@@ -103,8 +103,11 @@ def open_hub(name: str, split: str | None) -> Listing:
 
 @dataclass(frozen=True)
 class TableImages:
-    """Pictures in a column of tables; `rows` gives table and row of each. `home`: where those lie that are only paths
-    in the table; `root` is the same, or None where the tables hold the pictures themselves."""
+    """Images in a column of tables; `rows` maps a name to its table and row.
+
+    `home` is the folder of images that are only paths in the table; `root` is the same, or None if the tables contain
+    the images.
+    """
 
     rows: Mapping[str, tuple[Any, int]]
     column: str
@@ -112,18 +115,18 @@ class TableImages:
     root: Path | None
 
     def image(self, name: str) -> Path | bytes:
-        """The bytes of a picture, or its path below `home`. Raises DataError where there is neither."""
+        """Return the bytes of an image, or its path below `home`. Raises DataError if there is neither."""
         table, row = self.rows[name]
         try:
             cell = table[row][self.column] or {}
-        except (OSError, ValueError) as error:  # the table was cut or removed since
-            raise DataError(f"the picture {quote(name)} cannot be read from its table ({one_line(error)})") from None
+        except (OSError, ValueError) as error:  # the table was truncated or removed meanwhile
+            raise DataError(f"the image {quote(name)} cannot be read from its table ({one_line(error)})") from None
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
         if not cell.get("path"):
-            raise DataError(f"{quote(name)} has no picture in its table")
+            raise DataError(f"{quote(name)} has no image in its table")
         if self.home is None:
-            raise DataError(f"{quote(name)} has no picture in its table, only the path {quote(cell['path'])}")
+            raise DataError(f"{quote(name)} has no image in its table, only the path {quote(cell['path'])}")
         return image_path(self.home, cell["path"])
 
 
@@ -139,20 +142,20 @@ def _listing(tables: Mapping[str, Any], folder: Path, home: Path | None, split: 
         found.entries += entries
         for row, entry in enumerate(entries):
             rows.setdefault(entry.image, (images, row))
-        if _first(table, CAPTIONS) is None:
+        if _first(table, CAPTION_COLUMNS) is None:
             found.problems.append(f"no captions: the columns are {', '.join(table.column_names)}")
     digest = sha256(json.dumps([e.image, e.split, e.texts], default=str).encode() for e in found.entries)
     return Listing(folder, split, found, TableImages(rows, column, home, root), digest)
 
 
 def _entries(table: Any, key: str, several: bool) -> list[ListedRow]:
-    caption, name, split = _first(table, CAPTIONS), _first(table, IDS), _first(table, ("split",))
+    caption, name, split = _first(table, CAPTION_COLUMNS), _first(table, ID_COLUMNS), _first(table, ("split",))
     kept = [part for part in (caption, name, split) if part]
     cells = table.select_columns(kept)[:] if kept else {}
     entries = []
     for row in range(len(table)):
         own = {part: cells[part][row] for part in kept}
-        # Numbers of rows are the same whichever split is asked for.
+        # Row numbers do not depend on the requested split.
         image = own[name] if name else f"{key}-{row}" if several else row
         texts = captions_of(own[caption]) if caption else ()
         whole = caption is None or isinstance(own[caption], list)
@@ -166,14 +169,14 @@ def _image_column(table: Any) -> str:
     import datasets
 
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    column = next(iter(typed), None) or _first(table, IMAGES)
+    column = next(iter(typed), None) or _first(table, IMAGE_COLUMNS)
     if column is None:
-        raise DataError(f"it has no column of pictures (there are: {', '.join(table.column_names)})")
+        raise DataError(f"it has no column of images (there are: {', '.join(table.column_names)})")
     return column
 
 
 def _encoded(table: Any, column: str) -> Any:
-    """The column of pictures alone, as it is stored."""
+    """Return the column of images, without decoding."""
     import datasets
 
     return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -183,13 +186,12 @@ def _first(table: Any, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in table.column_names), None)
 
 
-# ---------------------------------------------------------------- the library
+# ---------------------------------------------------------------- the library `datasets`
 
 
 @contextlib.contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Without an answer of the hub its client is off line: what is cached loads, the rest fails now, not after
-    minutes of retries."""
+    """Inside the block the hub client is off line if the hub does not answer: uncached data fails without retries."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -202,7 +204,7 @@ def _no_waiting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_data_error(name: str) -> Iterator[None]:
-    """Errors of many kinds as one DataError; the library prints nothing meanwhile, and bars only on a terminal."""
+    """Convert errors of the library to DataError; silence its log, and its progress bars unless on a terminal."""
     try:
         import datasets
     except ImportError as error:
@@ -223,7 +225,7 @@ def _as_data_error(name: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in the user's words where it is a known one."""
+    """Return the reason of an error; known ones in the words of the user."""
     text = one_line(error)
     if NO_SCRIPTS in text:
         return "it is a script, and scripts are not run; add @refs/convert/parquet for its Parquet revision"

@@ -1,4 +1,4 @@
-"""Where the pictures of a data set lie, and the path of one of them that never leaves that folder."""
+"""Find the image folder of a data set, and resolve image paths that must not leave it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from grounding.core.errors import DataError
 from grounding.core.printable import quote
 
-# As the copies in circulation name it; the nested one first, its outer folder holds nothing else.
+# Names in published copies; the nested one first: its outer folder contains nothing else.
 FOLDERS = (
     "flickr30k_images/flickr30k_images",
     "flickr30k-images/flickr30k-images",
@@ -22,33 +22,33 @@ FOLDERS = (
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ALL_SUFFIXES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2", ".tga", ".ico")
-# So many names of a listing are tried to find out which folder they lie in.
+# Number of listed names that are looked up to find their folder.
 TRIED = 8
 
 
 def image_root(folder: Path, names: Iterable[str]) -> Path:
-    """The folder, an absolute path, in which pictures with these names lie: `folder` or a usual one inside it.
+    """Return the absolute path of the folder that contains images with these names.
 
-    Only the first few names are looked up, last in whatever other folders there are. Where none is found: the first
-    usual folder that there is, else `folder`.
+    It is one of FOLDERS in `folder`, `folder`, or another folder in it. Only the first few names are looked up. If none
+    is found, it is the first of FOLDERS that exists, else `folder`.
     """
     folder = folder.absolute()
     usual = [folder / name for name in FOLDERS if (folder / name).is_dir()]
     first = list(islice(names, TRIED))
-    others = sorted(place for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
-    for place in (*usual, folder, *others):
-        if any(_is_file_in(place, name) for name in first):
-            return place
+    others = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for root in (*usual, folder, *others):
+        if any(_is_file_in(root, name) for name in first):
+            return root
     return (*usual, folder)[0]
 
 
 def has_images(folder: Path) -> bool:
-    """Whether a folder, or a usual one inside it, holds a file that its name calls a picture."""
+    """Whether a folder, or one of FOLDERS in it, contains files with the suffix of an image."""
     return bool(images_of(folder)[1])
 
 
 def images_of(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """(root, names) of the pictures in a folder, or in a usual one inside it; sorted, other folders not entered."""
+    """Return (root, sorted names) of the images in a folder, or in one of FOLDERS in it."""
     names = sorted(_images_in(folder))
     if names:
         return folder.absolute(), tuple(names)
@@ -57,17 +57,17 @@ def images_of(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def image_path(root: Path, name: str) -> Path:
-    """The path of a picture below `root`, whether it is there or not.
+    """Return the path of an image below `root`, which may not exist.
 
-    Raises DataError, without opening anything, for a name that leads elsewhere, links followed, and for no name at all.
+    Raises DataError, without opening a file, for a path outside of `root` (links are followed) and for invalid names.
     """
     path = root / name
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{quote(name)} cannot be a picture's name ({error})") from None
+        raise DataError(f"{quote(name)} cannot be an image's name ({error})") from None
     if not inside:
-        raise DataError(f"{quote(path)}: lies outside of {quote(root)} and is not opened")
+        raise DataError(f"{quote(path)}: is outside of {quote(root)} and is not opened")
     return path
 
 

@@ -1,6 +1,6 @@
-"""Flickr30k and its kin: which layout a folder has, and how it is opened.
+"""Open a data set of images and captions: recognise the layout of a folder, file or hub name.
 
-A layout joins as a `Layout` and a place in `LAYOUTS`; the first one that recognises a folder reads it.
+To add a layout, add a `DatasetLayout` to `LAYOUTS`; a folder is opened by the first one that recognises it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from grounding.datasets.caption_lists import FolderImages, ListedRow, Listing, P
 from grounding.datasets.flickr30k_entities import Entities
 from grounding.datasets.image_folder import has_images, image_root, images_of
 from grounding.datasets.records import Dataset
-from grounding.datasets.text_files import decoded, read_bytes
+from grounding.datasets.text_files import LABELS, decoded, read_bytes
 
-# Files that are known by their names, in the order in which they are looked for.
-NAMED = ("captions.txt", "captions.csv", "results.csv", "*.token", "*.token.txt", "dataset_*.json", "labels.jsonl")
-TABLES = ("*.csv", "*.tsv", "*.jsonl")
-LABELS = "labels.jsonl"
-# What the library `datasets` writes beside its tables.
+# Names of listings, in the order in which they are looked for.
+LISTING_FILES = ("captions.txt", "captions.csv", "results.csv", "*.token", "*.token.txt", "dataset_*.json", LABELS)
+TABLE_FILES = ("*.csv", "*.tsv", "*.jsonl")
+# Files of the library `datasets` beside its tables.
 NO_LISTINGS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-# How many entries of an unknown folder are named.
+# Number of files of an unknown folder in a message.
 SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A layout: what is in its folder, in words, and whether its records have captions; how it is known and opened."""
+class DatasetLayout:
+    """A layout: `needs`, its files in words; functions to recognise and open it; whether its records have captions."""
 
     needs: str
     recognises: Callable[[Path], bool]
@@ -43,24 +42,24 @@ class Layout:
 
 
 def open_dataset(folder: str | Path, split: str | None = None, *, captions_file: str | Path | None = None) -> Dataset:
-    """Pictures with captions, whatever their layout.
+    """Open a data set of images with captions, in any known layout.
 
     Parameters
     ----------
-    folder: a folder whose layout is known by what is in it; a file that lists pictures, or a `.parquet` file; or a data
-        set of the hub, `hf:owner/name` (`hf:owner/name@revision`), also without `hf:` where there is no such folder.
-    split: a name; None or `all`: everything. With None a data set that has one split answers by its name.
-    captions_file: the file that lists pictures and captions (absolute, from here or from `folder`), whatever else is
-        in `folder`.
+    folder: a folder; a file that lists images, or a `.parquet` file; or a data set on the hub, `hf:owner/name` or
+        `hf:owner/name@revision` (without `hf:` if there is no such folder).
+    split: the name of a split; None or `all`: all of them. With None a single split is opened under its name.
+    captions_file: the file that lists images and captions, absolute or relative to the working directory or to
+        `folder`; other files of `folder` are then ignored.
 
-    Raises DataError, one line, saying what is missing; records that cannot be read fail one by one, in `read`.
+    Raises DataError with what is missing. Records that cannot be read raise DataError in `Dataset.read`.
     """
     path = Path(folder)
     if str(folder).startswith(huggingface.PREFIX) and captions_file is None:
         return huggingface.open_hub(str(folder).removeprefix(huggingface.PREFIX), split)
     if captions_file is not None:
         if not _is(path, Path.is_dir):
-            raise DataError(f"{quote(folder)}: there is no such folder for the pictures of {quote(captions_file)}")
+            raise DataError(f"{quote(folder)}: there is no such folder for the images of {quote(captions_file)}")
         listed = Path(captions_file)
         return _open_file(path, listed if _is(listed, Path.is_file) else path / listed, split)
     if _is(path, Path.is_file):
@@ -77,8 +76,8 @@ def open_dataset(folder: str | Path, split: str | None = None, *, captions_file:
     return layout.open(path, split)
 
 
-def layout_of(folder: Path) -> Layout | None:
-    """The layout of a folder, None where it has none that is known."""
+def layout_of(folder: Path) -> DatasetLayout | None:
+    """Return the layout of a folder, None if it has no known one."""
     return next((layout for layout in LAYOUTS if layout.recognises(folder)), None)
 
 
@@ -90,7 +89,7 @@ def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
 
 
 def _open_missing(name: str, split: str | None) -> Dataset:
-    if not huggingface.NAME.fullmatch(name) or name.startswith("."):
+    if not huggingface.HUB_NAME.fullmatch(name) or name.startswith("."):
         raise DataError(f"{quote(name)}: there is no such folder; a data set is {NEEDS}")
     try:
         return huggingface.open_hub(name, split)
@@ -106,17 +105,17 @@ def _seen(folder: Path) -> str:
     return f"there are {', '.join(map(quote, names[:SHOWN]))}{more}" if names else "it is empty"
 
 
-# ---------------------------------------------------------------- one file that lists
+# ---------------------------------------------------------------- listings in one file
 
 
 def listings_of(folder: Path) -> list[Path]:
-    """The files known to list the pictures of a folder: those of the first pattern that has any."""
-    return next(filter(None, (_files(folder, pattern) for pattern in NAMED)), [])
+    """Return the listings of a folder: the files of the first pattern of LISTING_FILES that has any."""
+    return next(filter(None, (_files(folder, pattern) for pattern in LISTING_FILES)), [])
 
 
 def tables_of(folder: Path) -> list[Path]:
-    """The tables of a folder that have columns for images and captions."""
-    return [path for pattern in TABLES for path in _files(folder, pattern) if _is_listing(path)]
+    """Return the tables of a folder that have columns for images and captions."""
+    return [path for pattern in TABLE_FILES for path in _files(folder, pattern) if _is_listing(path)]
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -124,7 +123,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _is_listing(path: Path) -> bool:
-    """Whether the first line of a table has what it takes; lines of JSON are taken at their name."""
+    """Whether the first line of a table has the required columns; JSON lines are accepted by their suffix."""
     if path.suffix == ".jsonl":
         return True
     try:
@@ -146,7 +145,7 @@ def _open_only(folder: Path, found: list[Path], split: str | None) -> Dataset:
     if len(found) > 1:
         names = ", ".join(quote(path.name) for path in found)
         raise DataError(
-            f"{quote(folder)} has several files that list pictures ({names}): name one of them in place of the folder"
+            f"{quote(folder)} has several files that list images ({names}): name one of them in place of the folder"
         )
     return _open_file(folder, found[0], split)
 
@@ -155,11 +154,11 @@ def _open_file(folder: Path, path: Path, split: str | None) -> Dataset:
     data = read_bytes(path)
     found = read_listing(path, decoded(data, path))
     root = image_root(folder, dict.fromkeys(entry.image for entry in found.entries[:100]))
-    # The plain digest of the file, as other programs print it.
+    # The plain digest of the file, as `sha256sum` prints it.
     return Listing(folder, split, found, FolderImages(root), hashlib.sha256(data).hexdigest())
 
 
-# ---------------------------------------------------------------- labels by split, pictures alone
+# ---------------------------------------------------------------- labels by split, images without captions
 
 
 def _labels(folder: Path) -> list[Path]:
@@ -167,7 +166,7 @@ def _labels(folder: Path) -> list[Path]:
 
 
 def _open_labels(folder: Path, split: str | None) -> Dataset:
-    """`<split>/labels.jsonl`: ids are `<split>/<file>`, for the splits may use the same names."""
+    """Open `<split>/labels.jsonl`; ids are `<split>/<file>`, since splits may use the same names."""
     found, parts = ParsedListing("jsonl"), []
     for path in _labels(folder):
         data = read_bytes(path)
@@ -181,29 +180,29 @@ def _open_labels(folder: Path, split: str | None) -> Dataset:
 def _open_images(folder: Path, split: str | None) -> Dataset:
     root, names = images_of(folder)
     found = ParsedListing("pictures", [ListedRow(f"file {quote(name)}", name) for name in names])
-    for path in (path for pattern in TABLES for path in _files(folder, pattern)):
+    for path in (path for pattern in TABLE_FILES for path in _files(folder, pattern)):
         found.problems.append(f"{quote(path.name)} is not read: its first line names no image and caption columns")
     return Listing(folder, split, found, FolderImages(root), sha256(os.fsencode(name) for name in names))
 
 
 LAYOUTS = (
-    Layout(Entities.needs, Entities.recognises, Entities),
-    Layout(
-        "captions.txt, results.csv, *.token, dataset_*.json or labels.jsonl with the pictures they list",
+    DatasetLayout(Entities.needs, Entities.recognises, Entities),
+    DatasetLayout(
+        "captions.txt, results.csv, *.token, dataset_*.json or labels.jsonl with the images they list",
         lambda folder: bool(listings_of(folder)),
         _open_listing,
     ),
-    Layout(
+    DatasetLayout(
         "Parquet files, or what save_to_disk of the library datasets wrote",
         huggingface.recognises,
         huggingface.open_local,
     ),
-    Layout(
+    DatasetLayout(
         "one CSV, TSV or JSONL file with columns for image and caption",
         lambda folder: bool(tables_of(folder)),
         _open_table,
     ),
-    Layout("<split>/labels.jsonl", lambda folder: bool(_labels(folder)), _open_labels),
-    Layout("pictures alone", has_images, _open_images, captions=False),
+    DatasetLayout("<split>/labels.jsonl", lambda folder: bool(_labels(folder)), _open_labels),
+    DatasetLayout("images alone", has_images, _open_images, captions=False),
 )
 NEEDS = "; or ".join(layout.needs for layout in LAYOUTS)

@@ -1,4 +1,4 @@
-"""What evaluation and batch runs read, whatever the layout: pictures, captions with phrases, boxes."""
+"""Records of a data set in any layout: images, captions with phrases, boxes; the Dataset protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grounding.core.geometry import Box
 
 @dataclass(frozen=True)
 class Phrase:
-    """A marked phrase: characters [start, end) of its caption's plain text, the chain it names, and its types."""
+    """A marked phrase: characters [start, end) of its caption, the chain (entity) that it names, and its types."""
 
     text: str
     start: int
@@ -23,7 +23,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption without its marks. `line` counts from 0; `phrases` are in reading order."""
+    """A caption without marks. `line` counts from 0; `phrases` are in the order of the text."""
 
     text: str
     line: int
@@ -32,7 +32,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Failure:
-    """A caption that cannot be used: its `line` counts from 0 as a caption's does, `text` is what there is."""
+    """A caption that cannot be used. `line` counts from 0 as in `Caption`; `text` is its content, if any."""
 
     line: int
     error: str
@@ -41,14 +41,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its captions.
+    """One image with its captions.
 
-    `image` is a file, or the bytes of one where the data set holds them itself; None: it must not be opened, and
-    every line is among the failures. `failures` are captions that are
-    there but cannot be used; together with `captions` every line of the data set is named once. `boxes` maps a chain to
-    its boxes (x0, y0, x1, y1): original pixels, origin top-left, half-open. `no_box` says of a chain without any why:
-    `scene`, `nobndbox`, `notvisual` or `missing` (no object of the annotation that can be used). `problems` are
-    sentences about lines and objects that could not be used as they stand.
+    Parameters
+    ----------
+    image: the path of a file, or the bytes of one in a table. None: it must not be opened; all lines are failures.
+    captions, failures: usable and unusable captions; together they contain each line of the image once.
+    boxes: chain -> boxes (x0, y0, x1, y1), original pixels, origin top-left, half-open.
+    no_box: chain without boxes -> reason: `scene`, `nobndbox`, `notvisual`, or `missing` (no usable annotation).
+    problems: messages about lines and objects that could not be used unchanged.
     """
 
     id: str
@@ -64,10 +65,15 @@ class Record:
 class Dataset(Protocol):
     """One split of a data set, or all of it.
 
-    `ids` are its pictures in order, `broken` the rows that belong to no picture or repeat what is listed already (a
-    name for each, e.g. `captions.txt:17`, and what is wrong), `problems` what else a user must know. Pictures lie in
-    `root`, links followed (None: they are no files); it and their paths are absolute. `boxes`: whether its phrases have
-    boxes.
+    Attributes
+    ----------
+    layout, folder, split: name of the layout, folder or hub name, name of the split.
+    ids: its images, in order.
+    heldout: phrases that are not in the training data of the demo model; None if the data set has no such list.
+    problems: messages to the user.
+    broken: rows that belong to no image or are duplicates: name (`captions.txt:17`) -> reason.
+    root: absolute path of the folder that contains all images, with links followed; None if they are no files.
+    boxes: whether its phrases have boxes.
     """
 
     layout: str
@@ -81,12 +87,12 @@ class Dataset(Protocol):
     boxes: bool
 
     def read(self, name: str) -> Record:
-        """The record of an id. Raises DataError, one line."""
+        """Return the record of an id. Raises DataError."""
 
     def digest(self) -> str:
-        """sha256 over what `ids` and `read` depend on, pictures apart: another digest, other captions."""
+        """Return the sha256 of the files on which `ids` and `read` depend, without the images."""
 
 
 def normal(phrase: str) -> str:
-    """A phrase as it is given to a model and compared: lower case, single blanks."""
+    """Normalise a phrase for models and comparisons: lower case, single blanks."""
     return " ".join(phrase.lower().split())

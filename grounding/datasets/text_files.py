@@ -1,4 +1,4 @@
-"""Reading text files whole: UTF-8 with or without a byte order mark, and one line for what is not."""
+"""Read text files as UTF-8, with or without a byte order mark, and split them into lines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from grounding.core.errors import DataError
 from grounding.core.printable import quote
 
+# Name of a file with one JSON object per image.
+LABELS = "labels.jsonl"
+
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file. Raises DataError."""
+    """Return the content of a regular file. Raises DataError."""
     try:
-        # A FIFO would wait for a writer that may never come.
+        # Reading a FIFO would block.
         if not path.is_file():
             raise DataError(f"{quote(path)}: there is no such file")
         return path.read_bytes()
@@ -20,7 +23,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decoded(data: bytes, path: Path) -> str:
-    """The text of a file's bytes, without the byte order mark. Raises DataError where they are not UTF-8."""
+    """Decode the bytes of a file, without the byte order mark. Raises DataError if they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -28,11 +31,11 @@ def decoded(data: bytes, path: Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, without their ends (LF or CR LF)."""
-    # Not splitlines(): a caption may hold U+2028 and its like.
+    """Split a text into lines, without line ends (LF or CR LF)."""
+    # Not splitlines(): captions may contain U+2028 and other separators.
     return [line.rstrip("\r") for line in text.split("\n")]
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file. Raises DataError."""
+    """Return the lines of a file. Raises DataError."""
     return lines_of(decoded(read_bytes(path), path))

@@ -1,17 +1,17 @@
-"""Reading lines of text with a box for every character.
+"""Data sets of text lines for OCR, with a box for every character.
 
     <split>/labels.jsonl  <split>/<file>     or, where there are no splits:     labels.jsonl  <file>
 
-Each line of `labels.jsonl` is a JSON object: `file` (a picture in the same folder), `text`, `chars` (one box
-[x0, y0, x1, y1] per character of the text, blanks too; pixels of the picture, origin top-left, half-open), and, where
-known, `unseen_face` (whether the model was not trained on that face) and `polarity` (`dark` on light, `light` on dark).
+Each line of `labels.jsonl` is a JSON object: `file` (an image in the same folder), `text`, `chars` (one box
+[x0, y0, x1, y1] per character of the text, blanks included; original pixels, origin top-left, half-open). Optional:
+`unseen_face` (whether the typeface is not in the training data of the model) and `polarity` (`dark` on light, `light`
+on dark).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,23 @@ from grounding.core.geometry import Box
 from grounding.core.printable import quote
 from grounding.core.text import check_text
 from grounding.datasets.flickr30k_entities import OVERHANG
+from grounding.datasets.text_files import LABELS, read_lines
 
-LABELS = "labels.jsonl"
 NEEDS = f"<split>/{LABELS}, or {LABELS} where there are no splits"
-SPLIT = "test"
+DEFAULT_SPLIT = "test"
 FACES = {False: "seen faces", True: "unseen faces"}
 POLARITIES = {"dark": "dark on light", "light": "light on dark"}
-# The groups of lines that are reported apart.
+# Groups of lines with scores of their own.
 GROUPS = (*FACES.values(), *POLARITIES.values())
 
 
 @dataclass(frozen=True)
 class Line:
-    """A picture of one line. `boxes` has one box per character of `text`, original pixels, half-open; `number` is the
-    line's own in its labels file, from 1. None: the file does not say."""
+    """An image of one text line.
+
+    `boxes` has one box per character of `text`: (x0, y0, x1, y1), original pixels, half-open. `number` is the line in
+    the labels file, from 1. `unseen_face`, `polarity`: None if they are not given.
+    """
 
     number: int
     image: Path
@@ -45,16 +48,16 @@ class Line:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Those of GROUPS that this line belongs to."""
+        """The members of GROUPS to which this line belongs."""
         face = [] if self.unseen_face is None else [FACES[self.unseen_face]]
         return (*face, *([] if self.polarity is None else [POLARITIES[self.polarity]]))
 
     def misfit(self, width: int, height: int) -> str | None:
-        """What is wrong with the boxes if the picture has this size, in pixels; None: nothing."""
+        """Return the error of boxes that exceed an image of this size, pixels; None if there is none."""
         for i, (x0, y0, x1, y1) in enumerate(self.boxes):
             if max(-x0, -y0, x1 - width, y1 - height) > OVERHANG:
                 return (
-                    f"the box of character {i} {self.text[i]!r} reaches over the picture ({width} x {height}): "
+                    f"the box of character {i} {self.text[i]!r} exceeds the image ({width} x {height}): "
                     f"{(x0, y0, x1, y1)}"
                 )
         return None
@@ -62,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """One split of a folder of lines; `split` is None where the folder has none."""
+    """One split of a folder of lines; `split` is None if the folder has no splits."""
 
     folder: Path
     split: str | None
@@ -70,7 +73,7 @@ class Lines:
     lines: tuple[Line, ...]
 
     def place(self, line: Line) -> str:
-        """Where a line stands, for messages."""
+        """Return file and number of a line, for messages."""
         return f"{quote(self.labels)} line {line.number}"
 
 
@@ -80,24 +83,24 @@ def recognises(folder: Path) -> bool:
 
 
 def splits_of(folder: Path) -> tuple[str, ...]:
-    """The names of the splits in a folder of lines."""
+    """Return the names of the splits in a folder of lines."""
     return tuple(sorted(path.parent.name for path in folder.glob(f"*/{LABELS}") if path.is_file()))
 
 
 def open_lines(folder: str | Path, split: str | None = None) -> Lines:
-    """A split of the lines in `folder` (None: the test split, or all where there are no splits).
+    """Open a split of the lines in `folder` (None: the test split, or all lines if there are no splits).
 
-    Raises DataError, one line: a folder without this layout, no such split, a labels file that is malformed.
+    Raises DataError for a folder without this layout, a split that does not exist, and a malformed labels file.
     """
     folder = Path(folder)
     known = splits_of(folder)
     if not known and (folder / LABELS).is_file():
         if split is not None:
-            raise DataError(f"no split {split!r} in {quote(folder)} (it has no splits, its lines stand in {LABELS})")
+            raise DataError(f"no split {split!r} in {quote(folder)} (it has no splits, its lines are in {LABELS})")
         return _read(folder, folder, None)
     if not known:
         raise DataError(f"{quote(folder)} has no lines that can be read; expected {NEEDS}")
-    split = SPLIT if split is None else split
+    split = DEFAULT_SPLIT if split is None else split
     if split not in known:
         raise DataError(f"no split {split!r} in {quote(folder)} (there are: {', '.join(known)})")
     return _read(folder, folder / split, split)
@@ -109,11 +112,13 @@ def open_lines(folder: str | Path, split: str | None = None) -> Lines:
 def _read(folder: Path, home: Path, split: str | None) -> Lines:
     labels = home / LABELS
     found: dict[Path, Line] = {}
-    for number, content in _contents(labels):
+    for number, content in enumerate(read_lines(labels), 1):
+        if not content.strip():
+            continue
         try:
             line = _line(home, number, content)
             if line.image in found:
-                raise DataError(f"the file {quote(line.image.name)} stands in line {found[line.image].number}, too")
+                raise DataError(f"the file {quote(line.image.name)} is in line {found[line.image].number}, too")
         except ValueError as error:
             raise DataError(f"{quote(labels)} line {number}: {error}") from None
         found[line.image] = line
@@ -122,20 +127,8 @@ def _read(folder: Path, home: Path, split: str | None) -> Lines:
     return Lines(folder, split, labels, tuple(found.values()))
 
 
-def _contents(labels: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and content of the lines of a labels file that are not blank."""
-    try:
-        text = labels.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{quote(labels)} is not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{quote(labels)}: {error.strerror or error}") from None
-    # Not splitlines(): a text may hold U+2028 and its like.
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
 def _line(home: Path, number: int, content: str) -> Line:
-    """One line of a labels file. Raises DataError or TextError, without the line's number."""
+    """Parse one line of a labels file. Raises DataError or TextError, without the number of the line."""
     try:
         label = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -150,7 +143,7 @@ def _line(home: Path, number: int, content: str) -> Line:
         raise DataError(f"unseen_face must be true or false, got {face!r}")
     if polarity is not None and (not isinstance(polarity, str) or polarity not in POLARITIES):
         raise DataError(f"polarity must be one of {', '.join(POLARITIES)}, got {polarity!r}")
-    # What a model writes has no blanks around it.
+    # Generated text has no blanks around it.
     kept = slice(len(text) - len(text.lstrip()), len(text.rstrip()))
     return Line(number, _image(home, label["file"]), text[kept], boxes[kept], face, polarity)
 
@@ -164,9 +157,9 @@ def _boxes(label: dict[str, Any]) -> tuple[Box, ...]:
     return tuple(_box(i, sign, corners) for i, (sign, corners) in enumerate(zip(text, chars, strict=True)))
 
 
-def _box(place: int, sign: str, corners: Any) -> Box:
+def _box(index: int, sign: str, corners: Any) -> Box:
     def bad(why: str) -> DataError:
-        return DataError(f"the box of character {place} {sign!r} {why}: {quote(corners)}")
+        return DataError(f"the box of character {index} {sign!r} {why}: {quote(corners)}")
 
     numbers = isinstance(corners, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in corners)
     if not numbers or len(corners) != 4:
@@ -181,10 +174,10 @@ def _box(place: int, sign: str, corners: Any) -> Box:
 
 
 def _image(home: Path, name: Any) -> Path:
-    """The path of a picture. Raises DataError for one that lies elsewhere, links followed."""
+    """Return the path of an image. Raises DataError for a path outside of its folder, with links followed."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"file must be the name of a picture, got {name!r}")
+        raise DataError(f"file must be the name of an image, got {name!r}")
     path = home / name
     if not path.resolve().is_relative_to(home.resolve()):
-        raise DataError(f"the file {quote(name)} lies outside of {quote(home)} and is not opened")
+        raise DataError(f"the file {quote(name)} is outside of {quote(home)} and is not opened")
     return path

@@ -1,4 +1,4 @@
-"""Reading Flickr30k Entities: every trap of the layout with a case of its own."""
+"""Flickr30k Entities: sentences, annotations and lists of ids, each with its irregular cases."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def xml(*things, size=(80, 60)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of one picture, 80 x 60; parts of it are replaced by `write`."""
+    """A data set of one image, 80 x 60; `write` replaces parts of it."""
     for part in ("Images", "Sentences", "Annotations"):
         (tmp_path / part).mkdir()
     (tmp_path / "test.txt").write_text("one\n")
@@ -104,7 +104,7 @@ def test_normal_is_lower_case_with_single_blanks():
 
 def test_boxes_are_one_based_and_inclusive_in_the_file(folder):
     assert one(folder).boxes == {"1": ((10, 20, 30, 40),)}
-    # One pixel, the first of all, and the last.
+    # A box of one pixel: the first of the image, and the last.
     assert annotate(folder, thing(1, box=(1, 1, 1, 1))).boxes == {"1": ((0, 0, 1, 1),)}
     record = annotate(folder, thing(1, box=(80, 60, 80, 60)))
     assert record.boxes == {"1": ((79, 59, 80, 60),)}
@@ -158,8 +158,8 @@ def test_no_size_is_said(folder):
     [
         (("a", 1, 2, 2), "is not four numbers", ()),
         ((9, 9, 3, 3), "ends before it begins", ()),
-        ((200, 1, 220, 10), "lies outside of", ()),
-        ((71, 51, 90, 70), "reaches over", ((70, 50, 80, 60),)),
+        ((200, 1, 220, 10), "is outside of", ()),
+        ((71, 51, 90, 70), "exceeds", ((70, 50, 80, 60),)),
     ],
 )
 def test_boxes_that_cannot_be_right_are_reported(folder, box, words, kept):
@@ -209,7 +209,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path_factory):
     Image.new("RGB", (80, 60)).save(outside)
     (folder / "Images" / "one.jpg").unlink()
     (folder / "Images" / "one.jpg").symlink_to(outside)
-    with pytest.raises(DataError, match="lies outside of"):
+    with pytest.raises(DataError, match="is outside of"):
         one(folder)
 
 
@@ -247,7 +247,7 @@ def test_all_splits_are_train_val_and_test_in_this_order(folder):
     ids(folder, val=["five", "one"])
     data = open_dataset(folder)
     assert data.ids == ("four", "three", "five", "one", "two")
-    assert data.problems == ("train.txt, val.txt, test.txt: 1 ids stand there twice and count once",)
+    assert data.problems == ("train.txt, val.txt, test.txt: 1 ids are listed twice and count once",)
 
 
 def test_without_a_list_the_sentences_count(folder):

@@ -1,4 +1,4 @@
-"""Tables of the library `datasets`: Parquet files, saved folders, names on the hub. Nothing here asks the network."""
+"""Tables of the library `datasets`: Parquet files, saved folders, names on the hub. No test uses the network."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def png(width):
 
 
 def table(**columns):
-    """Three pictures, 1, 2 and 3 pixels wide; the columns replace those of the usual release (None: left out)."""
+    """Three images, 1, 2 and 3 pixels wide; the columns replace those of the usual release (None: left out)."""
     usual = {
         "image": [{"bytes": png(i), "path": None} for i in (1, 2, 3)],
         "caption": [["one", "two"], ["three", None, ""], ["four"]],
@@ -53,7 +53,7 @@ def texts(record):
 def check(data, split="all", ids=("a.jpg", "b.jpg", "c.jpg")):
     assert isinstance(data, Dataset)
     assert (data.layout, data.split, data.ids, data.boxes, data.root) == ("datasets", split, ids, False, None)
-    # At random, not in order.
+    # Read in another order than stored.
     assert [width(data.read(name)) for name in reversed(ids)] == [ord(name[0]) - 96 for name in reversed(ids)]
 
 
@@ -155,7 +155,7 @@ def test_ids_without_file_names(tmp_path):
     table(filename=None, img_id=[7, 8, None]).to_parquet(tmp_path / "t.parquet")
     data = open_dataset(tmp_path)
     assert data.ids == ("7", "8")
-    assert data.broken == {"row 2": "it names no picture"}
+    assert data.broken == {"row 2": "it names no image"}
     bare = table(filename=None, img_id=None)
     bare.to_parquet(tmp_path / "t.parquet")
     assert open_dataset(tmp_path).ids == ("0", "1", "2")
@@ -179,13 +179,13 @@ def test_images_that_are_only_paths_stay_inside(tmp_path):
     Image.new("RGB", (5, 6)).save(home / "a.jpg")
     Image.new("RGB", (5, 6)).save(tmp_path / "secret.jpg")
     paths = ["a.jpg", "../secret.jpg", None]
-    # As plain structs: writing a column of pictures would put the files' bytes into it.
+    # As plain structs: writing a column of images would store the bytes of the files in it.
     rows = {"image": [{"bytes": None, "path": path} for path in paths], "caption": ["x", "y", "z"]}
     datasets.Dataset.from_dict(rows | {"filename": ["1", "2", "3"]}).to_parquet(home / "t.parquet")
     data = open_dataset(home)
     assert data.root == home
     assert data.read("1").image == home / "a.jpg"
-    for name, words, caption in (("2", "lies outside of", "y"), ("3", "has no picture in its table", "z")):
+    for name, words, caption in (("2", "is outside of", "y"), ("3", "has no image in its table", "z")):
         record = data.read(name)
         assert record.image is None
         [failure] = record.failures
@@ -208,7 +208,7 @@ def test_columns_that_are_missing(tmp_path):
     assert data.read("a.jpg").captions == ()
     assert data.problems == ("no captions: the columns are image, split, filename, img_id",)
     table(image=None).to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=r"no column of pictures \(there are: caption, split, filename, img_id\)"):
+    with pytest.raises(DataError, match=r"no column of images \(there are: caption, split, filename, img_id\)"):
         open_dataset(tmp_path)
 
 
@@ -229,7 +229,7 @@ def test_the_digest_is_that_of_the_captions_and_workers_get_the_same(tmp_path):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What `load_dataset` is asked, and what it answers: a table, or an error."""
+    """A replacement of `load_dataset`: records its arguments, and returns a table or raises an error."""
     asked = []
 
     def load_dataset(name, **how):

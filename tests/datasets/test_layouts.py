@@ -1,4 +1,4 @@
-"""Lists of pictures and captions: every layout and every trap of one with a case of its own."""
+"""Listings of images and captions: every layout, each with its irregular cases."""
 
 import csv
 import hashlib
@@ -31,7 +31,7 @@ def texts(record):
 
 
 def release(folder, rows, name="captions.txt"):
-    """The layout of the release: a CSV file as RFC 4180 has it, beside the pictures."""
+    """The layout of the release: a CSV file as in RFC 4180, beside the images."""
     with (folder / name).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
     return folder
@@ -96,7 +96,7 @@ def test_a_relative_folder_gives_absolute_paths(tmp_path, monkeypatch):
     [
         ("a.jpg,two, fields", "3 fields, the header has 2; a caption with the separator in it must be quoted"),
         ("a.jpg", "1 fields, the header has 2"),
-        (",no picture", "it names no picture"),
+        (",no picture", "it names no image"),
         ('a.jpg,"never closed', "its quotes are broken"),
         ('a.jpg,"closed" too early', "its quotes are broken"),
         ("a.jpg,\"['one', 'two']\"", "none in JSON"),
@@ -141,7 +141,7 @@ def test_paths_that_leave_the_folder_are_never_given_out(tmp_path, name):
     record = data.read(name)
     assert (record.image, record.captions) == (None, ())
     [failure] = record.failures
-    assert (failure.line, failure.text) == (0, "x")  # what is said of it is not lost
+    assert (failure.line, failure.text) == (0, "x")  # its content is not lost
     assert len(failure.error.splitlines()) == 1
     assert data.read("a.jpg").image.is_file()
 
@@ -183,10 +183,10 @@ def test_encodings(tmp_path):
 
 def test_a_listing_that_lists_nothing_says_so(tmp_path):
     (tmp_path / "captions.txt").write_text("image,caption\n\n")
-    with pytest.raises(DataError, match=r"lists no pictures$"):
+    with pytest.raises(DataError, match=r"lists no images$"):
         open_dataset(tmp_path)
     (tmp_path / "captions.txt").write_text("image,caption\n,x\n")
-    with pytest.raises(DataError, match=r"lists no pictures: captions\.txt:2: it names no picture"):
+    with pytest.raises(DataError, match=r"lists no images: captions\.txt:2: it names no image"):
         open_dataset(tmp_path)
     (tmp_path / "captions.txt").write_text("a.jpg,A dog .\n")
     with pytest.raises(DataError, match=r"begins with 'a\.jpg,A dog \.': expected a header"):
@@ -435,7 +435,7 @@ def test_captions_from_elsewhere(tmp_path):
     assert data.read("a.jpg").image.is_file()
     with pytest.raises(DataError, match=r"none\.csv': there is no such file"):
         open_dataset(tmp_path / "pictures", captions_file="none.csv")
-    with pytest.raises(DataError, match="no such folder for the pictures of"):
+    with pytest.raises(DataError, match="no such folder for the images of"):
         open_dataset(tmp_path / "nowhere", captions_file=tmp_path / "mine.csv")
 
 
@@ -466,7 +466,7 @@ def test_a_broken_line_of_one_split_is_named_with_it(tmp_path):
     assert open_dataset(tmp_path).digest() != digest
 
 
-# ---------------------------------------------------------------- pictures alone
+# ---------------------------------------------------------------- images alone
 
 
 @pytest.mark.parametrize("place", [".", "images"])
@@ -501,7 +501,7 @@ def test_a_name_that_is_not_utf8_is_reported(tmp_path):
     assert list(data.broken.values()) == ["its name is not valid Unicode"]
 
 
-# ---------------------------------------------------------------- what is none of them
+# ---------------------------------------------------------------- folders without a known layout
 
 
 def test_an_unknown_folder_is_told_what_was_seen_and_what_is_read(tmp_path):
@@ -521,7 +521,7 @@ def test_an_unknown_folder_is_told_what_was_seen_and_what_is_read(tmp_path):
         "Parquet",
     ):
         assert words in message
-    for words in ("Annotations/", "JSONL", "labels.jsonl", "pictures alone", "save_to_disk"):
+    for words in ("Annotations/", "JSONL", "labels.jsonl", "images alone", "save_to_disk"):
         assert words in message
     assert "\n" not in message
 
@@ -541,10 +541,10 @@ def test_only_data_with_boxes_are_scored(tmp_path):
     assert evaluation_of(demo_scenes()) is PHRASES
     assert evaluation_of(demo_lines()) is LINES
     images(tmp_path, "a.png")
-    with pytest.raises(DataError, match="has pictures but no captions and no boxes"):
+    with pytest.raises(DataError, match="has images but no captions and no boxes"):
         evaluation_of(tmp_path)
     release(tmp_path, [("a.png", "x")])
-    with pytest.raises(DataError, match="has captions but no boxes, so that nothing can be scored; expected") as caught:
+    with pytest.raises(DataError, match="has captions but no boxes, so nothing can be scored; expected") as caught:
         evaluation_of(tmp_path)
     assert "\n" not in str(caught.value)
     assert not PHRASES.recognises(tmp_path)
