@@ -1,4 +1,4 @@
-"""From an id or folder to an adapter: what loads, what is refused, each in one line."""
+"""Load a checkpoint by id or folder, and the one-line errors for those that cannot be loaded."""
 
 import json
 import pickle

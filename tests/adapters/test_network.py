@@ -1,4 +1,4 @@
-"""Real checkpoints, where a hub answers: `make network`. Everywhere else these are skipped, with the reason."""
+"""Load real checkpoints if a hub answers (`make network`); skipped otherwise."""
 
 import json
 import os

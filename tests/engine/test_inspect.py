@@ -181,7 +181,7 @@ def test_what_cannot_be_inspected_is_refused(clip, image):
         inspect(clip, image, CAPTION, method="gradkam")
     with pytest.raises(GroundingError, match="one image and one text, got 2 and 1"):
         inspect(clip, [image, image], CAPTION)
-    with pytest.raises(GroundingError, match="one picture and one text, got 1 and 2"):
+    with pytest.raises(GroundingError, match="one image and one text, got 1 and 2"):
         inspect(clip, image, [CAPTION, "dogs"])
     with pytest.raises(OptionError, match="nothing to inspect in 'two dogs'"):
         inspect(clip, image, "two dogs", select=Selection(caption=False, tokens=False))

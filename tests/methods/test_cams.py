@@ -1,5 +1,4 @@
-"""The class activation maps against their definitions: behind a convolution, in a ViT, and where more than one sequence
-or picture takes part."""
+"""Class activation maps against their definitions: of a convolution, of a ViT, and with several sequences or images."""
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from tests.support.tutorials.trocr import TOKENS, tutorial
 
 CAMS = list(vision.CAMS)
 WHOLE = Selection(tokens=False)
-PICTURES = [noise(70, 50, 1), noise(40, 90, 2), noise(64, 64, 3)]
+IMAGES = [noise(70, 50, 1), noise(40, 90, 2), noise(64, 64, 3)]
 ORTHOGONAL = LAYERS[1]  # read through a LayerNorm alone: in float32 <features, gradient> is rounding there
 COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
 
@@ -30,8 +29,8 @@ COLOURS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
 def test_all_cams_of_a_convolutional_network(layer):
     """Three images in one batch, each with its own class; also behind a ReLU that works in place."""
     adapter = ClassAdapter(layer=layer)
-    found = explain(adapter, PICTURES, ["3", "0", "1"], methods=CAMS, select=WHOLE)
-    for image, number, one in zip(PICTURES, (3, 0, 1), found, strict=True):
+    found = explain(adapter, IMAGES, ["3", "0", "1"], methods=CAMS, select=WHOLE)
+    for image, number, one in zip(IMAGES, (3, 0, 1), found, strict=True):
         features, gradient = one_by_one(adapter, image, number, layer)
         for name in CAMS:
             assert one.methods[name].maps.shape == (1, ROWS, COLUMNS)
@@ -44,8 +43,8 @@ def test_all_cams_of_image_classifiers(kind, layer):
     """Three images in one batch, each with its own class, at the default layer and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
     path, prefix = adapter.resolve(layer), adapter.structure.prefix
-    found = explain(adapter, PICTURES, classifier.ASKED, methods=CAMS, layers=[path])
-    for image, index, one in zip(PICTURES, classifier.INDICES, found, strict=True):
+    found = explain(adapter, IMAGES, classifier.ASKED, methods=CAMS, layers=[path])
+    for image, index, one in zip(IMAGES, classifier.INDICES, found, strict=True):
         _, *kept, _ = classifier.tutorial(adapter, image, index, path)
         pair = [classifier.as_patches(tensor, prefix) for tensor in kept]
         for name in CAMS:
@@ -58,8 +57,8 @@ def test_all_cams_of_image_classifiers(kind, layer):
 )
 def test_all_cams_of_any_module(net, layer):
     adapter = module.made(net(), layer, width=64, height=48 if net is nets.ViT else 96)
-    found = explain(adapter, PICTURES, [3, 0, 4], methods=CAMS)
-    for image, index, one in zip(PICTURES, (3, 0, 4), found, strict=True):
+    found = explain(adapter, IMAGES, [3, 0, 4], methods=CAMS)
+    for image, index, one in zip(IMAGES, (3, 0, 4), found, strict=True):
         kept = module.tutorial(adapter.model, adapter.preprocess(image), index, adapter.structure.layer)
         pair = [classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
         for name in CAMS:
@@ -70,8 +69,8 @@ def test_all_cams_of_any_module(net, layer):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ORACLE), (torch.float32, TUTORIAL)])
 def test_all_cams_of_a_vit(layer, dtype, tolerance):
     adapter = models.clip_adapter(0, dtype)
-    found = explain(adapter, PICTURES, [CAPTION] * 3, methods=CAMS, layers=[layer], select=Selection(phrases=["red"]))
-    for image, one in zip(PICTURES, found, strict=True):
+    found = explain(adapter, IMAGES, [CAPTION] * 3, methods=CAMS, layers=[layer], select=Selection(phrases=["red"]))
+    for image, one in zip(IMAGES, found, strict=True):
         runs = run_tutorial(adapter, image, layer)[:-1]  # the caption, then each token left out
         for i, (_, features, gradient, _) in enumerate(runs):
             for name in CAMS:
@@ -104,10 +103,10 @@ def test_all_cams_in_a_fusion_encoder(kind, layer):
 def test_grad_cam_pp_is_what_its_derivation_says():
     """Derivatives of exp(score), behind a ReLU and before a piecewise linear score: there eq. 10 is eq. 19."""
     adapter = ClassAdapter()
-    found = explain(adapter, PICTURES[0], "2", methods=["gradcam_pp"], select=WHOLE)
+    found = explain(adapter, IMAGES[0], "2", methods=["gradcam_pp"], select=WHOLE)
     model = adapter.model
     with torch.no_grad():
-        features = model.active(model.features(model.stem(adapter.pixels(PICTURES[0])[None])))[0].flatten(1)
+        features = model.active(model.features(model.stem(adapter.pixels(IMAGES[0])[None])))[0].flatten(1)
     expected = vision.gradcam_pp_by_derivatives(features, lambda f: model.head(model.hidden(f[None]))[0, 2])
     assert close(found.map(0).raw.ravel(), expected)
 

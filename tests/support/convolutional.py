@@ -1,4 +1,4 @@
-"""A convolutional network from outside: features behind a ReLU that works in place, one score per class."""
+"""A third-party convolutional network: features behind an in-place ReLU, one score per class."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +19,7 @@ CLASSES = 4
 
 
 class Network(nn.Module):
-    """Pictures (B, 3, 16, 24) -> features (B, 5, 4, 6) -> scores of the classes."""
+    """Images (B, 3, 16, 24) -> features (B, 5, 4, 6) -> scores of the classes."""
 
     def __init__(self, width=5):
         super().__init__()
@@ -36,7 +36,7 @@ class Network(nn.Module):
 class Quadrants(nn.Module):
     """Score of a class: the sum over its quadrant (0 top left, 1 top right, ...) of its channel of the features.
 
-    A channel is 1 where the picture has its one of `colours`, else 0. With a single colour all classes read that.
+    A channel is 1 where the image has its one of `colours`, else 0. With a single colour all classes read that.
     """
 
     def __init__(self, colours):
@@ -77,7 +77,7 @@ class ClassAdapter(Adapter):
         return ModelStructure(stacks={"vision": Stack((self.layer,))}, layer=self.layer, pooling="mean", prefix=0)
 
     def pixels(self, image):
-        """Of a PIL picture: (3, 16, 24), from 0 to 1."""
+        """Of a PIL image: (3, 16, 24), from 0 to 1."""
         resized = image.resize((COLUMNS * STEP, ROWS * STEP), Image.Resampling.BOX)
         levels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).double() / 255
         return levels.reshape(ROWS * STEP, COLUMNS * STEP, 3).movedim(-1, 0)

@@ -1,4 +1,4 @@
-"""A model whose answers are known on paper: the score is linear in the pixels, one weight per patch and text."""
+"""A model with known maps: the score is linear in the pixels, with one weight per patch and text."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +11,7 @@ from grounding.adapter.base import Adapter, ModelInfo
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
-from grounding.core.images import open_image
+from grounding.core.images import Picture, open_image
 from grounding.core.text import TokenizedText, word_spans
 
 ROWS, COLUMNS, PATCH = 4, 5, 2
@@ -20,7 +20,7 @@ ROWS, COLUMNS, PATCH = 4, 5, 2
 class LinearAdapter(Adapter):
     """`weights[text]` (rows, columns): what a white patch adds to the score; a black one adds nothing.
 
-    `shown` columns of the grid show the picture, the others are white padding.
+    `shown` columns of the grid show the image, the others are white padding.
     """
 
     kinds = ("similarity",)
@@ -36,7 +36,7 @@ class LinearAdapter(Adapter):
         return ModelStructure(stacks={"vision": Stack(("layer",))}, layer="layer", pooling="mean", prefix=0)
 
     def prepare_images(self, images):
-        opened = tuple(open_image(image) for image in images)
+        opened = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
         size = (self.shown * PATCH, ROWS * PATCH)
         pixels = np.ones((len(opened), 1, ROWS * PATCH, COLUMNS * PATCH))
         for own, one in zip(pixels, opened, strict=True):

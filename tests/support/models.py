@@ -210,7 +210,7 @@ def flava_adapter(seed=0, kind="similarity", **model):
 
 
 def mean_adapter():
-    """An architecture from outside: no CLS token, mean read-out, a grid that is not square."""
+    """An architecture from outside: no CLS token, mean pooling, a grid that is not square."""
     return MeanAdapter()
 
 
@@ -246,7 +246,7 @@ CLASSIFIERS = {
 
 
 def classifier_model(kind="resnet", seed=0, dtype=torch.float64):
-    """A random classifier whose weights, and running statistics, are large enough for pictures to differ."""
+    """A random classifier whose weights, and running statistics, are large enough for images to differ."""
     torch.manual_seed(seed)
     config = CLASSIFIERS[kind].__class__(**CLASSIFIERS[kind].to_diff_dict(), id2label=dict(enumerate(CLASSES)))
     return shaken(AutoModelForImageClassification.from_config(config)).to(dtype).eval()

@@ -1,4 +1,4 @@
-"""Networks in the shapes of torchvision's, an eighth as wide, built with random weights: what users hand over."""
+"""Networks in the shapes of those of torchvision, an eighth as wide, with random weights."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A model that reads painted cells: every character is a grey level, and its Grad-CAM is where that level stands."""
+"""A model with known maps: every character is a grey level, and its Grad-CAM is where that level is."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +24,7 @@ END = len(CHARACTERS)
 
 
 def painted(text):
-    """A picture of 32 x 8 pixels, one cell of 4 x 4 per character, in the upper row from the left."""
+    """An image of 32 x 8 pixels, one cell of 4 x 4 per character, in the upper row from the left."""
     levels = np.zeros((ROWS * CELL, COLUMNS * CELL), np.uint8)
     for column, sign in enumerate(text):
         levels[:CELL, column * CELL : (column + 1) * CELL] = STEP * CHARACTERS.index(sign)

@@ -1,4 +1,4 @@
-"""An architecture that the project does not know: what a stranger would write from the Adapter's requirements."""
+"""A third-party architecture, written from the documented requirements of `Adapter` alone."""
 
 from dataclasses import replace
 from functools import cached_property

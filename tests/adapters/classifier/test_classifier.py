@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face: maps against oracles, classes by name, what each family can and cannot."""
+"""Image classifiers of transformers: maps against oracles, classes by name, limits of each family."""
 
 import numpy as np
 import pytest
@@ -20,28 +20,28 @@ from tests.support.oracles import vision
 from tests.support.tolerances import TUTORIAL, close
 from tests.support.tutorials.classifier import ASKED, INDICES, as_patches, tutorial
 
-PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
+IMAGES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 
 
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "swin", "vit", "deit", "deit with teacher", "dinov2"])
 @pytest.mark.parametrize("layer", [None, "0"])
 def test_gradcam_equals_the_oracle(kind, layer):
-    """Three pictures, a class of its own each, in one batch, at the default layer and at the first stage or block."""
+    """Three images, each with a class of its own, in one batch, at the default layer and the first stage or block."""
     adapter = models.classifier_adapter(kind)
     path = adapter.resolve(layer)
-    found = explain(adapter, PICTURES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
-    for image, index, explanation in zip(PICTURES, INDICES, found, strict=True):
+    found = explain(adapter, IMAGES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
+    for image, index, explanation in zip(IMAGES, INDICES, found, strict=True):
         logits, features, gradient, _ = tutorial(adapter, image, index, path)
         expected = vision.gradcam(*(as_patches(t, adapter.structure.prefix) for t in (features, gradient)))
         [entry] = explanation.entries
         assert (entry.kind, entry.token_id, entry.label) == ("class", index, models.CLASSES[index])
         assert close(explanation[0].raw.ravel(), expected)
         assert close(torch.tensor(entry.score), logits[index])
-        chances = logits.softmax(0)
-        assert entry.probability == pytest.approx(float(chances[index]))
-        top = [i for i in chances.topk(5).indices.tolist() if i != index]
+        probabilities = logits.softmax(0)
+        assert entry.probability == pytest.approx(float(probabilities[index]))
+        top = [i for i in probabilities.topk(5).indices.tolist() if i != index]
         assert [one.token_id for one in entry.alternatives] == top
-        assert [one.probability for one in entry.alternatives] == pytest.approx(chances[top].tolist())
+        assert [one.probability for one in entry.alternatives] == pytest.approx(probabilities[top].tolist())
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_attention_methods_equal_the_oracle(kind, read):
     """Chains start where the logits are read: CLS, both tokens of a DeiT with a teacher, CLS and patches of DINOv2."""
     adapter = models.classifier_adapter(kind)
     methods = ["rollout", "relevance", "gradient_rollout"]
-    found = explain(adapter, PICTURES, ASKED, methods=methods)
-    for image, index, explanation in zip(PICTURES, INDICES, found, strict=True):
+    found = explain(adapter, IMAGES, ASKED, methods=methods)
+    for image, index, explanation in zip(IMAGES, INDICES, found, strict=True):
         *_, pairs = tutorial(adapter, image, index, adapter.structure.layer)
         row, prefix = read(pairs[0][0].shape[-1]), adapter.structure.prefix
         for name, matrix in zip(
@@ -77,14 +77,14 @@ def test_attention_methods_equal_the_oracle(kind, read):
 def test_attention_that_cannot_be_chained_is_refused_with_the_reason(kind, why, method):
     adapter = models.classifier_adapter(kind)
     with pytest.raises(OptionError, match=f"'{method}' reads vision attention, which {kind} does not have: it .*{why}"):
-        explain(adapter, PICTURES[0], methods=[method])
-    assert list(explain(adapter, PICTURES[0]).methods) == ["gradcam"]  # what is left of the default methods
+        explain(adapter, IMAGES[0], methods=[method])
+    assert list(explain(adapter, IMAGES[0]).methods) == ["gradcam"]  # what is left of the default methods
 
 
 def test_the_predicted_class_is_explained_and_named(tmp_path):
     adapter = models.classifier_adapter()
-    found = explain(adapter, PICTURES[0])
-    best = int(tutorial(adapter, PICTURES[0], 0, adapter.structure.layer)[0].argmax())
+    found = explain(adapter, IMAGES[0])
+    best = int(tutorial(adapter, IMAGES[0], 0, adapter.structure.layer)[0].argmax())
     assert (found.entries[0].token_id, found.origin, found.caption, found.target) == (best, "predicted", "", "class")
     assert "target class, predicted by the model" in headline(found)
     assert "p" in explanation_table(found).split()
@@ -97,19 +97,19 @@ def test_the_predicted_class_is_explained_and_named(tmp_path):
 def test_classes_by_index_name_synonym_and_list():
     adapter = models.classifier_adapter()
     by = [
-        explain(adapter, PICTURES[0], target=asked)
+        explain(adapter, IMAGES[0], target=asked)
         for asked in (6, "White  Shark", "man-eater", np.int64(6), np.array([6]))
     ]
     assert all(one.entries == by[0].entries for one in by)
-    several = explain(adapter, PICTURES[0], target=["two dogs", 6, "two dogs"])
+    several = explain(adapter, IMAGES[0], target=["two dogs", 6, "two dogs"])
     assert [e.token_id for e in several.entries] == [1, 6]
     assert close(several[1].raw, by[0][0].raw)
-    [first, second] = explain(adapter, PICTURES[:2], target=[1, 6])  # the same classes for every picture
+    [first, second] = explain(adapter, IMAGES[:2], target=[1, 6])  # the same classes for every image
     assert [e.token_id for e in second.entries] == [1, 6]
     assert close(first[1].raw, several[1].raw)
-    apart = explain(adapter, PICTURES[0], ["two dogs", Classes((6,))])  # in place of texts: one Explanation each
+    apart = explain(adapter, IMAGES[0], ["two dogs", Classes((6,))])  # in place of texts: one Explanation each
     assert [e.entries[0].token_id for e in apart] == [1, 6]
-    assert explain(adapter, PICTURES[0], target="class").origin == "predicted"
+    assert explain(adapter, IMAGES[0], target="class").origin == "predicted"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_classes_by_index_name_synonym_and_list():
 )
 def test_wrong_classes_are_refused(asked, error, words):
     with pytest.raises(error, match=words) as caught:
-        explain(models.classifier_adapter(), PICTURES[0], target=asked)
+        explain(models.classifier_adapter(), IMAGES[0], target=asked)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
 
@@ -148,15 +148,15 @@ def test_classes_have_no_parts_and_texts_no_classes(clip):
     adapter = models.classifier_adapter()
     for select in (Selection(words=True), Selection(tokens=["dogs"]), Selection(phrases=["dogs"])):
         with pytest.raises(OptionError, match="a class has no tokens, words or phrases"):
-            explain(adapter, PICTURES[0], select=select)
+            explain(adapter, IMAGES[0], select=select)
     with pytest.raises(OptionError, match="generates no text"):
-        explain(adapter, PICTURES[0], select=Selection(where="5"))
+        explain(adapter, IMAGES[0], select=Selection(where="5"))
     with pytest.raises(OptionError, match="nothing to explain"):
-        explain(adapter, PICTURES[0], select=Selection(caption=False))
+        explain(adapter, IMAGES[0], select=Selection(caption=False))
     with pytest.raises(TargetError, match="given twice"):
-        explain(adapter, PICTURES[0], "two dogs", target=2)
+        explain(adapter, IMAGES[0], "two dogs", target=2)
     with pytest.raises(TargetError, match="targets similarity and no classes, got 2"):
-        explain(clip, PICTURES[0], "two dogs", target=2)
+        explain(clip, IMAGES[0], "two dogs", target=2)
 
 
 def test_unnamed_classes_and_models_that_judge_each_class_are_said():
@@ -164,7 +164,7 @@ def test_unnamed_classes_and_models_that_judge_each_class_are_said():
     model.config.id2label = {i: f"LABEL_{i}" for i in range(9)}
     model.config.problem_type = "multi_label_classification"
     adapter = ClassifierAdapter(model, ViTImageProcessor(size={"height": 64, "width": 96}))
-    found = explain(adapter, PICTURES[0], target=3)
+    found = explain(adapter, IMAGES[0], target=3)
     assert any("does not name its classes (LABEL_0" in warning for warning in found.warnings)
     assert any("sigmoids and do not sum to 1" in warning for warning in found.warnings)
     assert found.entries[0].probability == pytest.approx(float(torch.tensor(found.entries[0].score).sigmoid()))
@@ -176,7 +176,7 @@ def test_unnamed_classes_and_models_that_judge_each_class_are_said():
 
 
 def test_several_classes_that_a_map_cannot_see():
-    found = explain(models.classifier_adapter("vit"), PICTURES[0], target=[0, 1])
+    found = explain(models.classifier_adapter("vit"), IMAGES[0], target=[0, 1])
     assert any(
         "rollout does not depend on the class here: one map for all entries" in warning for warning in found.warnings
     )
@@ -184,10 +184,10 @@ def test_several_classes_that_a_map_cannot_see():
 
 def test_layers_of_a_network_have_grids_of_their_own():
     adapter = models.classifier_adapter()
-    layers = {layer.alias: layer for layer in list_layers(adapter, PICTURES[0]) if layer.alias}
+    layers = {layer.alias: layer for layer in list_layers(adapter, IMAGES[0]) if layer.alias}
     assert [layers[i].shape for i in "012"] == [(1, 8, 16, 24), (1, 12, 8, 12), (1, 16, 4, 6)]
     assert layers["2"].default
-    found = explain(adapter, PICTURES[0], target=1, methods=["gradcam"], layers=["0", "2"])
+    found = explain(adapter, IMAGES[0], target=1, methods=["gradcam"], layers=["0", "2"])
     assert [c.maps.shape for c in found.methods.values()] == [(1, 16, 24), (1, 4, 6)]
     fine = found.map(0, "gradcam@0")
     assert (fine.geometry.rows, fine.geometry.columns) == (16, 24)
@@ -196,40 +196,40 @@ def test_layers_of_a_network_have_grids_of_their_own():
     assert fine.peak == pytest.approx(((column + 0.5) * 90 / 24, (row + 0.5) * 60 / 16))
     found.figure(grid=True)
     with pytest.raises(LayerError, match=r"different grids cannot be averaged \(.*stages.0 16 x 24, .*stages.2 4 x 6"):
-        explain(adapter, PICTURES[0], target=1, layers=["0", "2"], average_layers=True)
+        explain(adapter, IMAGES[0], target=1, layers=["0", "2"], average_layers=True)
     with pytest.raises(LayerError, match=r"\(1, 16, 1, 1\) is no patch grid: expected maps over the whole image"):
-        explain(adapter, PICTURES[0], target=1, layers=["resnet.pooler"])
+        explain(adapter, IMAGES[0], target=1, layers=["resnet.pooler"])
     with pytest.raises(LayerError, match="no grid of patches: use a larger image"):
-        models.classifier_adapter(size=(16, 16)).prepare_images(PICTURES[:1])
+        models.classifier_adapter(size=(16, 16)).prepare_images(IMAGES[:1])
 
 
 def test_the_fast_tap_is_left_where_the_head_was_changed():
     adapter = models.classifier_adapter()
-    plain = explain(adapter, PICTURES[0], target=1)
+    plain = explain(adapter, IMAGES[0], target=1)
     assert list(adapter.fast_taps) == [adapter.structure.layer]
     handle = adapter.model.classifier.register_forward_hook(lambda module, args, out: 2 * out)
     assert not adapter.fast_taps
-    assert close(explain(adapter, PICTURES[0], target=1)[0].raw, 2 * plain[0].raw)
+    assert close(explain(adapter, IMAGES[0], target=1)[0].raw, 2 * plain[0].raw)
     handle.remove()
     adapter.model.resnet.register_forward_hook(lambda module, args, out: None)
     assert not adapter.fast_taps
 
 
 def test_layers_that_ran_twice_are_not_listed():
-    """A Swin's dropout runs within windows and over the picture: only one of its outputs is a patch grid."""
+    """A Swin's dropout runs within windows and over the image: only one of its outputs is a patch grid."""
     adapter = models.classifier_adapter("swin", size=(48, 48))
-    found = [layer.path for layer in list_layers(adapter, PICTURES[0])]
+    found = [layer.path for layer in list_layers(adapter, IMAGES[0])]
     assert adapter.structure.layer in found
     assert not [path for path in found if path.endswith("blocks.0.dropout")]
 
 
 def test_the_predicted_class_costs_one_pass_at_the_fast_tap():
     adapter, counted = models.classifier_adapter(), []
-    adapter.prepare_images(PICTURES[:1])
+    adapter.prepare_images(IMAGES[:1])
     adapter.model.resnet.embedder.pooler.register_forward_hook(lambda module, args, out: counted.append(1))
-    explain(adapter, PICTURES[0], methods=["gradcam"])
+    explain(adapter, IMAGES[0], methods=["gradcam"])
     assert len(counted) == 1
-    seen = adapter.prepare_images(PICTURES[:1])
+    seen = adapter.prepare_images(IMAGES[:1])
     explain(adapter, seen)
     explain(adapter, seen, target=[1, 2])
     assert len(counted) == 2
@@ -238,7 +238,7 @@ def test_the_predicted_class_costs_one_pass_at_the_fast_tap():
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 def test_position_codes_are_stretched_to_another_size(kind):
     adapter = models.classifier_adapter(kind, size=(24, 40))
-    assert explain(adapter, PICTURES[0]).methods["gradcam"].maps.shape[1:] == (3, 5)
+    assert explain(adapter, IMAGES[0]).methods["gradcam"].maps.shape[1:] == (3, 5)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "deit with teacher"])
@@ -250,7 +250,7 @@ def test_checkpoints_are_loaded_by_the_end_of_their_architecture(kind, tmp_path)
     assert type(loaded) is ClassifierAdapter
     assert type(loaded.model) is type(adapter.model)
     assert loaded.labels.names == tuple(models.CLASSES)
-    found, expected = (explain(one, PICTURES[0], target=1)[0].raw for one in (loaded, adapter))
+    found, expected = (explain(one, IMAGES[0], target=1)[0].raw for one in (loaded, adapter))
     assert close(found, expected, TUTORIAL)
 
 
@@ -259,7 +259,7 @@ def test_a_model_without_a_known_pooling_is_refused():
     model.config.model_type = "other"
     adapter = ClassifierAdapter(model, ViTImageProcessor(size={"height": 32, "width": 32}))
     with pytest.raises(ModelError, match="no list of layers with a spatial size, nor a known pooling"):
-        explain(adapter, PICTURES[0])
+        explain(adapter, IMAGES[0])
 
 
 def test_as_many_names_as_scores(monkeypatch):
@@ -267,7 +267,7 @@ def test_as_many_names_as_scores(monkeypatch):
     model.config.id2label = {0: "one", 1: "two"}
     adapter = ClassifierAdapter(model, ViTImageProcessor(size={"height": 64, "width": 96}))
     with pytest.raises(ModelError, match=r"scores of shape \(1, 9\) for 1 images and 2 class names"):
-        explain(adapter, PICTURES[0])
+        explain(adapter, IMAGES[0])
 
 
 def test_available_methods_follow_the_family():
@@ -288,14 +288,14 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer
 @pytest.mark.parametrize(
     ("settings", "measures"),
     [
-        ({"num_labels": 1}, True),  # as transformers trains it where nothing else is said
+        ({"num_labels": 1}, True),  # as transformers trains it by default
         ({"num_labels": 3, "problem_type": "regression"}, True),
         ({"num_labels": 1, "problem_type": "multi_label_classification"}, False),
         ({"num_labels": 3}, False),
     ],
 )
 def test_a_measured_quantity_has_no_probability(settings, measures):
-    found = explain(small(ResNetConfig(**RESNET, **settings)), PICTURES[0], target=0)
+    found = explain(small(ResNetConfig(**RESNET, **settings)), IMAGES[0], target=0)
     assert found[0].entry.probability is None if measures else 0 < found[0].entry.probability < 1
     assert ("most probable" in explanation_table(found)) != measures
 
@@ -305,7 +305,7 @@ def test_images_with_other_channels_than_the_processor_gives():
     with pytest.raises(
         ModelError, match=r"gives 3 channels, .* takes 1: load the model yourself and use .*ModuleAdapter"
     ):
-        explain(adapter, PICTURES[0], target=0)
+        explain(adapter, IMAGES[0], target=0)
 
 
 def test_the_last_stage_is_the_one_that_ends_last():

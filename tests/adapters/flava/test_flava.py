@@ -1,4 +1,4 @@
-"""FLAVA: every target against a plain loop, and the mistakes of the known tutorial that are not made here."""
+"""FLAVA: every target against a plain loop, and known mistakes of tutorials."""
 
 import numpy as np
 import pytest
@@ -124,8 +124,8 @@ def test_the_caption_enters_its_map_and_where_it_does_not_that_is_said(flava):
         assert np.abs(first.methods["gradcam"].maps[0] - second.methods["gradcam"].maps[0]).max() > 1e-6
         conditioned = {key: column.text_conditioned for key, column in first.methods.items()}
         assert conditioned == {"gradcam": True, "rollout": kind != "similarity", "relevance": True}
-        said = any("Attention rollout does not depend on the text" in w for w in first.warnings)
-        assert said == (kind == "similarity")
+        warned = any("Attention rollout does not depend on the text" in w for w in first.warnings)
+        assert warned == (kind == "similarity")
     first, second = (explain(flava, noise(50, 40), t, target="norm") for t in (TEXT, "two dogs"))
     for key, column in first.methods.items():
         assert not column.text_conditioned
@@ -134,7 +134,7 @@ def test_the_caption_enters_its_map_and_where_it_does_not_that_is_said(flava):
 
 
 def test_every_image_gets_its_own_map(flava):
-    """A hook list that is never cleared would show the first picture again and again."""
+    """A hook list that is never cleared would show the first image again and again."""
     images = [noise(50, 40, 1), noise(60, 40, 2)]
     for kind in KINDS:
         maps = [explain(flava, image, TEXT, target=kind).methods["gradcam"].maps for image in images]

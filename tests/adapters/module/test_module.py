@@ -1,4 +1,4 @@
-"""Any module: where it can be tapped, what it may do in place, what its preprocessing did to the picture."""
+"""Any module: its layers, in-place operations, and the geometry of its preprocessing."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tests.support.oracles import vision
 from tests.support.tolerances import TUTORIAL, close
 from tests.support.tutorials.module import made, tutorial
 
-PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
+IMAGES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
     ],
 )
 def test_gradcam_equals_the_oracle(net, layer, path, size):
-    """Three pictures, a class of its own each, non-square input; the modules have their ReLUs in place."""
+    """Three images, each with a class of its own, non-square input; the modules have their ReLUs in place."""
     adapter = made(net(), layer, width=size[1], height=size[0])
     assert adapter.structure.layer == path
-    found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
-    for image, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
+    found = explain(adapter, IMAGES, [3, 0, 4], methods=["gradcam"])
+    for image, index, explanation in zip(IMAGES, (3, 0, 4), found, strict=True):
         features, gradient = tutorial(adapter.model, adapter.preprocess(image), index, path)
         prefix = 2 if net is nets.ViT else 0
         pair = [(t.flatten(1).T if t.ndim == 3 else t[prefix:]).numpy() for t in (features, gradient)]
@@ -57,8 +57,8 @@ def test_the_users_model_is_as_before(net):
     disturb(adapter.model)
     source = repr(adapter.model)
     before = snapshot(adapter.model)
-    explain(adapter, PICTURES[:2], target=[0, 1], methods=["gradcam", "hirescam"])
-    list_layers(adapter, PICTURES[0])
+    explain(adapter, IMAGES[:2], target=[0, 1], methods=["gradcam", "hirescam"])
+    list_layers(adapter, IMAGES[0])
     ModuleAdapter(adapter.model, preprocess=adapter.preprocess)
     assert unchanged(before, snapshot(adapter.model))
     assert repr(adapter.model) == source
@@ -67,7 +67,7 @@ def test_the_users_model_is_as_before(net):
 
 @pytest.mark.parametrize("quadrant", range(4))
 def test_a_score_of_one_quadrant_has_its_map_there(quadrant):
-    """On a picture and an input that are not square, in original pixels."""
+    """On an image and an input that are not square, in original pixels."""
     image, size = noise(90, 60, 4), {"width": 64, "height": 32}
     (row, column), (height, width) = divmod(quadrant, 2), (4, 8)
     own = np.zeros((2 * height, 2 * width), bool)
@@ -107,14 +107,14 @@ def test_a_layer_of_one_cell_names_the_last_with_a_size():
     with pytest.raises(LayerError, match=r"'classifier' has no spatial size \(its output is \(1, 5\)\): the last"):
         made(nets.MobileNet(), "classifier")
     with pytest.raises(LayerError, match="ran twice"):
-        explain(made(nets.ResNet34(), "layer1.0.relu"), PICTURES[0])
+        explain(made(nets.ResNet34(), "layer1.0.relu"), IMAGES[0])
     for layer, words in (("features.9", "has no layer 'features.9'"), ("-99", "the vision stack has"), (99, "blocks")):
         with pytest.raises(LayerError, match=words):
             made(nets.MobileNet(), layer)
 
 
 def test_inputs_of_any_size_and_too_small_ones():
-    """A transform that does not resize: every picture size has its grid; one that leaves a single cell is refused."""
+    """A transform that does not resize: every image size has its grid; one that leaves a single cell is refused."""
 
     def plain(image):
         return torch.from_numpy(np.asarray(image).astype(np.float64).transpose(2, 0, 1) / 255)
@@ -133,7 +133,7 @@ def test_inputs_of_any_size_and_too_small_ones():
 def test_grey_images():
     options = {"preprocess": models.to_pixels(48, 32, "L"), "mode": "L", "labels": models.CLASSES}
     adapter = made(models.TwoEnds(channels=1), **options)
-    found = explain(adapter, PICTURES[0], target="red car")
+    found = explain(adapter, IMAGES[0], target="red car")
     assert found.methods["gradcam"].maps.shape == (1, 8, 12)
     assert found.geometry.seen == (0, 0, 90, 60)
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_grey_images():
 
 
 def test_the_geometry_of_a_callable_is_measured():
-    """Shortest edge to 40, centre crop 32: the sides of a wide picture were never seen."""
+    """Shortest edge to 40, centre crop 32: the sides of a wide image were never seen."""
 
     def transform(image):
         scale = 40 / min(image.size)
@@ -173,7 +173,7 @@ def test_the_geometry_of_a_callable_is_measured():
 def test_labels(labels, names):
     adapter = made(nets.MobileNet(), labels=labels)
     assert adapter.labels.names == names
-    assert explain(adapter, PICTURES[0], target=names[2]).entries[0].label == names[2]
+    assert explain(adapter, IMAGES[0], target=names[2]).entries[0].label == names[2]
 
 
 def test_wrong_labels_and_models_are_refused():
@@ -189,13 +189,13 @@ def test_wrong_labels_and_models_are_refused():
     with pytest.raises(LayerError, match="Sequential has no layer with a spatial size at 64 x 64"):
         made(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2)))
     with pytest.raises(TargetError, match="no class 7: its 5 classes"):
-        explain(made(nets.MobileNet()), PICTURES[0], target=7)
+        explain(made(nets.MobileNet()), IMAGES[0], target=7)
     with pytest.raises(
         OptionError, match=r"'rollout' reads vision attention, which nn.Module does not have: it has none"
     ):
-        explain(made(nets.MobileNet()), PICTURES[0], methods=["rollout"])
+        explain(made(nets.MobileNet()), IMAGES[0], methods=["rollout"])
     with pytest.raises(OptionError, match="attention of an unknown module cannot be recorded"):
-        explain(made(nets.ViT()), PICTURES[0], methods=["rollout"])
+        explain(made(nets.ViT()), IMAGES[0], methods=["rollout"])
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_wrong_labels_and_models_are_refused():
     ],
 )
 def test_answers_of_any_kind(wrap):
-    found = explain(made(nets.Answers(wrap)), PICTURES[0], target=1)
-    assert close(found[0].raw, explain(made(nets.Answers(lambda y: y)), PICTURES[0], target=1)[0].raw)
+    found = explain(made(nets.Answers(wrap)), IMAGES[0], target=1)
+    assert close(found[0].raw, explain(made(nets.Answers(lambda y: y)), IMAGES[0], target=1)[0].raw)
 
 
 @pytest.mark.parametrize("wrap", [lambda y: None, lambda y: {}, lambda y: (), lambda y: y[0]])
@@ -221,7 +221,7 @@ def test_answers_without_scores(wrap):
 
 
 def test_one_score_is_a_yes():
-    found = explain(made(nets.MobileNet(classes=1)), PICTURES[0])
+    found = explain(made(nets.MobileNet(classes=1)), IMAGES[0])
     entry = found.entries[0]
     assert (entry.label, entry.alternatives) == ("class 0", ())
     assert entry.probability == pytest.approx(float(torch.tensor(entry.score).sigmoid()))
@@ -232,8 +232,8 @@ def test_models_that_normalise_over_the_batch_take_one_image():
     net.features[0][1] = nn.BatchNorm2d(4, track_running_stats=False)
     adapter = made(net)
     with pytest.raises(ModelError, match="BatchNorm2d has no running statistics: images would change each other"):
-        explain(adapter, PICTURES, target=1)
-    assert len(explain(adapter, PICTURES, target=1, batch_size=1)) == 3
+        explain(adapter, IMAGES, target=1)
+    assert len(explain(adapter, IMAGES, target=1, batch_size=1)) == 3
 
 
 class InPlaceInput(nn.Module):
@@ -251,11 +251,11 @@ class InPlaceInput(nn.Module):
 
 def test_a_model_that_changes_its_input_and_has_no_parameters():
     adapter = ModuleAdapter(InPlaceInput(), preprocess=lambda p: models.to_pixels()(p).float())
-    inputs = adapter.prepare([PICTURES[0]], [["class 1"]])
+    inputs = adapter.prepare([IMAGES[0]], [["class 1"]])
     before = inputs.tensors["pixel_values"].clone()
     targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
     assert adapter.scores(inputs, targets).tolist() == adapter.scores(inputs, targets).tolist()
     assert torch.equal(before, inputs.tensors["pixel_values"])
-    found = explain(adapter, PICTURES[0], target=1, methods=["hirescam"])
+    found = explain(adapter, IMAGES[0], target=1, methods=["hirescam"])
     assert close(found.entries[0].score, found[0].raw.sum(), TUTORIAL)
     assert (adapter.device.type, adapter.dtype) == ("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""What modules of a user's own do that no known model does, and what is said of what cannot be used."""
+"""Modules of a user that behave like no known model, and the errors for those that cannot be used."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from tests.support.oracles import vision
 from tests.support.tolerances import close
 from tests.support.tutorials.module import made, tutorial
 
-PICTURES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
+IMAGES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 
 
 class ClassBehind(nets.ViT):
@@ -42,8 +42,8 @@ def test_tokens_behind_the_patches(before):
     adapter = made(ClassBehind(before), prefix=before, width=48, height=32)
     path = "encoder.layers.2.ln_1"
     assert adapter.structure.layer == path
-    found = explain(adapter, PICTURES, [3, 0, 4], methods=["gradcam"])
-    for image, index, explanation in zip(PICTURES, (3, 0, 4), found, strict=True):
+    found = explain(adapter, IMAGES, [3, 0, 4], methods=["gradcam"])
+    for image, index, explanation in zip(IMAGES, (3, 0, 4), found, strict=True):
         pair = [
             t[before : -2 + before].numpy() for t in tutorial(adapter.model, adapter.preprocess(image), index, path)
         ]
@@ -52,13 +52,13 @@ def test_tokens_behind_the_patches(before):
 
 
 def test_tokens_assumed_before_the_patches_are_a_warning():
-    [line] = [line for line in explain(made(nets.ViT()), PICTURES[0]).warnings if "prefix=" in line]
+    [line] = [line for line in explain(made(nets.ViT()), IMAGES[0]).warnings if "prefix=" in line]
     assert line == (
         "2 tokens more than the cells of layer 'conv_proj': assumed to be before the patches; give prefix= if not"
     )
-    given = explain(made(nets.ViT(), prefix=2), PICTURES[0])
+    given = explain(made(nets.ViT(), prefix=2), IMAGES[0])
     assert not [line for line in given.warnings if "prefix=" in line]
-    assert np.array_equal(given[0].raw, explain(made(nets.ViT()), PICTURES[0])[0].raw)
+    assert np.array_equal(given[0].raw, explain(made(nets.ViT()), IMAGES[0])[0].raw)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_labels_as_they_come_from_json():
 
 @pytest.mark.parametrize("squeeze", [lambda y: y[:, :1].squeeze(1), lambda y: y[:, :1].squeeze()])
 def test_one_score_that_was_squeezed(squeeze):
-    plain = explain(made(nets.Answers(lambda y: y[:, :1])), PICTURES)
-    for one, other in zip(explain(made(nets.Answers(squeeze)), PICTURES), plain, strict=True):
+    plain = explain(made(nets.Answers(lambda y: y[:, :1])), IMAGES)
+    for one, other in zip(explain(made(nets.Answers(squeeze)), IMAGES), plain, strict=True):
         assert close(one[0].raw, other[0].raw)
         assert one.entries == other.entries
-    explain(made(nets.Answers(squeeze)), PICTURES[0])
+    explain(made(nets.Answers(squeeze)), IMAGES[0])
 
 
 def test_a_dict_without_logits_names_its_keys():
@@ -133,9 +133,9 @@ def test_a_name_that_is_a_number_goes_first():
 def test_an_unknown_kind_of_target_raises_with_the_known_ones():
     adapter = made(nets.MobileNet())
     with pytest.raises(TargetError, match=r"no class 'logit' \(it has 5: .*\); this model's kind of target is class$"):
-        explain(adapter, PICTURES[0], target="logit")
+        explain(adapter, IMAGES[0], target="logit")
     with pytest.raises(TargetError, match=r"no class 'logit' \(it has 5: .*\)$"):
-        explain(adapter, PICTURES[0], target=["logit"])
+        explain(adapter, IMAGES[0], target=["logit"])
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.ln"])
@@ -145,14 +145,14 @@ def test_a_dead_tap_of_the_users_names_a_live_one(layer):
     with pytest.raises(
         LayerError, match=f"layer '{layer}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
     ):
-        explain(adapter, PICTURES[0])
+        explain(adapter, IMAGES[0])
 
 
-# ---------------------------------------------------------------- what prepares the pictures
+# ---------------------------------------------------------------- what prepares the images
 
 
 class Five(nn.Module):
-    """Takes pictures of five channels; a convolution that is made first takes one."""
+    """Takes images of five channels; a convolution that is made first takes one."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ def test_any_number_of_channels_and_convolutions_that_take_others():
 
 
 class Fixed(nn.Module):
-    """Takes pictures of one size."""
+    """Takes images of one size."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ def test_a_traced_module_cannot_be_watched():
 
 
 def is_spatial(image):
-    """Changes the very picture that it is given."""
+    """Changes the very image that it is given."""
     image.thumbnail((32, 32))
     return torch.from_numpy(np.array(image.resize((32, 32)), np.float64) / 255).permute(2, 0, 1)
 
@@ -279,13 +279,13 @@ def test_a_class_with_the_name_of_the_kind_of_target():
     with pytest.raises(
         TargetError, match=r"'class' is this model's kind of target and the name of a class: ask .* as \["
     ):
-        explain(adapter, PICTURES[0], target="class")
-    assert explain(adapter, PICTURES[0], target=["class"])[0].entry.token_id == 2
-    assert len(explain(adapter, PICTURES[0])) == 1
+        explain(adapter, IMAGES[0], target="class")
+    assert explain(adapter, IMAGES[0], target=["class"])[0].entry.token_id == 2
+    assert len(explain(adapter, IMAGES[0])) == 1
 
 
 def test_warnings_of_several_layers_name_theirs():
-    found = explain(made(nets.Vgg()), PICTURES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
+    found = explain(made(nets.Vgg()), IMAGES[0], target=1, layers=["features.9", "features.28"], methods="gradcam")
     blank = {key: replace(one, status=(Status("degenerate", "flat"),)) for key, one in found.methods.items()}
     assert list(map_warnings(blank, found.entries)) == [
         f"Grad-CAM at {layer} of 'class 1' is no evidence: flat" for layer in ("features.9", "features.28")

@@ -14,7 +14,7 @@ from tests.support import models
 from tests.support.images import noise
 
 SIDE = 64
-SPOT = (9, 50)  # of a picture of 64 x 64, (x, y): in cell (6, 1) of 8 x 8
+SPOT = (9, 50)  # of an image of 64 x 64, (x, y): in cell (6, 1) of 8 x 8
 
 
 def made(net, layer=None, **options):
@@ -26,7 +26,7 @@ def made(net, layer=None, **options):
 
 
 def moved(places, rows=8, columns=8):
-    """Changes of 1 at (row, column) for each quarter of the picture, 0.01 elsewhere."""
+    """Changes of 1 at (row, column) for each quarter of the image, 0.01 elsewhere."""
     change = torch.full((4, rows, columns), 0.01)
     for own, (row, column) in zip(change, places, strict=True):
         own[row, column] = 1
@@ -57,7 +57,7 @@ def test_cells_that_do_not(places):
 
 
 def test_weights_between_tokens_move_in_rows_and_columns():
-    """Rows and columns of the tokens of a quarter: the first half of the tokens is the upper half of the picture."""
+    """Rows and columns of the tokens of a quarter: the first half of the tokens is the upper half of the image."""
     weights = torch.full((4, 64, 64), 0.01)
     for own, (row, column) in zip(weights, [(1, 1), (1, 6), (6, 1), (6, 6)], strict=True):
         own[row * 8 + column], own[:, row * 8 + column] = 1, 1
@@ -74,7 +74,7 @@ def test_what_never_changes_and_few_cells():
 
 
 class Weights(nn.Module):
-    """Attention whose weights pass a module: (B, 1, 64, 64), the shape of a map of a square picture."""
+    """Attention whose weights pass a module: (B, 1, 64, 64), the shape of a map of a square image."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -123,7 +123,7 @@ class Windows(nn.Module):
 
 
 class Table(nn.Module):
-    """A square table that no picture changes, beside the maps."""
+    """A square table that no image changes, beside the maps."""
 
     def __init__(self, classes=3):
         super().__init__()

@@ -18,7 +18,7 @@ PROCESSORS = {
     "clip_tall": lambda: transformers.CLIPImageProcessor(
         size={"shortest_edge": 100}, crop_size={"height": 81, "width": 64}
     ),
-    "crop_larger_than_picture": lambda: transformers.CLIPImageProcessor(
+    "crop_larger_than_image": lambda: transformers.CLIPImageProcessor(
         size={"shortest_edge": 75}, crop_size={"height": 96, "width": 112}
     ),
     "convnext": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
@@ -55,7 +55,7 @@ def processor(request):
 
 
 def pixels(processor, image):
-    """(C, H, W) model input of a PIL picture."""
+    """(C, H, W) model input of a PIL image."""
     return processor(images=image, return_tensors="np")["pixel_values"][0]
 
 
@@ -70,7 +70,7 @@ def test_a_planted_square_comes_back_to_its_place(processor):
         black = pixels(processor, Image.new("RGB", (width, height)))
         rows, columns = black.shape[1] // 8, black.shape[2] // 8
         geometry = geometry_of(processor, width, height, black.shape[1:]).with_grid(rows, columns, (8.0, 8.0))
-        # The square lies well inside of what is seen, a patch large in the picture, never smaller than a pixel.
+        # The square lies well inside of what is seen, a patch large in the image, never smaller than a pixel.
         x0, y0, x1, y1 = geometry.seen
         patch = np.maximum(8 / np.array(geometry.scale), 1)
         free = np.array([x1 - x0, y1 - y0]) - patch

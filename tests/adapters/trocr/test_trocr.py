@@ -1,4 +1,4 @@
-"""Encoder-decoders: every method against the corrected tutorial loop, and what is written, token by token."""
+"""Encoder-decoders: every method against the corrected tutorial loop, generated and forced texts."""
 
 from dataclasses import replace
 
@@ -356,9 +356,9 @@ def test_orthogonal_features_are_noticed_where_they_are(trocr, monkeypatch):
             monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
         for layer, expected in ((None, True), ("1", False), ("-1.in", False), ("encoder.layernorm", False)):
             found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], layers=[layer] if layer else [])
-            said = [w for w in found.warnings if "<activation, gradient> = 0" in w]
-            assert bool(said) == expected, (patched, layer)
-            assert all("gradcam_ln" in w for w in said)
+            warnings = [w for w in found.warnings if "<activation, gradient> = 0" in w]
+            assert bool(warnings) == expected, (patched, layer)
+            assert all("gradcam_ln" in w for w in warnings)
     only = explain(trocr, noise(90, 30), TEXT, methods=["gradcam_ln"])
     assert not any("<activation, gradient>" in w for w in only.warnings)
 
@@ -450,7 +450,7 @@ def test_a_token_against_itself_is_no_contrast(trocr):
 
 
 def test_layers_of_the_text_alone_hold_no_patches(trocr):
-    """Not even where a text happens to have as many tokens as the picture."""
+    """Not even where a text happens to have as many tokens as the image."""
     for adapter, layer in ((trocr, "decoder:0"), (models.flava_adapter(kind="logit"), "text:0")):
         with pytest.raises(LayerError, match="has text tokens only"):
             explain(adapter, noise(90, 30), "a b c d e f g h i j", methods=["gradcam"], layers=[layer], target="logit")

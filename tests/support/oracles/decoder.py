@@ -10,7 +10,7 @@ from tests.support.oracles import vision as oracles
 
 
 class Tutorial:
-    """One picture and one sequence (start token first): everything a well-made tutorial records for one token."""
+    """One image and one sequence (start token first): everything a well-made tutorial records for one token."""
 
     def __init__(self, model, pixels, sequence):
         self.model, self.pixels, self.sequence = model, pixels, torch.tensor([sequence])

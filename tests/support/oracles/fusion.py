@@ -10,7 +10,7 @@ ATTENTION = "attention.attention.dropout"  # its output is the attention, on the
 
 
 class Tutorial:
-    """One picture and one text, given as the model's own tensors.
+    """One image and one text, given as the model's own tensors.
 
     `compared` is what the last run kept of the caption without its token: features and gradient of the layer.
     """
@@ -44,7 +44,7 @@ class Tutorial:
 
     def joined(self, runs, path):
         """A tensor and its gradient. Where a caption is compared with one that lacks a token there are two passes: the
-        picture is the same in both, its gradients add up; of the multimodal encoder the caption's own pass counts."""
+        image is the same in both, its gradients add up; of the multimodal encoder the caption's own pass counts."""
         counted = runs if "image_model" in path else runs[:1]
         return runs[0][0].detach().numpy(), sum(gradient(run) for run in counted)
 

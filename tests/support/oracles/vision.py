@@ -24,7 +24,7 @@ AttentionMaskInterface.register("textbook", eager_mask)
 
 
 class Tutorial:
-    """What a well-made tutorial does for one picture: a full forward and backward per target, hooks on a live model."""
+    """What a well-made tutorial does for one image: a full forward and backward per target, hooks on a live model."""
 
     def __init__(self, model, pixels):
         self.model, self.pixels = model, pixels

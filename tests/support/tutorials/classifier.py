@@ -7,7 +7,7 @@ INDICES = [2, 8, 1]
 
 
 def tutorial(adapter, image, index, path):
-    """Logits, features and gradient of one picture by a full backward with hooks on the bare model, and attention."""
+    """Logits, features and gradient of one image by a full backward with hooks on the bare model, and attention."""
     model, kept = adapter.model, {}
     if adapter.structure.attention("vision"):
         model.set_attn_implementation("textbook")

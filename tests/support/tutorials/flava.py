@@ -26,5 +26,5 @@ def entries(kind):
 
 
 def patches(features, first=1):
-    """The patches of one picture: (P, D), from a sequence or from a convolution's (D, rows, columns)."""
+    """The patches of one image: (P, D), from a sequence or from a convolution's (D, rows, columns)."""
     return features.reshape(len(features), -1).T if features.ndim == 3 else features[first : first + PATCHES]

@@ -13,7 +13,7 @@ def made(net, layer=None, width=64, height=64, **options):
 
 
 def tutorial(model, pixels, index, path):
-    """Features and gradient (D, rows, columns) or (N, D) of one picture by hooks on the bare model."""
+    """Features and gradient (D, rows, columns) or (N, D) of one image by hooks on the bare model."""
     kept = {}
 
     def keep(module, args, out):
