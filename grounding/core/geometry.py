@@ -59,7 +59,7 @@ class Geometry:
             object.__setattr__(self, "patch", pair("patch", self.patch, positive=True))
         x0, y0, x1, y1 = self.seen
         if not (x0 < x1 and y0 < y1):
-            raise GeometryError(f"the model sees nothing of the image under {self}")
+            raise GeometryError(f"no part of the image is in the model input under {self}")
 
     @classmethod
     def from_steps(
@@ -109,7 +109,7 @@ class Geometry:
             if (start < 0 and ends[0] < -1e-6) or (start + size > old and ends[1] > old + 1e-6):
                 raise GeometryError(
                     f"padding to {width} x {height} after a crop to {self.input_width} x {self.input_height} "
-                    "is not one affine map: the padding lies where the cut-off part of the image was"
+                    "is not one affine map: the padding is where the cut-off part of the image was"
                 )
         offset = (self.offset[0] - x0, self.offset[1] - y0)
         return Geometry(self.width, self.height, width, height, self.scale, offset)

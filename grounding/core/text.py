@@ -15,7 +15,7 @@ MOST_BEAMS = 64
 # How sub-word tokens are joined to words; quoted by --help and the documentation.
 WORD_RULE = (
     "a word is a run of letters and digits (inner apostrophes and hyphens included) or a run of other visible signs; "
-    "a piece belongs to the word its first character lies in"
+    "a piece belongs to the word of its first character"
 )
 
 

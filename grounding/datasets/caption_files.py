@@ -50,16 +50,16 @@ def read_listing(path: Path, text: str) -> ParsedListing:
 
 
 class Header(NamedTuple):
-    """The header of a table: `index` of each column by its name in lower case, `width` the number of columns."""
+    """The header of a table: column name in lower case -> position, and `width`, the number of columns."""
 
     delimiter: str
-    index: Mapping[str, int]
+    positions: Mapping[str, int]
     width: int
 
     def find(self, names: tuple[str, ...]) -> int | None:
         """Return the index of the first of these columns that the table has, None if it has none."""
-        name = _pick(self.index, names)
-        return None if name is None else self.index[name]
+        name = _pick(self.positions, names)
+        return None if name is None else self.positions[name]
 
 
 def header_of(line: str) -> Header | None:

@@ -181,7 +181,7 @@ def _selected(groups: dict[str, _Group], split: str | None, folder: Path) -> tup
     chosen = {name: group for name, group in groups.items() if group.split == split}
     if not split or not chosen:
         named = ", ".join(filter(None, known))
-        there = f"there are: {named}; or {ALL}" if named else f"it has no splits: leave it out, or say {ALL}"
+        there = f"there are: {named}; or {ALL}" if named else f"it has no splits: leave it out, or use {ALL}"
         raise DataError(f"no split {split!r} in {quote(folder)} ({there})")
     return split, chosen
 

@@ -193,7 +193,7 @@ LAYOUTS = (
         _open_listing,
     ),
     DatasetLayout(
-        "Parquet files, or what save_to_disk of the library datasets wrote",
+        "Parquet files, or a folder of save_to_disk of the library datasets",
         huggingface.recognises,
         huggingface.open_local,
     ),

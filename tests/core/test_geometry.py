@@ -185,7 +185,7 @@ def test_grid_of_a_token_sequence():
         ({"scale": (1.0, float("nan"))}, "scale must be finite"),
         ({"offset": (float("inf"), 0.0)}, "offset must be finite"),
         ({"patch": (0.0, 1.0)}, "patch must be positive"),
-        ({"offset": (-100.0, 0.0)}, "sees nothing of the image"),
+        ({"offset": (-100.0, 0.0)}, "no part of the image is in the model input"),
     ],
 )
 def test_impossible_values(change, message):
