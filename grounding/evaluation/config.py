@@ -1,4 +1,4 @@
-"""What is scored, and how: the choices that all evaluations with boxes for phrases share."""
+"""Configuration that all evaluations with boxes for phrases share: captions, peak, box threshold, seed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import Any
 from grounding.core.boxes import Peak
 from grounding.core.demo import is_demo
 from grounding.core.errors import OptionError
-from grounding.evaluation.pointing import OVERLAP, THRESHOLD, Captions
+from grounding.evaluation.pointing import BOX_THRESHOLD, MIN_IOU, Captions
 from grounding.evaluation.statistics import CONFIDENCE, RESAMPLES
 
-# Why pictures are left out that have fewer entities than are asked for.
-FEW = "min_entities"
-DEMO_ENTITIES = 3
+# Reason for which an image with fewer entities than `min_entities` is skipped.
+TOO_FEW_ENTITIES = "min_entities"
+DEMO_MIN_ENTITIES = 3
 
 
 @dataclass(frozen=True)
 class PointingConfig:
-    """`captions`: phrases of the first caption of a picture, or of all. `peak`: see `scoring.read`. `min_entities`:
-    pictures need so many chains with boxes (None: 3 in the demo world, where fewer make it easy, else 1). `threshold`:
-    where a map's range is cut for its box (None: half). `seed` is for the intervals. Raises OptionError.
+    """Configuration of the pointing game.
+
+    `captions`: score the phrases of the first caption of an image, or of all.
+    `peak`: the strongest patch or the strongest pixel of a map, see `pointing.measure_map`.
+    `min_entities`: skip images with fewer chains that have boxes. None: 3 in the demo scenes, where two objects make
+    pointing easy, else 1.
+    `threshold`: share of a map's range above which its box is drawn. None: one half.
+    `seed`: seed of the bootstrap intervals.
+
+    Raises OptionError.
     """
 
     captions: Captions = "first"
@@ -34,30 +41,30 @@ class PointingConfig:
         if self.min_entities is not None and self.min_entities < 1:
             raise OptionError(f"min_entities must be at least 1, got {self.min_entities}")
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise OptionError(f"threshold must be a part of the map's range, above 0 and up to 1, got {self.threshold}")
+            raise OptionError(f"threshold is a share of a map's range, above 0 and at most 1; got {self.threshold}")
 
-    def entities(self, folder: Path) -> int:
-        """How many chains with boxes a picture of this data set needs."""
+    def min_entities_of(self, folder: Path) -> int:
+        """Return how many chains with boxes an image of this data set needs."""
         if self.min_entities is not None:
             return self.min_entities
-        return DEMO_ENTITIES if is_demo(folder) else 1
+        return DEMO_MIN_ENTITIES if is_demo(folder) else 1
 
     @property
-    def cut(self) -> float:
-        """The threshold."""
-        return THRESHOLD if self.threshold is None else self.threshold
+    def box_threshold(self) -> float:
+        """The threshold, or its default."""
+        return BOX_THRESHOLD if self.threshold is None else self.threshold
 
-    def described(self) -> dict[str, Any]:
-        """Everything that the numbers depend on, in words and values."""
+    def to_document(self) -> dict[str, Any]:
+        """Return what the numbers depend on, as the evaluation document stores it."""
         return {
             "captions": self.captions,
             "min_entities": self.min_entities,
             "peak": self.peak,
             "interpolation": "bilinear" if self.peak == "pixel" else None,
-            "iou": OVERLAP,
-            "threshold": self.cut,
+            "iou": MIN_IOU,
+            "threshold": self.box_threshold,
             "tuned": False,
-            "centre": "the centre of the picture",
-            "random": f"exact, any seen {self.peak} alike",
-            "interval": {"method": "percentile bootstrap over pictures", "resamples": RESAMPLES, "level": CONFIDENCE},
+            "centre": "the centre of the image",
+            "random": f"exact, each seen {self.peak} equally likely",
+            "interval": {"method": "percentile bootstrap over images", "resamples": RESAMPLES, "level": CONFIDENCE},
         }

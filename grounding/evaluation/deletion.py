@@ -1,9 +1,9 @@
-"""Does the model itself care for what a map calls important? Its score while patches are taken away, or put back.
+"""Deletion and insertion curves: the model's score while patches are removed from, or put back into, its input.
 
-Deletion and insertion (Petsiuk et al. 2018) on the explained score itself: the patches that the model saw are taken
-away (put back) in the map's order, in the model's input, and the score is computed anew. Departures: the area is
-normalised over all cases together (see `areas`), since a cosine has no natural zero; a random order of the same run is
-the control.
+Deletion and insertion (RISE: Petsiuk et al. 2018, arXiv:1806.07421) of the explained score: the seen patches are
+removed from (put back into) the model's input in the order of the map, and the score is computed again at each step.
+Departures: the area is normalised over all cases together, since a cosine has no natural zero (see
+`deletion_curves_area`); a random order of the same patches is the control.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from grounding.explanation.explanation import Explanation
 
 Baseline = Literal["blur", "black", "mean"]
 STEPS = 20
-# Standard deviation of the blur, in short sides of the model input.
+# Standard deviation of the blur, as a fraction of the short side of the model input.
 BLUR = 1 / 16
 CONTROL = "random"
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One picture, its explained texts, their raw maps (`maps[key][text]`), and one or two captions that differ."""
+class FaithfulnessCase:
+    """An image file, its explained texts, their raw maps (`maps[key][text]`), and one or two different captions."""
 
     image: Path
     texts: tuple[str, ...]
@@ -46,25 +46,27 @@ class Case:
     captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, image: Path, found: Mapping[str, Explanation], captions: Iterable[str]) -> Case:
-        """The case of explanations by text; the first two different `captions` are kept."""
-        first = next(iter(found.values()))
-        maps = {key: {text: one.map(0, key).raw for text, one in found.items()} for key in first.methods}
+    def of(cls, image: Path, explanations: Mapping[str, Explanation], captions: Iterable[str]) -> FaithfulnessCase:
+        """Return the case of explanations by text; the first two different `captions` are kept."""
+        first = next(iter(explanations.values()))
+        maps = {key: {text: one.map(0, key).raw for text, one in explanations.items()} for key in first.methods}
         two = tuple(dict.fromkeys(captions))[:2]
-        return cls(image, tuple(found), maps, first.geometry.seen_cells, two)
+        return cls(image, tuple(explanations), maps, first.geometry.seen_cells, two)
 
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Scores (texts, steps + 1) while a growing part of the seen patches is taken away, or put back."""
+    """Scores of K targets while an increasing `fraction` of the seen patches is removed or put back."""
 
     fraction: Float[np.ndarray, "steps"]
     deletion: Float[np.ndarray, "texts steps"]
     insertion: Float[np.ndarray, "texts steps"]
 
 
-def order_of(raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"]) -> Int[np.ndarray, "n"]:
-    """Seen cells (row-major numbers) from the strongest raw value to the weakest, equal ones in row-major order."""
+def deletion_order(
+    raw: Float[np.ndarray, "rows columns"], seen: Bool[np.ndarray, "rows columns"]
+) -> Int[np.ndarray, "n"]:
+    """Return the seen cells (row-major indices) by decreasing raw value; ties in row-major order."""
     cells = np.flatnonzero(seen)
     return cells[np.argsort(-raw.ravel()[cells], kind="stable")]
 
@@ -77,44 +79,45 @@ def curves(
     baseline: Float[Tensor, "C H W"],
     steps: int = STEPS,
 ) -> Curves:
-    """Deletion and insertion of one picture for all targets, patches in one `order` (row-major numbers of cells).
+    """Compute deletion and insertion of one image for all targets, in two forward passes of steps + 1 versions each.
 
-    Every step is a picture of one forward pass. `baseline` takes a patch's place; what is no seen patch stays.
+    `order`: cells (row-major indices) in the order of removal. `baseline`: pixels that replace a removed patch. Pixels
+    outside of all seen patches stay.
     """
     pixels = inputs.tensors["pixel_values"][0]
     counts = np.round(np.linspace(0, len(order), steps + 1)).astype(int)
-    rank = np.full(inputs.geometry[0].rows * inputs.geometry[0].columns + 1, len(order))  # one more: no cell
+    rank = np.full(inputs.geometry[0].rows * inputs.geometry[0].columns + 1, len(order))  # the last: outside of patches
     rank[order] = np.arange(len(order))
     ranks = torch.from_numpy(rank[cell_numbers(inputs.geometry[0], *pixels.shape[-2:])]).to(pixels.device)
-    gone = ranks[None] < torch.from_numpy(counts).to(pixels.device)[:, None, None]  # (S, H, W)
+    removed = ranks[None] < torch.from_numpy(counts).to(pixels.device)[:, None, None]  # (S, H, W)
     fixed = ranks == len(order)
-    deleted = torch.where(gone[:, None], baseline, pixels)
-    inserted = torch.where((gone | fixed)[:, None], pixels, baseline)
+    deleted = torch.where(removed[:, None], baseline, pixels)
+    inserted = torch.where((removed | fixed)[:, None], pixels, baseline)
     return Curves(
         counts / len(order),
-        scores_of(adapter, inputs, targets, deleted),
-        scores_of(adapter, inputs, targets, inserted),
+        perturbed_scores(adapter, inputs, targets, deleted),
+        perturbed_scores(adapter, inputs, targets, inserted),
     )
 
 
-def scores_of(
+def perturbed_scores(
     adapter: Adapter, inputs: Inputs, targets: Targets, pixels: Float[Tensor, "S C H W"]
 ) -> Float[np.ndarray, "K S"]:
-    """The scores of all targets (of one picture) on S versions of that picture, in one forward pass.
+    """Compute the scores of all targets of one image on S versions of its pixels, in one forward pass.
 
     Raises NumericError for NaN or Inf.
     """
     count = len(pixels)
-    repeated, every = repeat_image(inputs, targets, count)
+    repeated, repeated_targets = repeat_image(inputs, targets, count)
     repeated = replace(repeated, tensors={**repeated.tensors, "pixel_values": pixels})
-    scores = adapter.scores(repeated, every)
+    scores = adapter.scores(repeated, repeated_targets)
     if not torch.isfinite(scores).all():
-        raise NumericError("scores of a picture with patches taken away are NaN or Inf")
+        raise NumericError("scores of an image with removed patches are NaN or Inf")
     return scores.detach().cpu().double().numpy().reshape(len(targets), count)
 
 
 def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray, "height width"]:
-    """The row-major number of the patch that reads each input pixel; one more than the last where none does."""
+    """Return the row-major index of the patch that each input pixel belongs to; rows * columns outside of patches."""
     cell_width, cell_height = geometry.cell_size
     rows = np.floor((np.arange(height) + 0.5) / cell_height).astype(int)
     columns = np.floor((np.arange(width) + 0.5) / cell_width).astype(int)
@@ -123,8 +126,8 @@ def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray,
     return numbers
 
 
-def baseline_of(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tensor, "C H W"]:
-    """What takes a patch's place: the picture blurred, black (through the image processor), or its mean colour."""
+def baseline_pixels(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tensor, "C H W"]:
+    """Return the pixels that replace removed patches: the image blurred, black (preprocessed), or its mean colour."""
     pixels = inputs.tensors["pixel_values"][0]
     if kind == "mean":
         numbers = cell_numbers(inputs.geometry[0], *pixels.shape[-2:])
@@ -140,7 +143,10 @@ def baseline_of(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tenso
 
 @dataclass(frozen=True, eq=False)
 class CurveAreas:
-    """Areas under the curves of one picture, summed over its texts, and the sums they are normalised with."""
+    """Areas of one image by method, summed over its texts, and the sums of scores that normalise them.
+
+    `full`, `empty`: scores of the whole image and of the image without any seen patch.
+    """
 
     deletion: Mapping[str, float]
     insertion: Mapping[str, float]
@@ -149,12 +155,14 @@ class CurveAreas:
     texts: int
 
 
-def deletion_curves_area(adapter: Adapter, case: Case, baseline: Baseline, target: str | None, seed: int) -> CurveAreas:
-    """Trapezoid areas of every method, and of one random order, for one picture.
+def deletion_curves_area(
+    adapter: Adapter, case: FaithfulnessCase, baseline: Baseline, target: str | None, seed: int
+) -> CurveAreas:
+    """Integrate the curves of every method, and of one random order, for one image (trapezoids).
 
-    Areas are those above the score of the picture with nothing left. Divided by the score that the whole picture has
-    above it, both summed over all cases, an area is 0 where the score falls at once and 1 where it never falls; a
-    quotient case by case would have denominators near zero.
+    Areas are above the score of the image without any seen patch. They are divided by (full - empty), both summed over
+    all cases, so that 0 means that the score drops at once and 1 that it never drops; a quotient for each case would
+    have denominators near zero. Raises ModelError for a model without `pixel_values`, NumericError for NaN or Inf.
     """
     with torch.inference_mode(False), torch.no_grad(), random_state(adapter.model):
         torch.manual_seed(seed)
@@ -162,33 +170,33 @@ def deletion_curves_area(adapter: Adapter, case: Case, baseline: Baseline, targe
         if "pixel_values" not in inputs.tensors:
             raise ModelError(f"{adapter.info.type} has no input pixel_values: faithfulness cannot be measured")
         targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], target)
-        base = baseline_of(adapter, inputs, baseline)
-        # One order, one forward pass: also for the many texts that share a map.
-        wanted: dict[bytes, list[tuple[str, int]]] = {}
+        replacement = baseline_pixels(adapter, inputs, baseline)
+        # One pair of forward passes per order: many texts may share a map.
         orders: dict[bytes, np.ndarray] = {}
+        members: dict[bytes, list[tuple[str, int]]] = {}
         for key, text, order in _orders(case, seed):
             orders[order.tobytes()] = order
-            wanted.setdefault(order.tobytes(), []).append((key, text))
+            members.setdefault(order.tobytes(), []).append((key, text))
         deletion, insertion = dict.fromkeys([*case.maps, CONTROL], 0.0), dict.fromkeys([*case.maps, CONTROL], 0.0)
         full = empty = 0.0
-        for name, members in wanted.items():
-            texts = sorted({text for _, text in members})
-            found = curves(adapter, inputs, targets.select(texts), orders[name], base)
-            for key, text in members:
+        for name, sharing in members.items():
+            texts = sorted({text for _, text in sharing})
+            found = curves(adapter, inputs, targets.select(texts), orders[name], replacement)
+            for key, text in sharing:
                 row = texts.index(text)
-                nothing = found.insertion[row, 0]
-                deletion[key] += float(np.trapezoid(found.deletion[row] - nothing, found.fraction))
-                insertion[key] += float(np.trapezoid(found.insertion[row] - nothing, found.fraction))
+                empty_score = found.insertion[row, 0]
+                deletion[key] += float(np.trapezoid(found.deletion[row] - empty_score, found.fraction))
+                insertion[key] += float(np.trapezoid(found.insertion[row] - empty_score, found.fraction))
                 if key == CONTROL:
-                    full, empty = full + float(found.deletion[row, 0]), empty + float(nothing)
+                    full, empty = full + float(found.deletion[row, 0]), empty + float(empty_score)
     return CurveAreas(deletion, insertion, full, empty, len(case.texts))
 
 
-def _orders(case: Case, seed: int) -> Iterable[tuple[str, int, np.ndarray]]:
-    """(method, text, order) of all maps; the control is one random order per picture."""
+def _orders(case: FaithfulnessCase, seed: int) -> Iterable[tuple[str, int, np.ndarray]]:
+    """Yield (method, text, order) of all maps; the control is one random order per image."""
     for key, maps in case.maps.items():
-        for number, text in enumerate(case.texts):
-            yield key, number, order_of(maps[text], case.seen)
+        for index, text in enumerate(case.texts):
+            yield key, index, deletion_order(maps[text], case.seen)
     shuffled = np.random.default_rng([seed, *case.image.name.encode()]).permutation(np.flatnonzero(case.seen))
-    for number in range(len(case.texts)):
-        yield CONTROL, number, shuffled
+    for index in range(len(case.texts)):
+        yield CONTROL, index, shuffled

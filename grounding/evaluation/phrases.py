@@ -1,8 +1,8 @@
-"""Scoring maps against boxes: explain every picture of a data set once, count, and say under which rules.
+"""Evaluate methods on images with boxes for phrases: explain each image once and score its maps.
 
-Rules (`mention-anybox`): a case is every mention of a phrase whose chain has a box, the text is the phrase alone in
-lower case, a hit is a peak strictly inside any of the chain's boxes. Numbers of other protocols (unions of boxes,
-chains in place of mentions, other texts) must not stand beside these.
+Protocol `mention-anybox`: each mention of a phrase whose chain has a box is a case, its text is the phrase alone in
+lower case, and a hit is a peak strictly inside any of the chain's boxes. Numbers of other protocols (enclosing boxes,
+chains instead of mentions, other texts) are not comparable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grounding.adapter.base import Adapter
 from grounding.batch.requests import PHRASE_ALONE
 from grounding.core.demo import data_name
 from grounding.core.errors import DataError, GroundingError, LayerError, OptionError, TargetError, UnknownNameError
+from grounding.core.images import open_image
 from grounding.datasets.caption_lists import ALL
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset, Record
@@ -28,11 +29,11 @@ from grounding.engine.plan import for_target, plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import Request
 from grounding.engine.warnings import map_warnings
-from grounding.evaluation.config import FEW, PointingConfig
-from grounding.evaluation.deletion import Baseline, Case
-from grounding.evaluation.faithfulness import WHOLE, faithfulness
+from grounding.evaluation.config import TOO_FEW_ENTITIES, PointingConfig
+from grounding.evaluation.deletion import Baseline, FaithfulnessCase
+from grounding.evaluation.faithfulness import CAPTION_ONLY, faithfulness
 from grounding.evaluation.pointing import (
-    BASELINES,
+    POINTING_BASELINES,
     MapScores,
     Mention,
     best_threshold,
@@ -42,24 +43,26 @@ from grounding.evaluation.pointing import (
 )
 from grounding.evaluation.report import FORMAT
 from grounding.evaluation.statistics import mean
-from grounding.evaluation.word_swaps import Swaps, beaten
+from grounding.evaluation.word_swaps import Swaps, swap_test
 from grounding.explanation.explanation import Explanation
 
-PROTOCOL = PHRASE_ALONE
-BASELINE: Baseline = "blur"
+DEFAULT_BASELINE: Baseline = "blur"
 TUNING_SPLIT = "val"
-TUNING = tuple(round(float(t), 2) for t in [0.02, 0.04, 0.06, 0.08, *np.arange(0.1, 0.91, 0.05)])
-# Wrong for every picture alike, where already the first one has it: no case for counting.
+TUNING_THRESHOLDS = tuple(round(float(t), 2) for t in [0.02, 0.04, 0.06, 0.08, *np.arange(0.1, 0.91, 0.05)])
+# Errors of the request, the same for every image: raised at the first one instead of counted for each.
 REQUEST_ERRORS = (LayerError, OptionError, TargetError, UnknownNameError)
 
 
 @dataclass(frozen=True)
 class PhraseConfig(PointingConfig):
-    """What is scored, and how.
+    """Configuration of an evaluation on images with boxes for phrases.
 
-    `limit`: only the first so many pictures that qualify. `tune_threshold`: per method the threshold with the best IoU
-    score on the whole validation split. `faithfulness` adds deletion, insertion and what maps depend on, with patches
-    replaced by `baseline` (None: blur).
+    `limit`: only the first images that qualify.
+    `tune_threshold`: choose for each method the threshold with the best IoU score on the whole validation split.
+    `faithfulness`: also measure deletion, insertion, text sensitivity and parameter randomisation.
+    `baseline`: what replaces removed patches. None: blur.
+
+    Raises OptionError.
     """
 
     limit: int | None = None
@@ -70,34 +73,30 @@ class PhraseConfig(PointingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None and self.limit < 1:
-            raise OptionError(f"limit must be at least 1 picture, got {self.limit}")
+            raise OptionError(f"limit must be at least 1 image, got {self.limit}")
         if self.threshold is not None and self.tune_threshold:
-            raise OptionError("a threshold was given, and tuning it was asked for: choose one")
+            raise OptionError("a threshold was given, so it cannot be tuned: choose one of the two options")
         if self.baseline is not None and not self.faithfulness:
-            raise OptionError("a baseline belongs to faithfulness, which was not asked for")
+            raise OptionError("a baseline was given, but only faithfulness uses one")
 
 
 @dataclass(eq=False)
 class PhraseScores:
-    """What one way through a split gave: scores per picture, and what was left out and why."""
+    """Scores of each image of a split, counts of skipped phrases and images by reason, and problems.
+
+    `swap_test`: per image, results of `word_swaps.swap_test`.
+    """
 
     scored: list[dict[str, MapScores]] = field(default_factory=list)
-    cases: list[Case] = field(default_factory=list)
+    cases: list[FaithfulnessCase] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_images: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
-    beaten: list[list[float]] = field(default_factory=list)
+    swap_test: list[list[float]] = field(default_factory=list)
 
-    def compare(
-        self, adapter: Adapter, record: Record, swaps: Swaps | None, dataset: Dataset, kind: str | None
-    ) -> None:
-        """Let the model compare a picture's first caption with wrong ones, where the data set knows such."""
-        if swaps is not None:
-            self.beaten.append(beaten(adapter, record, swaps, dataset.heldout or frozenset(), kind))
-
-    def failed(self, error: GroundingError, phrases: int) -> None:
-        """One picture could not be scored."""
+    def add_failure(self, error: GroundingError, phrases: int) -> None:
+        """Count an image that could not be scored, and its phrases."""
         self.skipped_images[error.status] += 1
         self.skipped[error.status] += phrases
         self.problems.append(str(error))
@@ -106,153 +105,171 @@ class PhraseScores:
 def evaluate(
     adapter: Adapter,
     dataset: Dataset,
-    rules: PhraseConfig | None = None,
+    config: PhraseConfig | None = None,
     request: Request | None = None,
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Score methods on one split and return the document that `scripts/evaluate.py --format json` prints.
 
-    `request` says how the maps are computed; every phrase is explained as a text of its own. Raises GroundingError where
-    an argument is wrong, and where not one phrase could be scored; an image that fails is counted and named.
+    `request`: how the maps are computed; its selection is ignored, since each phrase is explained as a text of its own.
+    An image that fails is counted and named in the document. Raises GroundingError for an invalid request, and if no
+    phrase could be scored.
     """
-    rules = rules or PhraseConfig()
-    rules = replace(rules, min_entities=rules.entities(dataset.folder))
-    request = replace(request or Request(), select=WHOLE)
+    config = config or PhraseConfig()
+    config = replace(config, min_entities=config.min_entities_of(dataset.folder))
+    request = replace(request or Request(), select=CAPTION_ONLY)
     swaps = Swaps.read(dataset.folder)
-    # Before anything runs: a wrong name costs nothing.
-    aimed, own = for_target(adapter, request)
-    keys = [call.key for call in plan_methods(aimed, own)]
+    # Planned before the model runs, so that an unknown name costs nothing.
+    target_adapter, own_request = for_target(adapter, request)
+    keys = [call.key for call in plan_methods(target_adapter, own_request)]
     adapter.check_kind(request.target, request.token_target)
-    thresholds = dict.fromkeys(keys, rules.cut)
-    if rules.tune_threshold:
+    thresholds = dict.fromkeys(keys, config.box_threshold)
+    if config.tune_threshold:
         if dataset.split in (TUNING_SPLIT, ALL):
-            raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: score one that has none of it")
-        whole = replace(rules, limit=None)
-        tuning = _tally(adapter, open_dataset(dataset.folder, TUNING_SPLIT), whole, TUNING, request, progress)
-        thresholds = {key: best_threshold(tuning.scored, key, TUNING) for key in keys}
-    compared = swaps if aimed.text_conditioned(request.target or adapter.kinds[0], gradient=True) else None
+            raise OptionError(f"the threshold is tuned on the split {TUNING_SPLIT}: choose a split to score without it")
+        tuning_set, unlimited = open_dataset(dataset.folder, TUNING_SPLIT), replace(config, limit=None)
+        tuning = _score_split(adapter, tuning_set, unlimited, TUNING_THRESHOLDS, request, progress)
+        thresholds = {key: best_threshold(tuning.scored, key, TUNING_THRESHOLDS) for key in keys}
+    if not target_adapter.text_conditioned(request.target or adapter.kinds[0], gradient=True):
+        swaps = None
     cuts = sorted(set(thresholds.values()))
-    tally = _tally(adapter, dataset, rules, cuts, request, progress, rules.faithfulness, compared)
-    scored = tally.scored
+    scores = _score_split(adapter, dataset, config, cuts, request, progress, config.faithfulness, swaps)
     document: dict[str, Any] = {
         "format": FORMAT,
-        "protocol": PROTOCOL,
+        "protocol": PHRASE_ALONE,
         "model": adapter.info.id,
         "data": data_name(dataset.folder),
         "split": dataset.split,
-        "pictures": len(scored),
-        "phrases": sum(len(next(iter(image.values())).phrases) for image in scored),
-        "skipped": dict(tally.skipped),
-        "skipped_pictures": dict(tally.skipped_images),
-        "rules": _rules(adapter, dataset, rules, request),
+        "pictures": len(scores.scored),
+        "phrases": sum(len(next(iter(image.values())).phrases) for image in scores.scored),
+        "skipped": dict(scores.skipped),
+        "skipped_pictures": dict(scores.skipped_images),
+        "rules": _rules(adapter, dataset, config, request),
         "methods": {
-            key: summary([image[key] for image in scored], thresholds.get(key), rules.seed)
-            for key in (*keys, *BASELINES)
+            key: summary([image[key] for image in scores.scored], thresholds.get(key), config.seed)
+            for key in (*keys, *POINTING_BASELINES)
         },
-        "problems": tally.problems,
-        "warnings": dict(tally.warnings.most_common()),
-        "provenance": provenance_of(adapter, rules.seed),
+        "problems": scores.problems,
+        "warnings": dict(scores.warnings.most_common()),
+        "provenance": provenance_of(adapter, config.seed),
     }
-    if any(tally.beaten):
-        told = mean(tally.beaten, rules.seed)
-        document |= {"swap_accuracy": told.value, "swap_accuracy_ci": told.interval, "swap_captions": told.count}
-    if rules.faithfulness:
+    if any(scores.swap_test):
+        accuracy = mean(scores.swap_test, config.seed)
+        document |= {
+            "swap_accuracy": accuracy.value,
+            "swap_accuracy_ci": accuracy.interval,
+            "swap_captions": accuracy.count,
+        }
+    if config.faithfulness:
+        baseline = config.baseline or DEFAULT_BASELINE
         document["faithfulness"] = faithfulness(
-            aimed, tally.cases, request, rules.baseline or BASELINE, rules.seed, progress=progress
+            target_adapter, scores.cases, request, baseline, config.seed, progress=progress
         )
     return document
 
 
-def _rules(adapter: Adapter, dataset: Dataset, rules: PhraseConfig, request: Request) -> dict[str, Any]:
-    """Everything that the numbers depend on, in words and values."""
+def _rules(adapter: Adapter, dataset: Dataset, config: PhraseConfig, request: Request) -> dict[str, Any]:
+    """Return what the numbers depend on, as the document stores it."""
     return {
         "layout": dataset.layout,
         "text": "the phrase alone, lower case",
         "hit": "strictly inside any box of the chain",
-        **rules.described(),
-        "limit": rules.limit,
+        **config.to_document(),
+        "limit": config.limit,
         "target": request.target or adapter.kinds[0],
-        "threshold": f"tuned on {TUNING_SPLIT}" if rules.tune_threshold else rules.cut,
-        "tuned": rules.tune_threshold,
+        "threshold": f"tuned on {TUNING_SPLIT}" if config.tune_threshold else config.box_threshold,
+        "tuned": config.tune_threshold,
         "options": {key: str(value) for key, value in request.options.items()},
         "layers": list(request.layers),
     }
 
 
-# ---------------------------------------------------------------- through the pictures
+# ---------------------------------------------------------------- scoring a split
 
 
-def _tally(
+def _score_split(
     adapter: Adapter,
     dataset: Dataset,
-    rules: PhraseConfig,
+    config: PhraseConfig,
     thresholds: Sequence[float],
     request: Request,
     progress: bool,
     keep_cases: bool = False,
     swaps: Swaps | None = None,
 ) -> PhraseScores:
-    """Explain and score every picture that qualifies; with `swaps`, compare its first caption with wrong ones.
+    """Explain and score every image that qualifies; with `swaps`, also run the swap test of the model's score.
 
-    Raises GroundingError where none could be scored.
+    `keep_cases`: also return the maps, for faithfulness. Raises GroundingError if no image could be scored.
     """
-    tally = PhraseScores(problems=list(dataset.problems))
-    seen = 0
-    for name in tqdm(dataset.ids, desc=dataset.split, unit="picture", disable=not progress):
-        if seen == rules.limit:
+    scores = PhraseScores(problems=list(dataset.problems))
+    count = 0
+    for name in tqdm(dataset.ids, desc=dataset.split, unit="image", disable=not progress):
+        if count == config.limit:
             break
         try:
             record = dataset.read(name)
-            image = _file(record)
+            path = _image_path(record)
         except GroundingError as error:
-            seen += 1
-            tally.failed(error, 0)
+            count += 1
+            scores.add_failure(error, 0)
             continue
-        mentions = _mentions(record, dataset, rules, tally)
+        mentions = _mentions(record, dataset, config, scores)
         if not mentions:
             continue
-        seen += 1
+        count += 1
         try:
             texts = tuple(dict.fromkeys(mention.text for mention in mentions))
-            found = explain_request(adapter, [str(image)], [list(texts)], request)[0]
+            image = open_image(path)
+            found = explain_request(adapter, [image], [list(texts)], request)[0]
         except GroundingError as error:
-            if isinstance(error, REQUEST_ERRORS) and not tally.scored:
+            if isinstance(error, REQUEST_ERRORS) and not scores.scored:
                 raise
-            tally.failed(error, len(mentions))
+            scores.add_failure(error, len(mentions))
             continue
         explanations: dict[str, Explanation] = dict(zip(texts, found, strict=True))
-        for one in found:  # what the methods say of their maps is in the scores already
-            tally.warnings.update(set(one.warnings) - set(map_warnings(one.methods, one.entries)))
-        tally.scored.append(score_image(record.boxes, mentions, explanations, rules.peak, thresholds))
-        tally.compare(adapter, record, swaps, dataset, request.target)
+        scores.warnings.update(warning for one in found for warning in text_warnings(one))
+        scores.scored.append(score_image(record.boxes, mentions, explanations, config.peak, thresholds))
+        if swaps is not None:
+            heldout = dataset.heldout or frozenset()
+            scores.swap_test.append(swap_test(adapter, image, record, swaps, heldout, request.target))
         if keep_cases:
-            tally.cases.append(Case.of(image, explanations, (caption.text for caption in record.captions)))
-    if not tally.scored:
-        why = "; ".join([f"{n} pictures {reason}" for reason, n in tally.skipped_images.items()] or ["no boxes"])
-        first = f"; first of all: {tally.problems[0]}" if tally.problems else ""
-        raise GroundingError(f"not one phrase of split {dataset.split!r} could be scored ({why}){first}")
-    return tally
+            scores.cases.append(FaithfulnessCase.of(path, explanations, (caption.text for caption in record.captions)))
+    if not scores.scored:
+        raise _nothing_scored(dataset, scores)
+    return scores
 
 
-def _file(record: Record) -> Path:
-    """The picture of a record. Raises DataError for one that is no file: it has no boxes either."""
+def text_warnings(explanation: Explanation) -> list[str]:
+    """Return the warnings of an explanation except those about its maps: these are numbers in the scores."""
+    about_maps = set(map_warnings(explanation.methods, explanation.entries))
+    return [warning for warning in dict.fromkeys(explanation.warnings) if warning not in about_maps]
+
+
+def _nothing_scored(dataset: Dataset, scores: PhraseScores) -> GroundingError:
+    reasons = "; ".join(f"{n} images {reason}" for reason, n in scores.skipped_images.items()) or "no boxes"
+    first = f"; first problem: {scores.problems[0]}" if scores.problems else ""
+    return GroundingError(f"no phrase of split {dataset.split!r} could be scored ({reasons}){first}")
+
+
+def _image_path(record: Record) -> Path:
+    """Return the image file of a record. Raises DataError for an image that is not a file: it has no boxes."""
     if record.image is None:
         raise DataError(record.failures[0].error)
     if isinstance(record.image, bytes):
-        raise DataError(f"{record.id}: a picture inside a table cannot be scored; boxes belong to picture files")
+        raise DataError(f"{record.id}: an image inside a table cannot be scored; boxes belong to image files")
     return record.image
 
 
-def _mentions(record: Record, dataset: Dataset, rules: PhraseConfig, tally: PhraseScores) -> list[Mention]:
-    """The mentions to score, none where the picture does not qualify; what is left out is counted."""
-    mentions, skipped = mentions_of(record, rules.captions, dataset.heldout or frozenset())
-    if len(record.boxes) < (rules.min_entities or 1):
-        tally.skipped_images[FEW] += 1
-        tally.skipped[FEW] += len(mentions) + skipped.total()
+def _mentions(record: Record, dataset: Dataset, config: PhraseConfig, scores: PhraseScores) -> list[Mention]:
+    """Return the mentions to score, none if the image does not qualify; skipped phrases are counted in `scores`."""
+    mentions, skipped = mentions_of(record, config.captions, dataset.heldout or frozenset())
+    if len(record.boxes) < (config.min_entities or 1):
+        scores.skipped_images[TOO_FEW_ENTITIES] += 1
+        scores.skipped[TOO_FEW_ENTITIES] += len(mentions) + skipped.total()
         return []
-    tally.problems += record.problems
-    tally.skipped += skipped
+    scores.problems += record.problems
+    scores.skipped += skipped
     if not mentions:
-        tally.skipped_images["no_boxes"] += 1
+        scores.skipped_images["no_boxes"] += 1
     return mentions

@@ -1,10 +1,12 @@
-"""How well the maps of one picture point: every score from boxes and Explanations, no model in sight.
+"""Pointing game, energy, box overlap and swap test of one image, from boxes and Explanations, without a model.
 
-Pointing is the game of Zhang et al. 2016: a case is a map and the boxes of what it should show, a hit a peak inside any
-of them. Without further words the rules are those of `mention-anybox` (ALBEF, AMC, SelfEQ): a case is every mention of
-a phrase, a hit is strictly inside; `protocols` has those of another. Energy is the game of Score-CAM (Wang et
-al. 2020, energy-based pointing game): how much of a map's heat lies inside. Coordinates are original pixels, (x, y),
-origin top-left; boxes (x0, y0, x1, y1), half-open.
+Pointing game (Zhang et al. 2016, arXiv:1608.00507): a case is a map and the boxes that it should point to; a hit is a
+peak inside any of them. The default rules are those of `mention-anybox`, used by ALBEF (Li et al. 2021,
+arXiv:2107.07651), AMC (Yang et al. 2023, arXiv:2206.15462) and SelfEQ (He et al. 2024, arXiv:2312.04554): each mention
+of a phrase is a case, and a hit lies strictly inside. `protocols` has the other rules. Energy is the energy-based
+pointing game of Score-CAM (Wang et al. 2020, arXiv:1910.01279): the share of a map's sum inside the boxes.
+
+Coordinates are original pixels, (x, y), origin top-left; boxes are (x0, y0, x1, y1), half-open.
 """
 
 from __future__ import annotations
@@ -27,17 +29,18 @@ from grounding.explanation.maps import box as box_of
 
 Captions = Literal["first", "all"]
 CENTRE, RANDOM = "centre", "random"
-BASELINES = (CENTRE, RANDOM)
-THRESHOLD = 0.5
-# Of a phrase whose chain the annotation does not name.
+POINTING_BASELINES = (CENTRE, RANDOM)
+# Share of a map's range above which its box is drawn.
+BOX_THRESHOLD = 0.5
+# Reason of a phrase whose chain the annotation does not contain.
 MISSING = "missing"
-# An entity is found when its box and the map's overlap by this much (intersection over union).
-OVERLAP = 0.5
+# Intersection over union at which a map's box counts as the entity's.
+MIN_IOU = 0.5
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A phrase that is scored: the `text` that is explained, its chain and types, whether training held it out."""
+    """A phrase that is scored: its explained `text`, its chain and types, and whether it was held out of training."""
 
     text: str
     chain: str
@@ -47,10 +50,12 @@ class Mention:
 
 @dataclass(frozen=True)
 class PhraseScore:
-    """One mention under one method; None is no value. `hit` is 0 or 1, for the random baseline a probability.
+    """Scores of one method for one mention; None: not defined.
 
-    `overlaps` maps a threshold to the intersection over union of the map's box there and the chain's best box. `energy`
-    is the part of the map's heat that lies in the boxes, from 0 to 1.
+    `hit`: 0 or 1; a probability for the random baseline. `energy`: share of the map's sum inside the boxes, 0 to 1.
+    `entity`: 1 if the mean of the map over the chain's boxes is larger than over those of every other chain.
+    `overlaps`: threshold -> intersection over union of the map's box and the best box of the chain. `area`: share of
+    the seen pixels at or above half the maximum.
     """
 
     mention: Mention
@@ -64,7 +69,7 @@ class PhraseScore:
 
 @dataclass(frozen=True)
 class MapScores:
-    """One method on one picture: every mention, the swap of every pair, the correlation of every pair's maps."""
+    """Scores of one method on one image: of each mention, and of each pair its swap test and correlation of maps."""
 
     phrases: tuple[PhraseScore, ...]
     swaps: tuple[float, ...]
@@ -74,30 +79,29 @@ class MapScores:
 def mentions_of(
     record: Record, captions: Captions = "first", heldout: frozenset[str] = frozenset()
 ) -> tuple[list[Mention], Counter[str]]:
-    """The mentions that are scored, and how many are not, by reason.
+    """Return the mentions to score, and counts of the skipped phrases by reason.
 
-    `captions`: of the first caption that can be read, or of all. A phrase that stands in several captions is a mention
-    each time. The text is the phrase alone, lower-cased.
+    `captions`: of the first usable caption, or of all. A phrase in several captions is one mention in each.
     """
     chosen = record.captions[:1] if captions == "first" else record.captions
-    kept: list[Mention] = []
+    mentions: list[Mention] = []
     skipped: Counter[str] = Counter()
     for phrase in (phrase for caption in chosen for phrase in caption.phrases):
         if phrase.chain in record.boxes:
-            kept.append(mention_of(phrase, heldout))
+            mentions.append(mention_of(phrase, heldout))
         else:
-            skipped[why_no_box(record, phrase)] += 1
-    return kept, skipped
+            skipped[no_box_reason(record, phrase)] += 1
+    return mentions, skipped
 
 
 def mention_of(phrase: Phrase, heldout: frozenset[str]) -> Mention:
-    """A phrase as it is scored: in lower case."""
+    """Return a phrase as a mention; its text is the phrase alone, in lower case."""
     text = normal(phrase.text)
     return Mention(text, phrase.chain, phrase.types, text in heldout)
 
 
-def why_no_box(record: Record, phrase: Phrase) -> str:
-    """Why a phrase has no boxes: `scene`, `nobndbox`, `notvisual` or `missing`."""
+def no_box_reason(record: Record, phrase: Phrase) -> str:
+    """Return why a phrase has no boxes: `scene`, `nobndbox`, `notvisual` or `missing`."""
     return record.no_box.get(phrase.chain, MISSING)
 
 
@@ -106,14 +110,15 @@ def score_image(
     mentions: Sequence[Mention],
     explanations: Mapping[str, Explanation],
     peak: Peak = "patch",
-    thresholds: Sequence[float] = (THRESHOLD,),
+    thresholds: Sequence[float] = (BOX_THRESHOLD,),
 ) -> dict[str, MapScores]:
-    """Scores of one picture by column key, and of the baselines `centre` and `random`.
+    """Score the maps of one image: method key -> scores, and the baselines `centre` and `random`.
 
-    `explanations` by text have the caption's own entry first; else as in `score_maps`.
+    `explanations`: text of a mention -> its Explanation, whose first entry is the whole text. Other arguments as in
+    `score_maps`.
     """
-    columns = explanations[mentions[0].text].methods
-    maps = [{key: explanations[mention.text].map(0, key) for key in columns} for mention in mentions]
+    keys = explanations[mentions[0].text].methods
+    maps = [{key: explanations[mention.text].map(0, key) for key in keys} for mention in mentions]
     return score_maps(boxes, mentions, maps, peak, thresholds)
 
 
@@ -122,39 +127,47 @@ def score_maps(
     mentions: Sequence[Mention],
     maps: Sequence[Mapping[str, PatchMap]],
     peak: Peak = "patch",
-    thresholds: Sequence[float] = (THRESHOLD,),
+    thresholds: Sequence[float] = (BOX_THRESHOLD,),
     closed: bool = False,
 ) -> dict[str, MapScores]:
-    """Scores of one picture by column key, and of the baselines `centre` and `random`.
+    """Score the maps of one image: method key -> scores, and the baselines `centre` and `random`.
 
-    `boxes` are those of all its chains, `maps` for each of the mentions (at least one) those of all columns.
-    `thresholds`: at which parts of a map's range boxes are cut. `closed`: the edge of a box belongs to it.
+    Parameters
+    ----------
+    boxes: boxes of all chains of the image.
+    mentions: at least one.
+    maps: for each mention, method key -> map.
+    thresholds: shares of a map's range at which its box is drawn.
+    closed: points on the edge of a box are inside.
     """
     geometry = next(iter(maps[0].values())).geometry
     masks = {chain: pixel_mask(own, geometry) for chain, own in boxes.items()}
     seen = geometry.seen_cells
     scores: dict[str, MapScores] = {}
     for key in maps[0]:
-        known: dict[bytes, MapMeasures] = {}  # maps that do not see the text are the same for every phrase
-        readings = []
-        for own in maps:
-            content = own[key].raw.tobytes()
-            if content not in known:
-                known[content] = read(own[key], masks, peak, thresholds)
-            readings.append(known[content])
+        cache: dict[bytes, MapMeasures] = {}  # maps that do not depend on the text are the same for every phrase
+        measured = []
+        for by_key in maps:
+            content = by_key[key].raw.tobytes()
+            if content not in cache:
+                cache[content] = measure_map(by_key[key], masks, peak, thresholds)
+            measured.append(cache[content])
         phrases = tuple(
-            _phrase_score(mention, reading, boxes, peak, closed)
-            for mention, reading in zip(mentions, readings, strict=True)
+            _phrase_score(mention, measures, boxes, peak, closed)
+            for mention, measures in zip(mentions, measured, strict=True)
         )
-        correlations = [pearson(readings[i].raw[seen], readings[j].raw[seen]) for i, j in _pairs(mentions)]
-        scores[key] = MapScores(phrases, _swaps(phrases), tuple(correlations))
-    return scores | baselines(boxes, mentions, geometry, peak, closed)
+        correlations = [pearson(measured[i].raw[seen], measured[j].raw[seen]) for i, j in _pairs(mentions)]
+        scores[key] = MapScores(phrases, _swap_hits(phrases), tuple(correlations))
+    return scores | baseline_scores(boxes, mentions, geometry, peak, closed)
 
 
 @dataclass(frozen=True, eq=False)
 class MapMeasures:
-    """Read off one map: peak (x, y), mean heat and share of all heat by chain, box by threshold, share of the seen area
-    that is hot."""
+    """Measures of one map at original size.
+
+    `peak`: (x, y). `means`, `energies`: chain -> mean of the map over its boxes, share of the map's sum inside them.
+    `boxes`: threshold -> box of the map. `area`: share of the seen pixels at or above half the maximum.
+    """
 
     raw: Float[np.ndarray, "rows columns"]
     peak: tuple[float, float] | None
@@ -164,17 +177,17 @@ class MapMeasures:
     area: float | None
 
 
-def read(
-    found: PatchMap, masks: Mapping[str, Bool[np.ndarray, "height width"]], peak: Peak, thresholds: Sequence[float]
+def measure_map(
+    patch_map: PatchMap, masks: Mapping[str, Bool[np.ndarray, "height width"]], peak: Peak, thresholds: Sequence[float]
 ) -> MapMeasures:
-    """Read a map; a degenerate one has no peak, no means, no energies, no box, no area.
+    """Measure a map; a degenerate one has no peak, means, energies, boxes or area.
 
-    `patch`: the peak is the centre of the strongest seen patch. `pixel`: the first maximum in row-major order of the
-    map at original size (bilinear), as the centre of that pixel.
+    `peak`: "patch" takes the centre of the strongest seen patch; "pixel" the centre of the first maximum, in row-major
+    order, of the map at original size (bilinear).
     """
-    if not found.status:
-        return MapMeasures(found.raw, None, {}, {}, dict.fromkeys(thresholds), None)
-    heat = found.heat()
+    if not patch_map.status:
+        return MapMeasures(patch_map.raw, None, {}, {}, dict.fromkeys(thresholds), None)
+    heat = patch_map.heat()
     seen = ~np.isnan(heat)
     parts = {chain: heat[mask & seen] for chain, mask in masks.items()}
     means = {chain: float(part.mean()) for chain, part in parts.items() if part.size}
@@ -182,95 +195,96 @@ def read(
     energies = {c: float(part.sum(dtype=np.float64)) / total for c, part in parts.items()} if total > 0 else {}
     highest = float(heat[seen].max())
     area = float((heat[seen] >= highest / 2).mean()) if highest > 0 else None
-    where = found.peak
+    position = patch_map.peak
     if peak == "pixel":
         row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
-        where = (float(column) + 0.5, float(row) + 0.5)
-    return MapMeasures(found.raw, where, means, energies, {t: box_of(heat, t) for t in thresholds}, area)
+        position = (float(column) + 0.5, float(row) + 0.5)
+    return MapMeasures(patch_map.raw, position, means, energies, {t: box_of(heat, t) for t in thresholds}, area)
 
 
-def baselines(
+def baseline_scores(
     boxes: Mapping[str, tuple[Box, ...]],
     mentions: Sequence[Mention],
     geometry: Geometry,
     peak: Peak,
     closed: bool = False,
 ) -> dict[str, MapScores]:
-    """`centre`: the centre of the picture. `random`: any seen patch centre (seen pixel) alike, the exact expectation.
+    """Score the centre of the image (`centre`) and a uniform draw of a seen patch or pixel (`random`), in expectation.
 
-    The swap of `random` is that of two independent draws, its energy that of a map of independent random values: the
-    part of the seen pixels that lies in the boxes. A point has no energy.
+    The swap test of `random` is that of two independent draws. Its energy is that of a map of independent, identically
+    distributed values: the share of the seen pixels inside the boxes. `centre` is a point and has no energy.
     """
     centre = np.array([[geometry.width / 2, geometry.height / 2]])
     seen = geometry.seen_slices()
     share = {chain: float(pixel_mask(own, geometry)[seen].mean()) for chain, own in boxes.items()}
-    made = {}
+    scores = {}
     for name, points in ((CENTRE, centre), (RANDOM, seen_points(geometry, peak))):
         rate = {chain: float(inside(points, own, peak, closed).mean()) for chain, own in boxes.items()}
         energy = share if name == RANDOM else {}
         phrases = tuple(PhraseScore(m, rate[m.chain], energy.get(m.chain)) for m in mentions)
-        made[name] = MapScores(phrases, _swaps(phrases))
-    return made
+        scores[name] = MapScores(phrases, _swap_hits(phrases))
+    return scores
 
 
 def _phrase_score(
-    mention: Mention, reading: MapMeasures, boxes: Mapping[str, tuple[Box, ...]], peak: Peak, closed: bool
+    mention: Mention, measures: MapMeasures, boxes: Mapping[str, tuple[Box, ...]], peak: Peak, closed: bool
 ) -> PhraseScore:
     own = boxes[mention.chain]
     return PhraseScore(
         mention,
-        float(reading.peak is not None and inside(np.array([reading.peak]), own, peak, closed)[0]),
-        # No evidence is a miss: a method must not gain by being blank.
-        reading.energies.get(mention.chain, 0.0),
-        _entity(mention.chain, reading.means) if len(boxes) > 1 else None,
+        float(measures.peak is not None and inside(np.array([measures.peak]), own, peak, closed)[0]),
+        # A map without evidence is a miss: a method must not score higher by returning blank maps.
+        measures.energies.get(mention.chain, 0.0),
+        _entity(mention.chain, measures.means) if len(boxes) > 1 else None,
         {
-            threshold: 0.0 if found is None else max(overlap(found, box) for box in own)
-            for threshold, found in reading.boxes.items()
+            threshold: 0.0 if map_box is None else max(overlap(map_box, box) for box in own)
+            for threshold, map_box in measures.boxes.items()
         },
-        reading.area,
-        degenerate=reading.peak is None,
+        measures.area,
+        degenerate=measures.peak is None,
     )
 
 
 def _entity(chain: str, means: Mapping[str, float]) -> float:
-    """Whether a chain is hotter on average than every other; one that was not seen is not."""
+    """Return 1 if the mean over a chain is the largest, else 0; 0 also for a chain outside of the model's view."""
     own = means.get(chain, -np.inf)
     return float(all(own > value for other, value in means.items() if other != chain) and np.isfinite(own))
 
 
 def _pairs(mentions: Sequence[Mention]) -> list[tuple[int, int]]:
-    """Pairs of mentions of different chains, by place, each phrase once; the same words twice cannot be told apart by
-    text."""
+    """Return index pairs of mentions with different chains and different texts; each (text, chain) counts once."""
     first: dict[tuple[str, str], int] = {}
-    for place, mention in enumerate(mentions):
-        first.setdefault((mention.text, mention.chain), place)
-    chosen = combinations(first.items(), 2)
-    return [(i, j) for ((text, chain), i), ((other, chain_too), j) in chosen if chain != chain_too and text != other]
+    for index, mention in enumerate(mentions):
+        first.setdefault((mention.text, mention.chain), index)
+    pairs = combinations(first.items(), 2)
+    return [(i, j) for ((text, chain), i), ((text2, chain2), j) in pairs if chain != chain2 and text != text2]
 
 
-def _swaps(phrases: Sequence[PhraseScore]) -> tuple[float, ...]:
-    """For each pair: whether the peak of either phrase lies on what that phrase names."""
+def _swap_hits(phrases: Sequence[PhraseScore]) -> tuple[float, ...]:
+    """Return for each pair the product of its hits: 1 where each of the two maps peaks in its own boxes."""
     return tuple(phrases[i].hit * phrases[j].hit for i, j in _pairs([phrase.mention for phrase in phrases]))
 
 
 def summary(images: Sequence[MapScores], threshold: float | None, seed: int) -> dict[str, Any]:
-    """All numbers of one method, fractions from 0 to 1; null where a number makes no sense for it."""
-    baseline = threshold is None
+    """Return all numbers of one method, fractions from 0 to 1; None where a number is not defined for the method.
+
+    `threshold`: the one of the map boxes; None for a baseline. `seed`: of the bootstrap.
+    """
     phrases = [image.phrases for image in images]
-    found = [[_overlap(p, threshold) for p in image] for image in phrases]
+    overlaps = [[_overlap(p, threshold) for p in image] for image in phrases]
     energy = mean([[p.energy for p in image] for image in phrases], seed)
-    iou50 = [[None if o is None else float(o >= OVERLAP) for o in image] for image in found]
     types = Counter(kind for image in phrases for phrase in image for kind in phrase.mention.types)
     entity = mean([[p.entity for p in image] for image in phrases], seed)
-    area_found = mean(iou50, seed)
+    iou50 = mean([[None if o is None else float(o >= MIN_IOU) for o in image] for image in overlaps], seed)
     swap = mean([image.swaps for image in images], seed)
+    heldout = _filtered(phrases, heldout=True)
     return {
         **_pointing(phrases, seed),
         "entity": entity.value,
         "entity_ci": entity.interval,
-        "iou50": area_found.value,
-        "iou50_ci": area_found.interval,
-        "mean_iou": mean(found, seed).value,
+        "iou50": iou50.value,
+        "iou50_ci": iou50.interval,
+        "mean_iou": mean(overlaps, seed).value,
         "energy": energy.value,
         "energy_ci": energy.interval,
         "threshold": threshold,
@@ -279,10 +293,10 @@ def summary(images: Sequence[MapScores], threshold: float | None, seed: int) -> 
         "swap_ci": swap.interval,
         "swap_pairs": swap.count,
         "caption_swap_correlation": mean([image.correlations for image in images], seed).value,
-        "degenerate": None if baseline else sum(p.degenerate for image in phrases for p in image),
-        "by_type": {kind: _pointing(_only(phrases, kind=kind), seed) for kind, _ in types.most_common()},
-        "heldout": _part(_only(phrases, heldout=True), seed),
-        "not_heldout": _part(_only(phrases, heldout=False), seed) if any(_only(phrases, heldout=True)) else None,
+        "degenerate": None if threshold is None else sum(p.degenerate for image in phrases for p in image),
+        "by_type": {kind: _pointing(_filtered(phrases, kind=kind), seed) for kind, _ in types.most_common()},
+        "heldout": _pointing_or_none(heldout, seed),
+        "not_heldout": _pointing_or_none(_filtered(phrases, heldout=False), seed) if any(heldout) else None,
     }
 
 
@@ -295,24 +309,26 @@ def _pointing(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, 
     return {"pointing": estimate.value, "ci": estimate.interval, "phrases": estimate.count}
 
 
-def _part(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any] | None:
+def _pointing_or_none(phrases: Sequence[Sequence[PhraseScore]], seed: int) -> dict[str, Any] | None:
     return _pointing(phrases, seed) if any(phrases) else None
 
 
-def _only(
+def _filtered(
     phrases: Iterable[Sequence[PhraseScore]], kind: str | None = None, heldout: bool | None = None
 ) -> list[list[PhraseScore]]:
-    def wanted(mention: Mention) -> bool:
+    """Return the phrases of each image with this type, or with this value of `heldout`."""
+
+    def matches(mention: Mention) -> bool:
         return (kind is None or kind in mention.types) and (heldout is None or heldout == mention.heldout)
 
-    return [[p for p in image if wanted(p.mention)] for image in phrases]
+    return [[p for p in image if matches(p.mention)] for image in phrases]
 
 
 def best_threshold(scored: Sequence[Mapping[str, MapScores]], key: str, thresholds: Sequence[float]) -> float:
-    """The threshold with the most boxes at IoU 0.5, then the higher mean IoU, then the lower threshold."""
+    """Return the threshold with the most boxes at IoU 0.5; ties go to the higher mean IoU, then to the lower value."""
 
-    def worth(threshold: float) -> tuple[float, float, float]:
-        found = [o for image in scored for p in image[key].phrases if (o := _overlap(p, threshold)) is not None]
-        return float(np.mean([o >= OVERLAP for o in found])), float(np.mean(found)), -threshold
+    def rank(threshold: float) -> tuple[float, float, float]:
+        overlaps = [o for image in scored for p in image[key].phrases if (o := _overlap(p, threshold)) is not None]
+        return float(np.mean([o >= MIN_IOU for o in overlaps])), float(np.mean(overlaps)), -threshold
 
-    return max(thresholds, key=worth)
+    return max(thresholds, key=rank)

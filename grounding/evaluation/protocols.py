@@ -1,15 +1,16 @@
-"""The protocols of the pointing game that a batch run is scored by: which cases each makes of a picture's phrases.
+"""Protocols of the pointing game for batch runs: the cases that each protocol makes of the phrases of an image.
 
-`mention-anybox` (ALBEF, AMC, SelfEQ): a case is a mention of a phrase, the phrase is the text, a hit is strictly inside
-any of the chain's boxes. In a run the phrase alone is its tokens as they are in the caption: the same as those of its
-text in lower case where a tokenizer folds case and marks no blanks.
+`mention-anybox` (ALBEF, AMC, SelfEQ; see `pointing`): a case is a mention of a phrase, the phrase is the text, and a
+hit lies strictly inside any of the chain's boxes. In a run the maps of a phrase are those of its tokens in the caption.
+They equal the maps of its lower-case text where a tokenizer folds case and does not mark blanks.
 
-`chain-unionbox` (MG: Akbari et al. 2019; Gbs: Arbelle et al. 2021; WWbL: Shaharabany et al. 2022): a case is a chain
-whose first box covers more than 5 % of the picture, the texts are `image of <phrase>` for each of its mentions, their
-maps are averaged, a hit is inside the box around all of the chain's boxes or on its edge. As the published code for
-attention maps does, each map is rescaled to [0, 1] over what was seen before they are averaged.
+`chain-unionbox` (MG: Akbari et al. 2019, arXiv:1811.11683; GbS: Arbelle et al. 2021, arXiv:2104.09829; WWbL:
+Shaharabany et al. 2022, arXiv:2206.09358): a case is a chain whose first box covers more than 5 % of the image, the
+texts are `image of <phrase>` for each of its mentions, their maps are averaged, and a hit lies inside the box that
+encloses all boxes of the chain, or on its edge. As in the published code, each map is rescaled to [0, 1] over the seen
+patches before averaging.
 
-Their numbers must never stand in one table.
+Numbers of the two protocols are not comparable.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from grounding.batch.requests import PHRASE_ALONE, PROTOCOLS, UNION_BOX
+from grounding.batch.requests import PHRASE_ALONE, UNION_BOX
 from grounding.batch.rows import PROMPT
 from grounding.core.geometry import Box
 from grounding.datasets.records import Phrase, Record
-from grounding.evaluation.pointing import Mention, why_no_box
+from grounding.evaluation.pointing import Mention, no_box_reason
 from grounding.explanation.explanation import PatchMap
 from grounding.explanation.maps import Status, diagnose, limits, rescale
 
-# The part of a picture that the first box of a chain must exceed.
-SMALLEST = 0.05
-SMALL = "small"
+# Share of the image that the first box of a chain must exceed, and the reason of chains that are skipped for it.
+MIN_BOX_SHARE = 0.05
+SMALL_BOX = "small"
 
 
 @dataclass(frozen=True, eq=False)
 class PhraseMaps:
-    """A phrase of a picture with its maps by column key, or with the `reason` for which there are none."""
+    """A phrase of an image with its maps (method key -> map), or None and the `reason` for which there are none."""
 
     phrase: Phrase
     mention: Mention
@@ -45,9 +46,9 @@ class PhraseMaps:
 
 @dataclass
 class Cases:
-    """What is scored of a picture: `boxes` of its chains, and for each mention in `mentions` the maps.
+    """Cases of one image: `boxes` of its chains, and for each of the `mentions` its maps.
 
-    `phrases` counts the phrases that are in them; `skipped` those that are not, by reason.
+    `phrases` counts the phrases that the cases consist of, `skipped` the other phrases by reason.
     """
 
     boxes: Mapping[str, tuple[Box, ...]]
@@ -57,7 +58,7 @@ class Cases:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def add(self, mention: Mention, maps: Mapping[str, PatchMap], phrases: int) -> None:
-        """One case."""
+        """Add a case that consists of so many phrases."""
         self.mentions.append(mention)
         self.maps.append(maps)
         self.phrases += phrases
@@ -65,9 +66,10 @@ class Cases:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: the `kind` of entry that has its texts, whether boxes are `closed`, what it makes of a picture.
+    """A protocol of the pointing game.
 
-    `unit`, `text` and `hit` say in words what a case is, what is explained and what a hit is.
+    `kind`: kind of the entries that have its texts. `closed`: the edge of a box is inside. `cases`: makes the cases of
+    an image. `unit`, `text`, `hit`: what a case, its text and a hit are, in words.
     """
 
     name: str
@@ -79,12 +81,12 @@ class Protocol:
     hit: str
 
 
-def mention_anybox(record: Record, told: Sequence[PhraseMaps]) -> Cases:
-    """A case for each phrase that has boxes and maps."""
+def mention_anybox(record: Record, phrases: Sequence[PhraseMaps]) -> Cases:
+    """Make a case of each phrase that has boxes and maps."""
     cases = Cases(record.boxes)
-    for one in told:
+    for one in phrases:
         if one.phrase.chain not in record.boxes:
-            cases.skipped[why_no_box(record, one.phrase)] += 1
+            cases.skipped[no_box_reason(record, one.phrase)] += 1
         elif one.maps is None:
             cases.skipped[one.reason] += 1
         else:
@@ -92,76 +94,74 @@ def mention_anybox(record: Record, told: Sequence[PhraseMaps]) -> Cases:
     return cases
 
 
-def chain_unionbox(record: Record, told: Sequence[PhraseMaps]) -> Cases:
-    """A case for each chain with a first box that is large enough and maps for at least one mention."""
-    cases = Cases({chain: (around(boxes),) for chain, boxes in record.boxes.items()})
+def chain_unionbox(record: Record, phrases: Sequence[PhraseMaps]) -> Cases:
+    """Make a case of each chain with a large enough first box and maps for at least one mention."""
+    cases = Cases({chain: (enclosing_box(boxes),) for chain, boxes in record.boxes.items()})
     chains: dict[str, list[PhraseMaps]] = {}
-    for one in told:
+    for one in phrases:
         if one.phrase.chain in record.boxes:
             chains.setdefault(one.phrase.chain, []).append(one)
         else:
-            cases.skipped[why_no_box(record, one.phrase)] += 1
-    size = next((m.geometry.width * m.geometry.height for one in told for m in (one.maps or {}).values()), None)
+            cases.skipped[no_box_reason(record, one.phrase)] += 1
+    size = next((m.geometry.width * m.geometry.height for one in phrases for m in (one.maps or {}).values()), None)
     for chain, own in chains.items():
         x0, y0, x1, y1 = record.boxes[chain][0]
-        if size is not None and (x1 - x0) * (y1 - y0) <= SMALLEST * size:
-            cases.skipped[SMALL] += len(own)
+        if size is not None and (x1 - x0) * (y1 - y0) <= MIN_BOX_SHARE * size:
+            cases.skipped[SMALL_BOX] += len(own)
             continue
         cases.skipped.update(one.reason for one in own if one.maps is None)
-        if found := [one.maps for one in own if one.maps is not None]:
-            mean = {key: average([maps[key] for maps in found]) for key in found[0]}
-            cases.add(_whole(chain, own), mean, len(found))
+        if maps := [one.maps for one in own if one.maps is not None]:
+            mean = {key: average_maps([by_key[key] for by_key in maps]) for key in maps[0]}
+            cases.add(_chain_mention(chain, own), mean, len(maps))
     return cases
 
 
-def _whole(chain: str, own: Sequence[PhraseMaps]) -> Mention:
-    """A chain as one mention: every text and type of its phrases; held out where all of them are."""
+def _chain_mention(chain: str, own: Sequence[PhraseMaps]) -> Mention:
+    """Return a chain as one mention: all texts and types of its phrases; held out if all of them are."""
     texts = dict.fromkeys(one.mention.text for one in own)
     types = dict.fromkeys(kind for one in own for kind in one.mention.types)
     return Mention("; ".join(texts), chain, tuple(types), all(one.mention.heldout for one in own))
 
 
-def around(boxes: Sequence[Box]) -> Box:
-    """The smallest box with all boxes in it; original pixels, (x0, y0, x1, y1), half-open."""
+def enclosing_box(boxes: Sequence[Box]) -> Box:
+    """Return the smallest box that contains all boxes; original pixels, (x0, y0, x1, y1), half-open."""
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return min(x0), min(y0), max(x1), max(y1)
 
 
-def average(maps: Sequence[PatchMap]) -> PatchMap:
-    """The mean of what speaks for the entries of several maps of one method, each rescaled to [0, 1] over what was
-    seen. A map without evidence adds nothing; where none has any, so has the mean.
+def average_maps(maps: Sequence[PatchMap]) -> PatchMap:
+    """Average maps of one method on one patch grid, each rescaled to [0, 1] over the seen patches.
 
-    The result is a map on the same patch grid, from 0 to 1, that is never negative; its entry is the first one's.
+    Maps without evidence count as zero; without any evidence the average has none either. The result is unsigned, from
+    0 to 1, and has the entry of the first map.
     """
     first, seen = maps[0], maps[0].geometry.seen_cells
-    found = [one.view for one in maps if one.status]
-    scaled = [rescale(view, *limits([view[seen]], "entry", None)) for view in found]
+    views = [one.view for one in maps if one.status]
+    scaled = [rescale(view, *limits([view[seen]], "entry", None)) for view in views]
     raw = np.zeros(first.raw.shape, np.float32)
     if scaled:
         raw += np.sum(scaled, axis=0, dtype=np.float64) / len(maps)
-    status = diagnose(raw, seen, signed=False) if found else Status("degenerate", first.status.reason)
-    column = replace(first.method, signed=False, maps=raw[None], status=(status,))
-    return PatchMap(first.entry, column, raw, status, first.geometry)
+    status = diagnose(raw, seen, signed=False) if views else Status("degenerate", first.status.reason)
+    method = replace(first.method, signed=False, maps=raw[None], status=(status,))
+    return PatchMap(first.entry, method, raw, status, first.geometry)
 
 
-_ALL = (
-    Protocol(
-        PHRASE_ALONE,
-        "phrase",
-        False,
-        mention_anybox,
-        "phrases",
-        "the phrase alone, by its tokens in the caption",
-        "strictly inside any box of the chain",
-    ),
-    Protocol(
-        UNION_BOX,
-        PROMPT,
-        True,
-        chain_unionbox,
-        f"chains whose first box covers more than {100 * SMALLEST:g} % of the picture",
-        "`image of <phrase>`, lower case, maps rescaled to [0, 1] and averaged over the chain's mentions",
-        "inside the box around all boxes of the chain or on its edge",
-    ),
+_ANY_BOX = Protocol(
+    name=PHRASE_ALONE,
+    kind="phrase",
+    closed=False,
+    cases=mention_anybox,
+    unit="phrases",
+    text="the phrase alone, by its tokens in the caption",
+    hit="strictly inside any box of the chain",
 )
-TABLE: Mapping[str, Protocol] = {name: next(one for one in _ALL if one.name == name) for name in PROTOCOLS}
+_UNION_BOX = Protocol(
+    name=UNION_BOX,
+    kind=PROMPT,
+    closed=True,
+    cases=chain_unionbox,
+    unit=f"chains whose first box covers more than {100 * MIN_BOX_SHARE:g} % of the image",
+    text="`image of <phrase>`, lower case, maps rescaled to [0, 1] and averaged over the chain's mentions",
+    hit="inside the box around all boxes of the chain or on its edge",
+)
+PROTOCOL_TABLE: Mapping[str, Protocol] = {protocol.name: protocol for protocol in (_ANY_BOX, _UNION_BOX)}

@@ -1,10 +1,11 @@
-"""An evaluation as Markdown tables for a reader, and as a JSON file for a program."""
+"""Evaluation documents as Markdown tables and as JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,19 @@ from grounding.core.errors import OutputError
 from grounding.core.files import write_together
 from grounding.core.printable import escape, quote
 
-# What marks a file as one of ours; only such files are replaced.
+# Marks a file as an evaluation document; only such files are overwritten.
 FORMAT = "grounding.evaluation"
-# Warnings about texts that are printed; a data set may have one for every phrase.
-SAID = 5
-
-
-def phrase_markdown(document: Mapping[str, Any]) -> str:
-    """The rules in a few lines, then a table for all phrases, one by type, and those that the document has besides."""
-    methods = document["methods"]
-    parts = [_phrase_rules(document), _main(methods), _parts("type", methods, lambda scores: scores["by_type"])]
-    if any(scores["heldout"] for scores in methods.values()):
-        split = {"held out of training": "heldout", "not held out": "not_heldout"}
-        parts.append(_parts("phrases", methods, lambda scores: {name: scores[key] for name, key in split.items()}))
-    if "swap_accuracy" in document:
-        low, high = document["swap_accuracy_ci"] or (float("nan"),) * 2
-        parts.append(
-            f"The model itself gives the true caption the higher score than one with a single word swapped in "
-            f"{100 * document['swap_accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of "
-            f"{document['swap_captions']} pairs (target {document['rules']['target']})."
-        )
-    if "faithfulness" in document:
-        parts += _faithfulness(document["faithfulness"])
-    return "\n\n".join(parts)
-
-
-def warnings_of(document: Mapping[str, Any]) -> list[str]:
-    """What a reader must know besides: every problem of the data, and the commonest warnings about texts."""
-    said = [f"{text} ({count} of the texts)" for text, count in document["warnings"].items()]
-    more = [f"and {len(said) - SAID} other warnings, see the JSON document"] if len(said) > SAID else []
-    return [*document["problems"], *said[:SAID], *more]
+# Number of warnings about texts that are printed: a data set may have one for each phrase.
+MAX_WARNINGS = 5
 
 
 def check_file(path: str | Path) -> Path:
-    """The path, if an evaluation can be written there: nothing, or an evaluation of ours. Raises OutputError."""
+    """Return the path if an evaluation can be written there. Raises OutputError, also for a file of another kind."""
     path = Path(path)
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{quote(path)} is a folder; --output names a file")
-    if path.exists() and not _is_ours(path):
+    if path.exists() and not _is_document(path):
         raise OutputError(f"{quote(path)} was not written by this command and is not replaced; choose another --output")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {quote(path)}: {quote(folder)} is no folder that can be written into")
@@ -58,16 +33,16 @@ def check_file(path: str | Path) -> Path:
 
 
 def write_file(path: Path, document: Mapping[str, Any]) -> None:
-    """Write the document as JSON, whole or not at all. Raises OSError."""
+    """Write the document as JSON, atomically. Raises OSError."""
     write_together(path.parent, {path.name: (as_json(document) + "\n").encode()}, ())
 
 
 def as_json(document: Mapping[str, Any]) -> str:
-    """The document as JSON text; NaN is an error."""
+    """Return the document as JSON text. Raises ValueError for NaN."""
     return json.dumps(document, indent=2, allow_nan=False)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_document(path: Path) -> bool:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -77,178 +52,228 @@ def _is_ours(path: Path) -> bool:
     return any(isinstance(part, dict) and part.get("format") == FORMAT for part in parts)
 
 
-def _phrase_rules(document: Mapping[str, Any]) -> str:
-    rules = document["rules"]
-    skipped = ", ".join(f"{reason} {count}" for reason, count in document["skipped"].items()) or "none"
-    peak = "centre of the strongest seen patch"
-    if rules["peak"] == "pixel":
-        peak = f"first maximum of the map at original size ({rules['interpolation']})"
-    limit = f", the first {rules['limit']}" if rules["limit"] else ""
-    threshold = f"{rules['threshold']}"
-    if rules["tuned"]:
-        found = {name: scores["threshold"] for name, scores in document["methods"].items() if scores["threshold"]}
-        threshold += " (" + ", ".join(f"{name} {value:g}" for name, value in found.items()) + ")"
-    entities = f"pictures with at least {rules['min_entities']} entities"
-    level = f"{100 * rules['interval']['level']:.0f} %"
-    lines = [
-        f"Protocol {document['protocol']}: {rules['text']}; peak: {peak}; hit: {rules['hit']}.",
-        f"Model {document['model']}, target {rules['target']}.",
-        f"Data {document['data']}, split {document['split']}{limit}; captions: {rules['captions']}; {entities}.",
-        f"{document['pictures']} pictures, {_cases(document)} scored; phrases skipped: {skipped}.",
-        f"[ ]: {level} interval, bootstrap over pictures. Box threshold: {threshold}. Random: {rules['random']}.",
-    ]
-    return "\n".join(escape(line) for line in lines)
+def warnings_of(document: Mapping[str, Any]) -> list[str]:
+    """Return the warnings to print: all problems of the data, and the most frequent warnings about texts."""
+    warnings = [f"{text} ({count} of the texts)" for text, count in document["warnings"].items()]
+    rest = len(warnings) - MAX_WARNINGS
+    more = [f"and {rest} other warnings, see the JSON document"] if rest > 0 else []
+    return [*document["problems"], *warnings[:MAX_WARNINGS], *more]
 
 
-def _cases(document: Mapping[str, Any]) -> str:
-    """How many phrases, and of which cases where several phrases may be one."""
-    phrases, unit = f"{document['phrases']} phrases", document["rules"].get("unit", "phrases")
-    return phrases if unit == "phrases" else f"{document['cases']} {unit} ({phrases})"
-
-
-def _main(methods: Mapping[str, Any]) -> str:
-    head = ["map", "pointing %", "hottest entity %", "IoU 0.5 %", "mean IoU %", "energy %", "area %"]
-    head += ["swap %", "map correlation", "blank"]
-    rows = [
-        [
-            name,
-            with_interval(scores["pointing"], scores["ci"]),
-            percent(scores["entity"]),
-            percent(scores["iou50"]),
-            percent(scores["mean_iou"]),
-            with_interval(scores["energy"], scores["energy_ci"]),
-            percent(scores["area"]),
-            with_interval(scores["swap"], scores["swap_ci"]),
-            _plain(scores["caption_swap_correlation"]),
-            "-" if scores["degenerate"] is None else str(scores["degenerate"]),
-        ]
-        for name, scores in methods.items()
-    ]
-    return table(head, rows)
-
-
-def _parts(what: str, methods: Mapping[str, Any], part: Any) -> str:
-    """Pointing on parts of the phrases: a row per part, a column per method."""
-    names = list(part(next(iter(methods.values()))))
-    rows = []
-    for name in names:
-        found = [part(scores)[name] or {"pointing": None, "ci": None, "phrases": 0} for scores in methods.values()]
-        rows.append([name, str(found[0]["phrases"]), *(with_interval(f["pointing"], f["ci"]) for f in found)])
-    return table([what, "number", *(f"{name} %" for name in methods)], rows)
-
-
-def _faithfulness(found: Mapping[str, Any]) -> list[str]:
-    blur = f" (standard deviation {found['blur']:g} of the short side)" if found["blur"] else ""
-    words = (
-        f"Faithfulness: {found['pictures']} pictures, {found['texts']} texts, {found['steps']} steps, baseline "
-        f"{found['baseline']}{blur}; mean score {found['score']['whole']:.3f}, with nothing left "
-        f"{found['score']['nothing']:.3f}. Areas: 0 the score falls at once, 1 it never falls."
-    )
-    head = ["map", "deletion", "- random", "insertion", "- random", "two captions", "foreign caption"]
-    rows = []
-    for name, scores in found["methods"].items():
-        cells = []
-        for kind in ("deletion", "insertion"):
-            own = scores[kind]
-            cells.append(with_interval(own["auc"], own["ci"], _plain))
-            cells.append(with_interval(own.get("minus_random"), own.get("minus_random_ci"), _plain))
-        rows.append([name, *cells, _plain(scores.get("text_sensitivity")), _plain(scores.get("foreign_text"))])
-    tables = [words, table(head, rows)]
-    mapped = {name: scores["randomisation"] for name, scores in found["methods"].items() if "randomisation" in scores}
-    redrawn = [[name, *(_plain(depths[i]) for depths in mapped.values())] for i, name in enumerate(found["randomised"])]
-    note = "Correlation with the trained model's map, weights drawn anew from the top down to:"
-    return [*tables, note, table(["down to", *mapped], redrawn)]
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+# ---------------------------------------------------------------- numbers
 
 
 def percent(value: float | None) -> str:
-    """A fraction in per cent, a dash for none."""
+    """Return a fraction in per cent, a dash for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def with_interval(value: float | None, interval: Sequence[float] | None, number: Any = percent) -> str:
-    """A value and its interval in brackets, both as `number` writes them."""
+def decimal(value: float | None) -> str:
+    """Return a number with three decimal places, a dash for None."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def integer(value: int | None) -> str:
+    """Return a whole number, a dash for None."""
+    return "-" if value is None else str(value)
+
+
+def with_interval(value: Any, interval: Sequence[float] | None, number: Callable[[Any], str] = percent) -> str:
+    """Return a value and its interval in brackets, both formatted by `number`."""
     if value is None or interval is None:
         return number(value)
     return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    # A bar would end the cell.
-    return "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, the keys of a score and of its interval, and the format of both."""
+
+    heading: str
+    value: str
+    interval: str = ""
+    number: Callable[[Any], str] = percent
+
+    def cell(self, scores: Mapping[str, Any]) -> str:
+        """Return the cell of a row."""
+        return with_interval(scores.get(self.value), scores.get(self.interval), self.number)
+
+
+BLANK_MAPS = Column("blank", "degenerate", number=integer)
+PHRASE_COLUMNS = (
+    Column("pointing %", "pointing", "ci"),
+    Column("hottest entity %", "entity"),
+    Column("IoU 0.5 %", "iou50"),
+    Column("mean IoU %", "mean_iou"),
+    Column("energy %", "energy", "energy_ci"),
+    Column("area %", "area"),
+    Column("swap %", "swap", "swap_ci"),
+    Column("map correlation", "caption_swap_correlation", number=decimal),
+    BLANK_MAPS,
+)
+FAITHFULNESS_COLUMNS = (
+    Column("deletion", "deletion_auc", "deletion_ci", decimal),
+    Column("- random", "deletion_minus_random", "deletion_minus_random_ci", decimal),
+    Column("insertion", "insertion_auc", "insertion_ci", decimal),
+    Column("- random", "insertion_minus_random", "insertion_minus_random_ci", decimal),
+    Column("two captions", "text_sensitivity", number=decimal),
+    Column("foreign caption", "foreign_text", number=decimal),
+)
+RECOGNITION_COLUMNS = (
+    Column("number", "lines", number=integer),
+    Column("CER %", "cer", "cer_ci"),
+    Column("read exactly %", "exact", "exact_ci"),
+)
+LINE_COLUMNS = (Column("in own box %", "in_box", "ci"), Column("elsewhere %", "elsewhere"))
+OTHER_TOKENS = Column("aimed %", "aimed", "aimed_ci")
+
+
+# ---------------------------------------------------------------- phrases
+
+
+def phrase_markdown(document: Mapping[str, Any]) -> str:
+    """Return the configuration in a few lines, then tables for all phrases, by type, and of optional scores."""
+    methods = document["methods"]
+    by_type = _table_by_part("type", methods, lambda own: own["by_type"])
+    parts = [_phrase_rules(document), _table_of("map", methods, PHRASE_COLUMNS), by_type]
+    if any(scores["heldout"] for scores in methods.values()):
+        keys = {"held out of training": "heldout", "not held out": "not_heldout"}
+        parts.append(
+            _table_by_part("phrases", methods, lambda own: {name: own[key] or {} for name, key in keys.items()})
+        )
+    if "swap_accuracy" in document:
+        low, high = document["swap_accuracy_ci"] or (float("nan"),) * 2
+        parts.append(
+            f"The score of the model is higher for the true caption than for one with a single word swapped in "
+            f"{100 * document['swap_accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of "
+            f"{document['swap_captions']} pairs (target {document['rules']['target']})."
+        )
+    if "faithfulness" in document:
+        parts += _faithfulness(document["faithfulness"])
+    return "\n\n".join(parts)
+
+
+def _phrase_rules(document: Mapping[str, Any]) -> str:
+    rules = document["rules"]
+    peak = "centre of the strongest seen patch"
+    if rules["peak"] == "pixel":
+        peak = f"first maximum of the map at original size ({rules['interpolation']})"
+    threshold = f"{rules['threshold']}"
+    if rules["tuned"]:
+        tuned = {name: scores["threshold"] for name, scores in document["methods"].items() if scores["threshold"]}
+        threshold += " (" + ", ".join(f"{name} {value:g}" for name, value in tuned.items()) + ")"
+    entities = f"images with at least {rules['min_entities']} entities"
+    cases = f"{document['phrases']} phrases"
+    # A protocol may join several phrases in one case.
+    if (unit := rules.get("unit", "phrases")) != "phrases":
+        cases = f"{document['cases']} {unit} ({cases})"
+    return _lines(
+        f"Protocol {document['protocol']}: {rules['text']}; peak: {peak}; hit: {rules['hit']}.",
+        f"Model {document['model']}, target {rules['target']}.",
+        f"Data {_data(document)}; captions: {rules['captions']}; {entities}.",
+        f"{document['pictures']} images, {cases} scored; phrases skipped: {_skipped(document)}.",
+        f"{_interval(document, 'images')} Box threshold: {threshold}. Random: {rules['random']}.",
+    )
+
+
+def _faithfulness(scores: Mapping[str, Any]) -> list[str]:
+    blur = f" (standard deviation {scores['blur']:g} of the short side)" if scores["blur"] else ""
+    summary = (
+        f"Faithfulness: {scores['pictures']} images, {scores['texts']} texts, {scores['steps']} steps, baseline "
+        f"{scores['baseline']}{blur}; mean score {scores['score']['whole']:.3f}, without any patch "
+        f"{scores['score']['nothing']:.3f}. Areas: 0 if the score drops at once, 1 if it never drops."
+    )
+    flat = {
+        name: own | {f"{kind}_{key}": value for kind in ("deletion", "insertion") for key, value in own[kind].items()}
+        for name, own in scores["methods"].items()
+    }
+    methods = {name: own["randomisation"] for name, own in scores["methods"].items() if "randomisation" in own}
+    depths = [[name, *(decimal(own[i]) for own in methods.values())] for i, name in enumerate(scores["randomised"])]
+    note = "Correlation with the map of the trained model, parameters randomised from the top down to:"
+    return [summary, _table_of("map", flat, FAITHFULNESS_COLUMNS), note, table(["down to", *methods], depths)]
+
+
+# ---------------------------------------------------------------- lines
 
 
 def line_markdown(document: Mapping[str, Any]) -> str:
-    """The rules in a few lines, then how the lines were read, where the maps peak, and both for groups of lines."""
-    parts = [_line_rules(document), _reading(document), _maps(document)]
+    """Return the configuration in a few lines, then tables of recognition, of the maps, and by groups of lines."""
+    groups = {"all": document, **document["groups"]}
+    columns = [*LINE_COLUMNS, *([OTHER_TOKENS] if document["rules"]["aimed"] else []), BLANK_MAPS]
+    parts = [
+        _line_rules(document),
+        _table_of("lines", groups, RECOGNITION_COLUMNS),
+        _table_of("map", document["methods"], columns),
+    ]
     if document["groups"]:
-        parts.append(_groups(document))
-    if document["recommended"]:
-        parts.append(_recommended(document["recommended"]))
+        parts.append(
+            _table_by_part("in own box", document["methods"], lambda own: own["groups"], value="in_box", count="n")
+        )
+    if best := document["recommended"]:
+        score = with_interval(best["in_box"], best["ci"])
+        parts.append(_lines(f"Recommended, the best on the split {best['split']}: {best['method']}, {score} % there."))
     return "\n\n".join(parts)
 
 
 def _line_rules(document: Mapping[str, Any]) -> str:
-    rules, words = document["rules"], document["definitions"]
-    split = "" if document["split"] is None else f", split {document['split']}"
-    limit = f", the first {rules['limit']}" if rules["limit"] else ""
-    skipped = ", ".join(f"{reason} {count}" for reason, count in document["skipped"].items()) or "none"
-    level = f"{100 * rules['interval']['level']:.0f} %"
-    lines = [
+    rules, definitions = document["rules"], document["definitions"]
+    return _lines(
         f"Protocol {document['protocol']}.",
         f"Model {document['model']}, target {rules['target']}.",
-        f"Data {document['data']}{split}{limit}: {document['lines']} lines; skipped: {skipped}.",
-        f"{document['characters']} characters in lines read exactly. [ ]: {level} interval, bootstrap over lines.",
-        *(f"{name}: {words[key]}." for name, key in (("CER", "cer"), ("Elsewhere", "elsewhere"))),
-        *([f"Aimed: {words['aimed']}."] if rules["aimed"] else []),
-        *(f"{name.capitalize()}: {words[name]}." for name in ("position", "random")),
-    ]
+        f"Data {_data(document)}: {document['lines']} lines; skipped: {_skipped(document)}.",
+        f"{document['characters']} characters in lines recognised exactly. {_interval(document, 'lines')}",
+        *(f"{name}: {definitions[key]}." for name, key in (("CER", "cer"), ("Elsewhere", "elsewhere"))),
+        *([f"Aimed: {definitions['aimed']}."] if rules["aimed"] else []),
+        *(f"{name.capitalize()}: {definitions[name]}." for name in ("position", "random")),
+    )
+
+
+# ---------------------------------------------------------------- both
+
+
+def _lines(*lines: str) -> str:
     return "\n".join(escape(line) for line in lines)
 
 
-def _reading(document: Mapping[str, Any]) -> str:
-    parts = {"all": document, **document["groups"]}
-    rows = [
-        [
-            name,
-            str(found["lines"]),
-            with_interval(found["cer"], found["cer_ci"]),
-            with_interval(found["exact"], found["exact_ci"]),
-        ]
-        for name, found in parts.items()
-    ]
-    return table(["lines", "number", "CER %", "read exactly %"], rows)
+def _data(document: Mapping[str, Any]) -> str:
+    """Return the data set, its split and the limit."""
+    split = "" if document["split"] is None else f", split {document['split']}"
+    limit = f", the first {document['rules']['limit']}" if document["rules"]["limit"] else ""
+    return f"{document['data']}{split}{limit}"
 
 
-def _maps(document: Mapping[str, Any]) -> str:
-    aimed = document["rules"]["aimed"]
-    rows = [
-        [
-            name,
-            with_interval(found["in_box"], found["ci"]),
-            percent(found["elsewhere"]),
-            *([with_interval(found["aimed"], found["aimed_ci"])] if aimed else []),
-            "-" if found["degenerate"] is None else str(found["degenerate"]),
-        ]
-        for name, found in document["methods"].items()
-    ]
-    return table(["map", "in own box %", "elsewhere %", *(["aimed %"] if aimed else []), "blank"], rows)
+def _skipped(document: Mapping[str, Any]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in document["skipped"].items()) or "none"
 
 
-def _groups(document: Mapping[str, Any]) -> str:
-    methods = document["methods"]
+def _interval(document: Mapping[str, Any], unit: str) -> str:
+    return f"[ ]: {100 * document['rules']['interval']['level']:.0f} % interval, bootstrap over {unit}."
+
+
+def _table_of(heading: str, rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """Return a table with one row per name; `heading` is that of the names."""
+    cells = [[name, *(column.cell(scores) for column in columns)] for name, scores in rows.items()]
+    return table([heading, *(column.heading for column in columns)], cells)
+
+
+def _table_by_part(
+    heading: str,
+    methods: Mapping[str, Any],
+    parts: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]],
+    value: str = "pointing",
+    count: str = "phrases",
+) -> str:
+    """Return a table with one row per part of the cases and one column per method; `parts` gives those of a method."""
+    by_method = [parts(own) for own in methods.values()]
     rows = []
-    for name in document["groups"]:
-        found = [own["groups"][name] for own in methods.values()]
-        rows.append([name, str(found[0]["n"]), *(with_interval(f["in_box"], f["ci"]) for f in found)])
-    return table(["in own box", "number", *(f"{name} %" for name in methods)], rows)
+    for name, first in by_method[0].items():
+        cells = (with_interval(own[name].get(value), own[name].get("ci")) for own in by_method)
+        rows.append([name, str(first.get(count, 0)), *cells])
+    return table([heading, "number", *(f"{name} %" for name in methods)], rows)
 
 
-def _recommended(found: Mapping[str, Any]) -> str:
-    figure = with_interval(found["in_box"], found["ci"])
-    return escape(f"Recommended, the best on the split {found['split']}: {found['method']}, {figure} % there.")
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    # A bar would end the cell.
+    return "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

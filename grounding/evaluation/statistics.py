@@ -1,6 +1,6 @@
-"""Means with confidence intervals, and correlation: the few statistics that scores are reported with.
+"""Means with bootstrap confidence intervals, and Pearson correlation.
 
-Values come in groups, one per picture: phrases of a picture are not independent, so pictures are what is resampled.
+Values come in groups, one per image. Phrases of an image are not independent, so images are resampled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Groups = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` values with its interval; None where there is nothing to take it over.
+    """A mean over `count` values with its interval; None without values.
 
-    The interval needs two pictures: one says nothing of how pictures differ.
+    The interval is None for a single image: it needs the variation between images.
     """
 
     value: float | None
@@ -33,17 +33,18 @@ class Estimate:
 
 
 def mean(groups: Groups, seed: int = 0) -> Estimate:
-    """The mean over all values of all groups (None is no value), with the bootstrap interval over groups."""
+    """Return the mean over the values of all groups, None left out, with the bootstrap interval over groups."""
     kept = [[value for value in group if value is not None] for group in groups]
     kept = [group for group in kept if group]
     return ratio([sum(group) for group in kept], [len(group) for group in kept], seed)
 
 
 def ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Estimate:
-    """sum(above) / sum(below), one item of each per picture; None where the sum below is not positive.
+    """Return sum(above) / sum(below), one item of each per image; None unless the denominator is positive.
 
-    Interval: percentile bootstrap (Efron 1979), RESAMPLES draws of as many pictures with replacement, 95 %. Draws
-    whose sum below is not positive are left out. `count` is the sum below, rounded.
+    Interval: percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552) at level CONFIDENCE, from RESAMPLES draws
+    of as many images with replacement; draws without a positive denominator are left out. `count` is the denominator,
+    rounded.
     """
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
     total = float(bottom.sum())
@@ -56,7 +57,7 @@ def ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Esti
 
 
 def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64], seed: int) -> tuple[float, float] | None:
-    # How often each picture is drawn: the same numbers as drawing indices, in one matrix.
+    # Multinomial counts per image: the same distribution as drawing indices, in one matrix.
     draws = np.random.default_rng(seed).multinomial(len(top), np.full(len(top), 1 / len(top)), size=RESAMPLES)
     above, below = draws @ top, draws @ bottom
     usable = below > 0
@@ -68,7 +69,7 @@ def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64], seed: int) 
 
 
 def pearson(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float | None:
-    """Pearson's correlation of arrays of one shape; None where one is constant (to rounding). Equal ones give 1.0."""
+    """Return Pearson's correlation of two arrays of one shape (1.0 if equal); None if one is constant to rounding."""
     x, y = (np.asarray(v, np.float64).ravel() for v in (a, b))
     if any(v.size == 0 or v.max() - v.min() <= FLAT * np.abs(v).max() for v in (x, y)):
         return None

@@ -1,8 +1,8 @@
-"""Does the model itself tell a caption from one that is wrong in a single word? The score's side of the swap test.
+"""Swap test of the model's score: does the true caption score higher than one with a single word swapped?
 
-A data set says which words may stand for each other (`swaps.json`: `groups` of words, and the `combinations` of them
-that its phrases can have). A caption's phrase gets one such word replaced; captions that would be true of another
-phrase of the picture, or name what was held out, are left out.
+`swaps.json` of a data set has `groups` of interchangeable words, and the `combinations` of such words that occur in its
+phrases. One word of one phrase of a caption is replaced. Captions that are true of another phrase of the image, or that
+contain a held-out phrase, are left out.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from pathlib import Path
 
 from grounding.adapter.base import Adapter
 from grounding.core.errors import DataError
+from grounding.core.images import Picture
 from grounding.core.printable import quote
 from grounding.datasets.records import Caption, Record, normal
 
-FILE = "swaps.json"
-# Texts that are scored in one pass.
-BATCH = 32
+SWAPS_FILE = "swaps.json"
+# Texts per forward pass.
+TEXTS_PER_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """`groups` of words that may stand for each other, `combinations` of such words that occur together."""
+    """`groups` of interchangeable words, and the `combinations` of such words that occur together in a phrase."""
 
     groups: tuple[tuple[str, ...], ...]
     combinations: frozenset[frozenset[str]]
 
     @classmethod
     def read(cls, folder: Path) -> Swaps | None:
-        """Those of a data set, None where it has none. Raises DataError for a file that cannot be read."""
-        path = folder / FILE
+        """Read the file of a data set; None if it has none. Raises DataError for a malformed file."""
+        path = folder / SWAPS_FILE
         if not path.is_file():
             return None
         try:
@@ -42,51 +43,56 @@ class Swaps:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{quote(path)} cannot be read: {error}") from None
 
-    def telling(self, phrase: str) -> frozenset[str]:
-        """The words of a phrase that are in a group."""
+    def known_words(self, phrase: str) -> frozenset[str]:
+        """Return the words of a phrase that are in a group."""
         known = {word for group in self.groups for word in group}
         return frozenset(word for word in normal(phrase).split() if word in known)
 
-    def of(self, phrase: str) -> Iterator[str]:
-        """Every phrase that differs in one word of a group and is a combination that occurs."""
+    def variants(self, phrase: str) -> Iterator[str]:
+        """Yield every phrase with one word replaced by another of its group, if that combination occurs."""
         words = phrase.split()
-        for place, word in enumerate(words):
+        for index, word in enumerate(words):
             group = next((group for group in self.groups if word.lower() in group), ())
             for other in group:
-                changed = _with_article([*words[:place], other, *words[place + 1 :]], place)
-                if other != word.lower() and self.telling(" ".join(changed)) in self.combinations:
-                    yield " ".join(changed)
+                variant = " ".join(_with_article([*words[:index], other, *words[index + 1 :]], index))
+                if other != word.lower() and self.known_words(variant) in self.combinations:
+                    yield variant
 
 
-def _with_article(words: list[str], place: int) -> list[str]:
-    """The words with an indefinite article before `place` that fits: a wrong one would give the swap away."""
-    if place and words[place - 1].lower() in ("a", "an"):
-        return [*words[: place - 1], "an" if words[place][:1].lower() in "aeiou" else "a", *words[place:]]
+def _with_article(words: list[str], index: int) -> list[str]:
+    """Return the words with the indefinite article before `index` corrected: a wrong one would reveal the swap."""
+    if index and words[index - 1].lower() in ("a", "an"):
+        return [*words[: index - 1], "an" if words[index][:1].lower() in "aeiou" else "a", *words[index:]]
     return words
 
 
-def changed_captions(caption: Caption, record: Record, swaps: Swaps, heldout: frozenset[str]) -> list[str]:
-    """The caption with one word of one phrase swapped, in every way that is true of nothing in the picture."""
-    present = {swaps.telling(phrase.text) for each in record.captions for phrase in each.phrases}
-    made = (
-        caption.text[: phrase.start] + other + caption.text[phrase.end :]
+def swapped_captions(caption: Caption, record: Record, swaps: Swaps, heldout: frozenset[str]) -> list[str]:
+    """Return the caption with one word of one phrase swapped, in all ways that are true of nothing in the image."""
+    present = {swaps.known_words(phrase.text) for each in record.captions for phrase in each.phrases}
+    swapped = (
+        caption.text[: phrase.start] + variant + caption.text[phrase.end :]
         for phrase in caption.phrases
-        for other in swaps.of(phrase.text)
-        if swaps.telling(other) not in present and normal(other) not in heldout
+        for variant in swaps.variants(phrase.text)
+        if swaps.known_words(variant) not in present and normal(variant) not in heldout
     )
-    return list(dict.fromkeys(made))
+    return list(dict.fromkeys(swapped))
 
 
-def beaten(adapter: Adapter, record: Record, swaps: Swaps, heldout: frozenset[str], kind: str | None) -> list[float]:
-    """For every wrong form of the first caption 1 where the true one has the higher score, else 0."""
+def swap_test(
+    adapter: Adapter, image: Picture, record: Record, swaps: Swaps, heldout: frozenset[str], kind: str | None
+) -> list[float]:
+    """Return for every swapped form of the first caption 1 if the true caption has the higher score, else 0.
+
+    `image` is the opened image of `record`; `kind` the target whose score is compared (None: the default).
+    """
     if not record.captions:
         return []
     caption, adapter = record.captions[0], adapter.aimed(kind)
-    seen = adapter.prepare_images([str(record.image)])
+    prepared = adapter.prepare_images([image])
     scores: list[float] = []
-    texts = [caption.text, *changed_captions(caption, record, swaps, heldout)]
-    for first in range(0, len(texts), BATCH):
-        inputs = adapter.prepare_texts(seen, [texts[first : first + BATCH]])
+    texts = [caption.text, *swapped_captions(caption, record, swaps, heldout)]
+    for first in range(0, len(texts), TEXTS_PER_BATCH):
+        inputs = adapter.prepare_texts(prepared, [texts[first : first + TEXTS_PER_BATCH]])
         targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], kind)
         scores += adapter.scores(inputs, targets).tolist()
     return [float(scores[0] > score) for score in scores[1:]]

@@ -1,4 +1,4 @@
-"""Scores of lines that are known on paper, folders of lines that are wrong, and the command."""
+"""Evaluation of lines: scores known on paper, malformed folders, and the command."""
 
 import json
 from dataclasses import replace
@@ -8,31 +8,32 @@ import numpy as np
 import pytest
 
 from grounding.core.demo import demo_lines
-from grounding.core.errors import DataError, GroundingError, NumericError, OptionError, UnknownNameError
+from grounding.core.errors import DataError, GroundingError, NumericError, OptionError
 from grounding.core.text import TokenizedText
 from grounding.datasets.text_lines import Line, open_lines
+from grounding.engine.request import Request
 from grounding.evaluation import ocr as evaluation
-from grounding.evaluation.kinds import LINES, PHRASES, evaluation_of, suited
-from grounding.evaluation.line_report import markdown
-from grounding.evaluation.ocr import evaluate_lines
+from grounding.evaluation.kinds import LINES, PHRASES, evaluation_for, evaluation_of
+from grounding.evaluation.ocr import OcrConfig, evaluate_lines
 from grounding.evaluation.ocr_scoring import (
-    Aimed,
     Hit,
-    baselines,
-    cases_of,
+    OtherTokens,
+    baseline_hits,
     edit_distance,
+    in_boxes,
     occurrences,
     score_line,
-    within,
+    token_cases,
 )
-from grounding.evaluation.report import as_json, warnings_of
+from grounding.evaluation.report import as_json, line_markdown, warnings_of
 from grounding.explanation.explanation import Entry
-from tests.conftest import noise
 from tests.support.explanations import column, explanation, whole
+from tests.support.images import noise
 from tests.support.linear import LinearAdapter
 from tests.support.painted import PaintedAdapter, cell_boxes, painted
 
-# Painted text -> what its label says besides.
+GRADCAM = Request(["gradcam"])
+# Painted text -> further fields of its label.
 TEXTS = {
     "abca": {"unseen_face": False, "polarity": "dark"},
     "b# d": {"unseen_face": True, "polarity": "light"},
@@ -112,9 +113,9 @@ MALFORMED = {
     "face": (lambda own: own | {"unseen_face": 1}, "unseen_face must be true or false, got 1"),
     "polarity": (lambda own: own | {"polarity": "grey"}, "polarity must be one of dark, light, got 'grey'"),
     "file is no name": (lambda own: own | {"file": 3}, "file must be the name of an image"),
-    "outside": (lambda own: own | {"file": "../../secret.png"}, "lies outside of"),
-    "absolute": (lambda own: own | {"file": "/etc/passwd"}, "lies outside of"),
-    "twice": (lambda own: own | {"file": "0.png"}, "the file '0.png' stands in line 1, too"),
+    "outside": (lambda own: own | {"file": "../../secret.png"}, "is outside of"),
+    "absolute": (lambda own: own | {"file": "/etc/passwd"}, "is outside of"),
+    "twice": (lambda own: own | {"file": "0.png"}, "the file '0.png' is in line 1, too"),
 }
 
 
@@ -134,7 +135,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path):
     painted("a").save(tmp_path / "secret.png")
     (folder / "test" / "0.png").unlink()
     (folder / "test" / "0.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DataError, match=r"line 1: the file '0\.png' lies outside"):
+    with pytest.raises(DataError, match=r"line 1: the file '0\.png' is outside"):
         open_lines(folder)
 
 
@@ -157,18 +158,18 @@ def test_folders_and_splits_that_are_not_there(folder, tmp_path):
 def test_the_layout_decides_what_is_evaluated(folder, tmp_path):
     assert evaluation_of(folder) is evaluation_of(folder / "test") is LINES
     assert evaluation_of(PHRASES.demo()) is PHRASES
-    assert suited(None) is suited(LinearAdapter({})) is PHRASES
-    assert suited(PaintedAdapter()) is LINES
-    for wrong, words in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no layout that can be read")):
+    assert evaluation_for(None) is evaluation_for(LinearAdapter({})) is PHRASES
+    assert evaluation_for(PaintedAdapter()) is LINES
+    for wrong, words in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no known layout")):
         with pytest.raises(DataError, match=words) as caught:
             evaluation_of(wrong)
         assert "labels.jsonl" in str(caught.value)
         assert "Annotations/" in str(caught.value)
-    assert LINES.rules_of({"limit": 3, "captions": None, "faithfulness": False, "seed": 0}) == Rules(limit=3)
-    with pytest.raises(OptionError, match="--min-entities is for pictures with boxes for phrases; the data are lines"):
-        LINES.rules_of({"min_entities": 1})
+    assert LINES.config_from({"limit": 3, "captions": None, "faithfulness": False, "seed": 0}) == OcrConfig(limit=3)
+    with pytest.raises(OptionError, match="--min-entities is for images with boxes for phrases; the data are lines"):
+        LINES.config_from({"min_entities": 1})
     with pytest.raises(OptionError, match="--aimed is for lines of text"):
-        PHRASES.rules_of({"aimed": True})
+        PHRASES.config_from({"aimed": True})
 
 
 # ---------------------------------------------------------------- scores of one line
@@ -194,8 +195,8 @@ def test_edit_distance(one, two, edits):
 def test_boxes_are_half_open():
     box = [(0.0, 0.0, 4.0, 4.0)]
     points = np.array([(0.0, 0.0), (3.9, 3.9), (4.0, 2.0), (2.0, 4.0)])
-    assert within(points, box).tolist() == [True, True, False, False]
-    assert within(points, []).tolist() == [False] * 4
+    assert in_boxes(points, box).tolist() == [True, True, False, False]
+    assert in_boxes(points, []).tolist() == [False] * 4
 
 
 def test_where_a_text_stands():
@@ -205,7 +206,7 @@ def test_where_a_text_stands():
 
 
 def line_of(text, width=80, **more):
-    """A line whose characters lie side by side over the whole picture, 80 x 80 pixels."""
+    """A line whose characters lie side by side over the whole image, 80 x 80 pixels."""
     step = width / len(text)
     return Line(1, Path("x.png"), text, tuple((i * step, 0.0, (i + 1) * step, 80.0) for i in range(len(text))), **more)
 
@@ -218,8 +219,8 @@ def test_tokens_of_several_characters_have_all_their_boxes():
     """Four columns of cells, four characters "abab": the tokens are "ab" twice, with a blank one in between."""
     line = line_of("ab ab", 100)
     entries = (entry(0, 2, line.text), entry(2, 3, line.text), entry(3, 5, line.text))
-    tokens, aimed = cases_of(line, entries)
-    assert [(case.entry, case.t) for case in tokens] == [(0, 0), (2, 2)]
+    tokens, aimed = token_cases(line, entries)
+    assert [(case.entry, case.position) for case in tokens] == [(0, 0), (2, 2)]
     assert tokens[0].own == tokens[1].elsewhere == line.boxes[:2]
     assert tokens[1].own == tokens[0].elsewhere == line.boxes[3:]
     assert aimed == ()
@@ -238,22 +239,22 @@ def test_hits_of_a_line_by_hand():
     found = score_line(line, made)
     assert found.exact
     assert found.hits["gradcam"].tokens == (Hit(1), Hit(0), Hit(1), Hit(0, 1))
-    assert found.hits["gradcam"].aimed == (Hit(0, degenerate=True),)
+    assert found.hits["gradcam"].other_tokens == (Hit(0, degenerate=True),)
     # The prior: token t of 4 lies in column t. Random: 4 of 16 cells per character.
     assert found.hits["position"].tokens == (Hit(1), Hit(1), Hit(1), Hit(1))
-    assert found.hits["position"].aimed == (Hit(0),)
+    assert found.hits["position"].other_tokens == (Hit(0),)
     assert [hit.own for hit in found.hits["random"].tokens] == [0.25] * 4
     assert [hit.elsewhere for hit in found.hits["random"].tokens] == [0.25, 0, 0, 0.25]
-    assert found.hits["random"].aimed == (Hit(0.25),)
+    assert found.hits["random"].other_tokens == (Hit(0.25),)
     misread = score_line(line, replace(made, caption="abcd"))
     assert (misread.exact, misread.distance, misread.hits) == (False, 1, {})
 
 
 def test_the_position_prior_knows_the_tokens_place_alone():
-    """Characters crowded at the left; the prior spreads them over the whole picture."""
+    """Characters crowded at the left; the prior spreads them over the whole image."""
     line = Line(1, Path("x.png"), "abcd", tuple((i * 5.0, 0.0, (i + 1) * 5.0, 80.0) for i in range(4)))
-    tokens, _ = cases_of(line, [entry(i, i + 1, line.text) for i in range(4)])
-    found = baselines(tokens, (), whole(80, 80), 4)
+    tokens, _ = token_cases(line, [entry(i, i + 1, line.text) for i in range(4)])
+    found = baseline_hits(tokens, (), whole(80, 80), 4)
     # Centres of cells are 10, 30, 50, 70: only the box [10, 15) of "c" has one of them, but the prior is at 50 there.
     assert [hit.own for hit in found["position"].tokens] == [0, 0, 0, 0]
     assert [hit.own for hit in found["random"].tokens] == [0, 0, 0.25, 0]
@@ -261,18 +262,18 @@ def test_the_position_prior_knows_the_tokens_place_alone():
 
 def test_questions_follow_from_text_and_seed():
     tokens = TokenizedText("ab ca", tuple(range(6)), tuple((i, i + (i < 5)) for i in range(6)), (*[False] * 5, True))
-    spans = Aimed(seed=0).spans(tokens)
-    own, asked = spans[:5], spans[5:]
+    spans = OtherTokens(seed=0).spans(tokens)
+    own, others = spans[:5], spans[5:]
     assert [span.kind for span in spans] == ["token"] * 5 + ["where"] * 4
-    assert [span.positions for span in asked] == [own[i].positions for i in (0, 1, 3, 4)]
-    for span in asked:
+    assert [span.positions for span in others] == [own[i].positions for i in (0, 1, 3, 4)]
+    for span in others:
         assert span.token == span.label
         assert span.token in "abc"
         assert span.token != tokens.text[span.start]
-    assert Aimed(seed=0).spans(tokens) == spans
-    assert len({tuple(span.token for span in Aimed(seed=seed).spans(tokens)[5:]) for seed in range(9)}) > 1
+    assert OtherTokens(seed=0).spans(tokens) == spans
+    assert len({tuple(span.token for span in OtherTokens(seed=seed).spans(tokens)[5:]) for seed in range(9)}) > 1
     same = TokenizedText("aa", (0, 0), ((0, 1), (1, 2)), (False, False))
-    assert len(Aimed().spans(same)) == 2  # no other letter to ask for
+    assert len(OtherTokens().spans(same)) == 2  # no other letter to ask for
 
 
 # ---------------------------------------------------------------- a whole split
@@ -281,7 +282,7 @@ def test_questions_follow_from_text_and_seed():
 def test_a_split_by_hand(folder):
     """ "abca": the map of the second "a" peaks at the first. "b# d": nothing speaks for "#". "a0" is read as "aO"."""
     adapter = PaintedAdapter()
-    found = evaluate_lines(adapter, open_lines(folder), methods=["gradcam"])
+    found = evaluate_lines(adapter, open_lines(folder), request=GRADCAM)
     assert adapter.calls == 1
     assert (found["lines"], found["characters"], found["split"]) == (3, 7, "test")
     assert (found["cer"], found["exact"]) == (pytest.approx(1 / 10), pytest.approx(2 / 3))
@@ -298,7 +299,7 @@ def test_a_split_by_hand(folder):
     assert found["recommended"] is None
     assert "aimed" not in cam
     json.loads(as_json(found))
-    text = markdown(found)
+    text = line_markdown(found)
     for words in ("| gradcam | 71.4 [", "| random | 6.2 ", "| all | 3 | 10.0 [", "| unseen faces | 3 | 66.7 | "):
         assert words in text
     assert found["protocol"] in text
@@ -306,71 +307,69 @@ def test_a_split_by_hand(folder):
 
 def test_what_is_asked_for_elsewhere_is_found_there(tmp_path):
     write_lines(tmp_path, {"abca": {}, "fed": {}})
-    found = evaluate_lines(PaintedAdapter(), open_lines(tmp_path), Rules(aimed=True), methods=["gradcam"])
+    found = evaluate_lines(PaintedAdapter(), open_lines(tmp_path), OcrConfig(aimed=True), GRADCAM)
     cam = found["methods"]["gradcam"]
     assert (cam["aimed"], cam["aimed_ci"], cam["aimed_n"]) == (1, (1, 1), 7)
     assert (cam["n"], cam["in_box"]) == (7, 6 / 7)
     assert found["methods"]["random"]["aimed"] >= 1 / 16
     assert found["groups"] == cam["groups"] == {}
     assert found["split"] is None
-    assert "| map | in own box % | elsewhere % | aimed % | blank |" in markdown(found)
+    assert "| map | in own box % | elsewhere % | aimed % | blank |" in line_markdown(found)
 
 
 def test_the_method_that_is_recommended_is_the_best_on_the_validation_split(folder):
     write_lines(folder / "val", {"abc": {}, "a# b": {}})
-    how = {"methods": ["gradcam", "gradcam_ln"]}
-    with pytest.raises(UnknownNameError):
-        evaluate_lines(PaintedAdapter(), open_lines(folder), methods=["gradcan"])
-    found = evaluate_lines(PaintedAdapter(), open_lines(folder), **how)
+    request = Request(["gradcam", "gradcam_ln"])
+    found = evaluate_lines(PaintedAdapter(), open_lines(folder), request=request)
     best = found["recommended"]
     assert (best["method"], best["split"], best["in_box"], best["n"]) == ("gradcam", "val", 5 / 6, 6)
     assert best["of"]["random"] == pytest.approx(1 / 16)
-    assert "Recommended, the best on the split val: gradcam, 83.3 [" in markdown(found)
-    assert evaluate_lines(PaintedAdapter(), open_lines(folder, "val"), **how)["recommended"] is None
-    assert evaluate_lines(PaintedAdapter(), open_lines(folder), Rules(limit=1), **how)["recommended"] is None
+    assert "Recommended, the best on the split val: gradcam, 83.3 [" in line_markdown(found)
+    assert evaluate_lines(PaintedAdapter(), open_lines(folder, "val"), request=request)["recommended"] is None
+    assert evaluate_lines(PaintedAdapter(), open_lines(folder), OcrConfig(limit=1), request)["recommended"] is None
 
 
 def test_lines_that_cannot_be_used_are_counted_and_named(folder, monkeypatch):
-    (folder / "test" / "0.png").write_bytes(b"no picture")
+    (folder / "test" / "0.png").write_bytes(b"not an image")
     (folder / "test" / "2.png").unlink()
-    found = evaluate_lines(PaintedAdapter(), open_lines(folder), methods=["gradcam"])
+    found = evaluate_lines(PaintedAdapter(), open_lines(folder), request=GRADCAM)
     assert (found["lines"], found["skipped"]) == (1, {"failed_decode": 1, "failed_read": 1})
     assert [p.split("labels.jsonl' ")[1].split(":")[0] for p in warnings_of(found)] == ["line 1", "line 3"]
     rewrite(folder, 2, lambda own: own | {"chars": [*own["chars"][:3], [28, 0, 34, 4]]})
-    with pytest.raises(GroundingError, match=r"not one line could be scored \(1 failed_decode, 1 failed_input, 1 fail"):
-        evaluate_lines(PaintedAdapter(), open_lines(folder), methods=["gradcam"])
-    assert open_lines(folder).lines[1].misfit(32, 8).startswith("the box of character 3 'd' reaches over")
+    with pytest.raises(GroundingError, match=r"no line could be scored \(1 failed_decode, 1 failed_input, 1 fail"):
+        evaluate_lines(PaintedAdapter(), open_lines(folder), request=GRADCAM)
+    assert open_lines(folder).lines[1].misfit(32, 8).startswith("the box of character 3 'd' exceeds")
     assert open_lines(folder).lines[1].misfit(33, 8) is None  # a pixel more is rounding
 
 
 def test_a_line_with_numeric_trouble_costs_itself_alone(folder, monkeypatch):
-    real = evaluation.explain
+    real = evaluation.explain_request
 
-    def explain(adapter, images, texts, **how):
+    def explain(adapter, images, texts, request, batch_size):
         if any(image.path.endswith("1.png") for image in images):
             raise NumericError("NaN")
-        return real(adapter, images, texts, **how)
+        return real(adapter, images, texts, request, batch_size=batch_size)
 
-    monkeypatch.setattr(evaluation, "explain", explain)
-    found = evaluate_lines(PaintedAdapter(), open_lines(folder), methods=["gradcam"])
+    monkeypatch.setattr(evaluation, "explain_request", explain)
+    found = evaluate_lines(PaintedAdapter(), open_lines(folder), request=GRADCAM)
     assert (found["lines"], found["skipped"]) == (2, {"failed_numeric": 1})
     assert "line 2: NaN" in found["problems"][0]
 
 
 def test_a_model_without_any_right_line_has_no_figures(tmp_path):
     write_lines(tmp_path, {"0": {}, "a0": {}})
-    found = evaluate_lines(PaintedAdapter(), open_lines(tmp_path), methods=["gradcam"])
+    found = evaluate_lines(PaintedAdapter(), open_lines(tmp_path), request=GRADCAM)
     assert (found["exact"], found["cer"], found["characters"]) == (0, pytest.approx(2 / 3), 0)
     assert (found["methods"]["gradcam"]["in_box"], found["methods"]["gradcam"]["ci"]) == (None, None)
-    assert "| gradcam | - |" in markdown(found)
+    assert "| gradcam | - |" in line_markdown(found)
     json.loads(as_json(found))
 
 
 def test_only_models_that_write_read_lines(folder):
-    with pytest.raises(OptionError, match="linear writes no text"):
+    with pytest.raises(OptionError, match="linear generates no text"):
         evaluate_lines(LinearAdapter({}), open_lines(folder))
     with pytest.raises(OptionError, match="at least 1 line"):
-        Rules(limit=0)
+        OcrConfig(limit=0)
 
 
 # ---------------------------------------------------------------- the command
@@ -391,7 +390,7 @@ def test_the_command_on_the_demo_lines(command):
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        (["--captions", "first"], 2, "--captions is for pictures with boxes for phrases"),
+        (["--captions", "first"], 2, "--captions is for images with boxes for phrases"),
         (["--min-entities", "1"], 2, "--min-entities is for"),
         (["--threshold", "0.5"], 2, "--threshold is for"),
         (["--tune-threshold"], 2, "--tune-threshold is for"),

@@ -1,4 +1,4 @@
-"""A whole evaluation: maps whose scores are known, faults that are counted, the command, and faithfulness on paper."""
+"""Evaluation with boxes for phrases: maps with known scores, counted failures, the command, and faithfulness."""
 
 import copy
 import dataclasses
@@ -12,12 +12,19 @@ from PIL import Image
 
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError, TargetError, UnknownNameError
 from grounding.datasets.open import open_dataset
+from grounding.engine.request import Request
 from grounding.evaluation import faithfulness as believing
 from grounding.evaluation import phrases as evaluation
-from grounding.evaluation.deletion import CONTROL, Case, areas, cell_numbers, order_of
-from grounding.evaluation.faithfulness import EVERYTHING, cascade, faithfulness, text_sensitivity
-from grounding.evaluation.phrases import evaluate
-from grounding.evaluation.report import as_json, markdown, warnings_of
+from grounding.evaluation.deletion import (
+    CONTROL,
+    FaithfulnessCase,
+    cell_numbers,
+    deletion_curves_area,
+    deletion_order,
+)
+from grounding.evaluation.faithfulness import ALL_PARAMETERS, cascade, faithfulness, text_sensitivity
+from grounding.evaluation.phrases import PhraseConfig, evaluate
+from grounding.evaluation.report import as_json, phrase_markdown, warnings_of
 from tests.support import models
 from tests.support.annotations import IMAGES, write_data
 from tests.support.explanations import column, explanation, whole
@@ -51,37 +58,35 @@ def clip():
 
 @pytest.fixture
 def perfect(monkeypatch):
-    """`explain` gives maps that are the boxes themselves; pictures are opened, so broken ones fail as ever."""
-    asked = []
+    """Replace the maps by the boxes themselves; returns the calls: image name, texts, request."""
+    calls = []
 
-    def explain(adapter, images, texts, **how):
-        [opened], [texts] = [evaluation_open(image) for image in images], texts
-        asked.append((Path(images[0]).stem, tuple(texts), how))
+    def explain(adapter, images, texts, request):
+        [image], [texts] = images, texts
+        name = Path(image.path).stem
+        calls.append((name, tuple(texts), request))
         geometry = whole(80, 80)
-        boxes = {phrase.lower(): box for phrase, box in IMAGES[Path(images[0]).stem].items()}
+        boxes = {phrase.lower(): box for phrase, box in IMAGES[name].items()}
         made = []
         for text in texts:
             raw = np.zeros((4, 4))
             x0, y0, x1, y1 = (value // 20 for value in boxes[text])
             raw[y0:y1, x0:x1] = 1
             columns = [column(key, [raw], geometry) for key in ("gradcam", "relevance")]
-            made.append(explanation(opened.pil, labels=(text,), geometry=geometry, columns=columns))
+            made.append(explanation(image.pil, labels=(text,), geometry=geometry, columns=columns))
         return [made]
 
-    def evaluation_open(path):
-        from grounding.core.images import open_image
-
-        return open_image(path)
-
-    monkeypatch.setattr(evaluation, "explain", explain)
-    return asked
+    monkeypatch.setattr(evaluation, "explain_request", explain)
+    return calls
 
 
-PERFECT = {"methods": ["gradcam", "relevance"], "seed": 0}
+PERFECT = Request(["gradcam", "relevance"])
+ROLLOUT = Request(["rollout"])
+BOTH = Request(["gradcam", "rollout"])
 
 
 def test_perfect_maps_score_one_and_the_document_is_complete(folder, clip, perfect):
-    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    found = evaluate(clip, open_dataset(folder), request=PERFECT)
     assert (found["protocol"], found["split"], found["pictures"], found["phrases"]) == ("mention-anybox", "test", 3, 7)
     assert set(found["methods"]) == {"gradcam", "relevance", "centre", "random"}
     for name, scores in found["methods"].items():
@@ -91,36 +96,36 @@ def test_perfect_maps_score_one_and_the_document_is_complete(folder, clip, perfe
     assert found["methods"]["gradcam"]["pointing"] == found["methods"]["gradcam"]["swap"] == 1
     assert found["methods"]["gradcam"]["ci"] == (1, 1)
     assert found["methods"]["gradcam"]["by_type"]["people"]["phrases"] == 7
-    # The centre of the picture lies inside "dogs" alone: on the edge of the other boxes is no hit.
+    # The centre of the image lies inside "dogs" alone: on the edge of the other boxes is no hit.
     assert found["methods"]["centre"]["pointing"] == pytest.approx(1 / 7)
     cells = [4, 4, 4, 1, 1, 1, 2]
     assert found["methods"]["random"]["pointing"] == pytest.approx(sum(cells) / 16 / 7)
     assert found["skipped"] == {}
     assert found["rules"]["min_entities"] == 1
-    # One call a picture, all its phrases as captions of their own, in lower case.
+    # One call a image, all its phrases as captions of their own, in lower case.
     assert perfect[0][:2] == ("first", ("a red car", "the man"))
     assert len(perfect) == 3
 
 
 def test_all_captions_mention_more_and_explain_no_more(folder, clip, perfect):
-    found = evaluate(clip, open_dataset(folder), Rules(captions="all"), **PERFECT)
+    found = evaluate(clip, open_dataset(folder), PhraseConfig(captions="all"), PERFECT)
     assert found["phrases"] == 14
     assert found["methods"]["gradcam"]["swap_pairs"] == 1 + 3 + 1
     assert [len(texts) for _, texts, _ in perfect] == [2, 3, 2]
 
 
 def test_selection_of_images(folder, clip, perfect):
-    few = evaluate(clip, open_dataset(folder), Rules(min_entities=3), **PERFECT)
+    few = evaluate(clip, open_dataset(folder), PhraseConfig(min_entities=3), PERFECT)
     assert (few["pictures"], few["phrases"]) == (1, 3)
     assert (few["skipped"], few["skipped_pictures"]) == ({"min_entities": 4}, {"min_entities": 2})
-    first = evaluate(clip, open_dataset(folder), Rules(limit=2), **PERFECT)
+    first = evaluate(clip, open_dataset(folder), PhraseConfig(limit=2), PERFECT)
     assert (first["pictures"], first["phrases"], first["skipped"]) == (2, 5, {})
 
 
 def test_a_failing_image_is_counted_and_named(folder, clip, perfect):
     (folder / "Images" / "first.png").write_bytes(b"")
     (folder / "Annotations" / "third.xml").write_text("<annotation>")
-    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    found = evaluate(clip, open_dataset(folder), request=PERFECT)
     assert found["pictures"] == 1
     assert found["skipped"] == {"failed_decode": 2, "failed_input": 0}
     assert found["skipped_pictures"] == {"failed_decode": 1, "failed_input": 1}
@@ -129,20 +134,20 @@ def test_a_failing_image_is_counted_and_named(folder, clip, perfect):
         "third.xml' is no XML that can be read (no element found",
     ]
     (folder / "Images" / "second.png").unlink()
-    with pytest.raises(GroundingError, match=r"not one phrase .*1 pictures failed_decode; 1 pictures failed_read"):
-        evaluate(clip, open_dataset(folder), **PERFECT)
+    with pytest.raises(GroundingError, match=r"no phrase .*1 images failed_decode; 1 images failed_read"):
+        evaluate(clip, open_dataset(folder), request=PERFECT)
 
 
 def test_phrases_without_boxes_are_counted_by_reason(folder, clip, perfect):
     path = folder / "Annotations" / "second.xml"
     boxless = path.read_text().replace("<name>2</name><bndbox>", "<name>2</name><nobndbox>1</nobndbox><other>")
     path.write_text(boxless.replace("</bndbox></object><object><name>3", "</other></object><object><name>3"))
-    found = evaluate(clip, open_dataset(folder), **PERFECT)
+    found = evaluate(clip, open_dataset(folder), request=PERFECT)
     assert (found["phrases"], found["skipped"]) == (6, {"nobndbox": 1})
 
 
 @pytest.mark.parametrize(
-    ("how", "error"),
+    ("request_fields", "error"),
     [
         ({"methods": ["gradcan"]}, UnknownNameError),
         ({"options": {"gradcam.nothing": 1}}, OptionError),
@@ -151,52 +156,52 @@ def test_phrases_without_boxes_are_counted_by_reason(folder, clip, perfect):
         ({"layers": ["-1"], "methods": ["gradcam"]}, LayerError),  # dead: known after the first picture
     ],
 )
-def test_what_is_wrong_for_every_image_ends_at_once(folder, clip, how, error):
+def test_what_is_wrong_for_every_image_ends_at_once(folder, clip, request_fields, error):
     with pytest.raises(error):
-        evaluate(clip, open_dataset(folder), **how)
+        evaluate(clip, open_dataset(folder), request=Request(**request_fields))
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"min_entities": 0}, {"threshold": 0.0}, {"threshold": 1.5}])
-def test_rules_that_mean_nothing(wrong):
+def test_invalid_configurations_raise(wrong):
     with pytest.raises(OptionError):
-        Rules(**wrong)
+        PhraseConfig(**wrong)
 
 
 def test_images_inside_tables_have_no_boxes_to_score(folder, clip, monkeypatch):
     data = open_dataset(folder, "test")
     real = data.read
     monkeypatch.setattr(data, "read", lambda name: dataclasses.replace(real(name), image=b"..."))
-    with pytest.raises(GroundingError, match=r"not one phrase .*3 pictures failed_input.*first: a picture inside a"):
-        evaluate(clip, data, methods=["rollout"])
+    with pytest.raises(GroundingError, match=r"no phrase .*3 images failed_input.*an image inside a table"):
+        evaluate(clip, data, request=ROLLOUT)
 
 
-def test_a_image_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
-    real = evaluation.explain
+def test_an_image_with_numeric_trouble_is_counted(folder, clip, monkeypatch):
+    real = evaluation.explain_request
 
-    def explain(adapter, images, texts, **how):
-        if "first" in images[0]:
+    def explain(adapter, images, texts, request):
+        if "first" in images[0].path:
             raise NumericError("NaN")
-        return real(adapter, images, texts, **how)
+        return real(adapter, images, texts, request)
 
-    monkeypatch.setattr(evaluation, "explain", explain)
-    assert evaluate(clip, open_dataset(folder), methods=["rollout"])["skipped"] == {"failed_numeric": 2}
+    monkeypatch.setattr(evaluation, "explain_request", explain)
+    assert evaluate(clip, open_dataset(folder), request=ROLLOUT)["skipped"] == {"failed_numeric": 2}
 
 
 def test_thresholds_are_tuned_on_the_validation_split(folder, clip, perfect):
     write_data(folder, IMAGES, split="val")
-    with pytest.raises(OptionError, match="none of it"):  # all: the validation split, too
-        evaluate(clip, open_dataset(folder), Rules(tune_threshold=True), **PERFECT)
-    found = evaluate(clip, open_dataset(folder, "test"), Rules(tune_threshold=True), **PERFECT)
+    with pytest.raises(OptionError, match="without it"):  # all splits: the validation split too
+        evaluate(clip, open_dataset(folder), PhraseConfig(tune_threshold=True), PERFECT)
+    found = evaluate(clip, open_dataset(folder, "test"), PhraseConfig(tune_threshold=True), PERFECT)
     assert found["rules"]["threshold"] == "tuned on val"
-    assert found["methods"]["gradcam"]["threshold"] in evaluation.TUNING
+    assert found["methods"]["gradcam"]["threshold"] in evaluation.TUNING_THRESHOLDS
     assert found["methods"]["gradcam"]["iou50"] == 1
-    assert "tuned on val (gradcam 0." in markdown(found)
-    fixed = evaluate(clip, open_dataset(folder), Rules(threshold=0.9), **PERFECT)
+    assert "tuned on val (gradcam 0." in phrase_markdown(found)
+    fixed = evaluate(clip, open_dataset(folder), PhraseConfig(threshold=0.9), PERFECT)
     assert fixed["methods"]["gradcam"]["iou50"] < 1
 
 
 def test_real_maps_of_a_text_blind_method_are_one_and_the_same(folder, clip):
-    found = evaluate(clip, open_dataset(folder), methods=["gradcam", "rollout"])["methods"]
+    found = evaluate(clip, open_dataset(folder), request=BOTH)["methods"]
     assert found["rollout"]["caption_swap_correlation"] == 1.0
     assert found["rollout"]["swap"] == 0
     assert found["gradcam"]["caption_swap_correlation"] < 0.999
@@ -215,7 +220,7 @@ def white(tmp_path):
 def linear_case(path, maps, adapter, captions=("a",)):
     seen = adapter.prepare([str(path)], [["a"]]).geometry[0].seen_cells
     texts = tuple(dict.fromkeys(text for own in maps.values() for text in own))
-    return Case(
+    return FaithfulnessCase(
         path, texts, {key: {t: np.asarray(m) for t, m in own.items()} for key, own in maps.items()}, seen, captions
     )
 
@@ -236,9 +241,9 @@ def test_areas_of_a_linear_model_in_closed_form(white):
     other = np.random.default_rng(1).uniform(0, 1, (ROWS, COLUMNS))
     adapter = LinearAdapter({"a": weights, "b": other})
     case = linear_case(white, {"true": {"a": weights, "b": other}, "shared": {"a": other, "b": other}}, adapter)
-    found = areas(adapter, case, "black", None, seed=3)
+    found = deletion_curves_area(adapter, case, "black", None, seed=3)
     for key, maps in case.maps.items():
-        expected = [by_hand(w, order_of(maps[t], case.seen)) for t, w in (("a", weights), ("b", other))]
+        expected = [by_hand(w, deletion_order(maps[t], case.seen)) for t, w in (("a", weights), ("b", other))]
         assert found.deletion[key] == pytest.approx(sum(deletion for deletion, _ in expected))
         assert found.insertion[key] == pytest.approx(sum(insertion for _, insertion in expected))
     assert found.full == pytest.approx(weights.sum() + other.sum())
@@ -252,7 +257,7 @@ def test_scores_of_the_best_and_of_any_order(white, weights, deletion, monkeypat
     monkeypatch.setattr(believing, "randomisation", lambda *_, **__: ([], {"true": []}))
     monkeypatch.setattr(believing, "text_sensitivity", lambda *_: {"true": {}})
     case = linear_case(white, {"true": {"a": weights}}, adapter)
-    found = faithfulness(adapter, [case, case], {}, "black")
+    found = faithfulness(adapter, [case, case], Request(), "black")
     assert found["methods"]["true"]["deletion"]["auc"] == pytest.approx(deletion)
     assert found["methods"]["true"]["insertion"]["auc"] == pytest.approx(1 - deletion)
     control = found["methods"][CONTROL]["deletion"]["auc"]
@@ -261,26 +266,26 @@ def test_scores_of_the_best_and_of_any_order(white, weights, deletion, monkeypat
     json.dumps(found, allow_nan=False)
 
 
-def test_what_is_no_image_is_never_touched(white):
+def test_padding_is_never_removed(white):
     """Two columns are padding, with weights of their own: they add to every score alike."""
     weights = np.arange(CELLS, dtype=float).reshape(ROWS, COLUMNS)
     adapter = LinearAdapter({"a": weights}, shown=3)
     case = linear_case(white, {"true": {"a": weights}}, adapter)
-    found = areas(adapter, case, "black", None, seed=0)
+    found = deletion_curves_area(adapter, case, "black", None, seed=0)
     padding = weights[:, 3:].sum()
     assert (found.full, found.empty) == (pytest.approx(weights.sum()), pytest.approx(padding))
-    deletion, _ = by_hand(weights, order_of(weights, case.seen))
+    deletion, _ = by_hand(weights, deletion_order(weights, case.seen))
     # 12 patches in 20 steps: the curve has plateaus, so the area is that of whole patches only roughly.
     assert found.deletion["true"] == pytest.approx(deletion, rel=0.05)
 
 
 @pytest.mark.parametrize("baseline", ["blur", "mean"])
-def test_nothing_can_be_said_where_the_baseline_is_the_image(white, baseline, monkeypatch):
+def test_areas_are_undefined_where_the_baseline_equals_the_image(white, baseline, monkeypatch):
     adapter = LinearAdapter({"a": one_hot()})
     monkeypatch.setattr(believing, "randomisation", lambda *_, **__: ([], {"true": []}))
     monkeypatch.setattr(believing, "text_sensitivity", lambda *_: {"true": {}})
     case = linear_case(white, {"true": {"a": one_hot()}}, adapter)
-    found = faithfulness(adapter, [case], {}, baseline)
+    found = faithfulness(adapter, [case], Request(), baseline)
     assert found["methods"]["true"]["deletion"]["auc"] is None
 
 
@@ -288,9 +293,9 @@ def test_faults_in_faithfulness(white):
     adapter = LinearAdapter({"a": one_hot() * np.nan})
     case = linear_case(white, {"true": {"a": one_hot()}}, adapter)
     with pytest.raises(NumericError, match="NaN or Inf"):
-        faithfulness(adapter, [case], {}, "black")
+        faithfulness(adapter, [case], Request(), "black")
     with pytest.raises(GroundingError, match="no case"):
-        faithfulness(adapter, [], {}, "black")
+        faithfulness(adapter, [], Request(), "black")
 
 
 def test_cells_of_pixels():
@@ -306,28 +311,25 @@ def test_cells_of_pixels():
 # ---------------------------------------------------------------- what maps depend on
 
 
-def clip_cases(folder, clip, how):
-    return evaluation._tally(
-        clip, open_dataset(folder), Rules(min_entities=1), [0.5], how, False, keep_cases=True
-    ).cases
+def clip_cases(folder, clip, request):
+    config = PhraseConfig(min_entities=1)
+    return evaluation._score_split(clip, open_dataset(folder), config, [0.5], request, False, keep_cases=True).cases
 
 
 def test_text_sensitivity_and_faithfulness_of_a_real_model(folder, clip):
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    found = evaluate(
-        clip, open_dataset(folder), Rules(faithfulness=True, limit=2), methods=["gradcam", "rollout"], seed=0
-    )
+    found = evaluate(clip, open_dataset(folder), PhraseConfig(faithfulness=True, limit=2), BOTH)
     document = found["faithfulness"]
     assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
     methods = document["methods"]
     assert set(methods) == {"gradcam", "rollout", "random"}
     assert methods["rollout"]["text_sensitivity"] == methods["rollout"]["foreign_text"] == 1.0
     assert methods["gradcam"]["foreign_text"] < 0.999
-    assert document["randomised"][-1] == EVERYTHING
+    assert document["randomised"][-1] == ALL_PARAMETERS
     assert len(methods["gradcam"]["randomisation"]) == len(document["randomised"]) == 4
     assert all(-1 <= value < 0.9999 for value in methods["gradcam"]["randomisation"])
-    for table in ("Faithfulness: 2 pictures, 5 texts", "| down to | gradcam | rollout |", "| every parameter | "):
-        assert table in markdown(found)
+    for table in ("Faithfulness: 2 images, 5 texts", "| down to | gradcam | rollout |", "| every parameter | "):
+        assert table in phrase_markdown(found)
     json.loads(as_json(found))
 
 
@@ -338,7 +340,7 @@ def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
         state = redrawn.model.state_dict()
         changed.append((name, {key for key, value in state.items() if not torch.equal(value, before[key])}))
     blocks = clip.structure.stacks["vision"].blocks
-    assert [name for name, _ in changed] == [*reversed(blocks), EVERYTHING]
+    assert [name for name, _ in changed] == [*reversed(blocks), ALL_PARAMETERS]
     assert all(key.startswith(blocks[-1]) for key in changed[0][1])
     assert {key.startswith(tuple(blocks[-2:])) for key in changed[1][1]} == {True}
     assert changed[0][1] < changed[1][1] < changed[-1][1]
@@ -351,11 +353,11 @@ def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
     assert float(again[0].std() / old.std()) == pytest.approx(1, abs=0.1)
 
 
-def test_a_image_with_one_caption_is_held_against_another_ones(folder, clip):
-    how = {"methods": ["rollout"], "select": evaluation.WHOLE}
-    cases = clip_cases(folder, clip, how)
-    single = [Case(case.image, case.texts, case.maps, case.seen, case.captions[:1]) for case in cases]
-    found = text_sensitivity(clip, single, how)["rollout"]
+def test_an_image_with_one_caption_is_compared_with_another_image(folder, clip):
+    request = dataclasses.replace(ROLLOUT, select=evaluation.CAPTION_ONLY)
+    cases = clip_cases(folder, clip, request)
+    single = [FaithfulnessCase(case.image, case.texts, case.maps, case.seen, case.captions[:1]) for case in cases]
+    found = text_sensitivity(clip, single, request)["rollout"]
     assert found == {"text_sensitivity": [[]] * 3, "foreign_text": [[1.0]] * 3}
 
 
@@ -367,7 +369,7 @@ def test_the_command_on_the_demo_world(command):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("Protocol mention-anybox")
-    assert "pictures with at least 3 entities" in out
+    assert "images with at least 3 entities" in out
     assert "| map | pointing % |" in out
     document = json.loads(Path("scores.json").read_text())
     assert (document["model"], document["data"]) == ("demo-clip", "demo scenes")
@@ -398,7 +400,7 @@ def test_choices_reach_the_document(command):
     ("argv", "code", "words"),
     [
         (["--split", "nothing"], 1, "there are: test, val"),
-        (["--data", "nowhere"], 1, "there is no such folder"),
+        (["--data", "nowhere"], 1, "no such folder"),
         (["--limit", "0"], 2, "at least 1 image"),
         (["--limit", "1", "--methods", "gradcan"], 2, "did you mean 'gradcam'"),
         (["--limit", "1", "--target", "logit"], 2, "no target 'logit'"),
@@ -406,7 +408,7 @@ def test_choices_reach_the_document(command):
         (["--output", "."], 1, "is a folder"),
         (["--output", "no/scores.json"], 1, "no folder that can be written into"),
         (["--output", "precious.txt"], 1, "was not written by this command"),
-        (["--min-entities", "9"], 1, "not one phrase of split 'test' could be scored"),
+        (["--min-entities", "9"], 1, "no phrase of split 'test' could be scored"),
     ],
 )
 def test_bad_requests_cost_one_line(command, argv, code, words):
@@ -423,12 +425,12 @@ def evaluation_warnings(counted):
 
 
 def test_a_broken_image_warns_and_the_rest_counts(command, folder):
-    (folder / "Images" / "first.png").write_bytes(b"no picture")
+    (folder / "Images" / "first.png").write_bytes(b"not an image")
     argv = ("--data", folder, "--methods", "rollout", "--device", "cpu")
     code, out, err = command(*argv)
     assert code == 0
     assert "first.png" in err.splitlines()[0]
-    assert "does not know: 'bus'" in err
+    assert "vocabulary of this model: 'bus'" in err
     assert "phrases skipped: failed_decode 2" in out
     assert command(*argv, "-q")[2] == ""
     words = evaluation_warnings({"demo advice": 5})

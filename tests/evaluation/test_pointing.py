@@ -12,7 +12,7 @@ from grounding.evaluation.pointing import Mention, best_threshold, mentions_of, 
 from grounding.evaluation.statistics import mean, pearson, ratio
 from tests.support.explanations import column, explanation, noise, whole
 
-# A picture of 80 x 80 pixels under 4 x 4 patches of 20 pixels; boxes are whole patches.
+# A image of 80 x 80 pixels under 4 x 4 patches of 20 pixels; boxes are whole patches.
 BOXES = {"1": ((0, 0, 40, 20),), "2": ((40, 40, 80, 80),), "3": ((0, 60, 20, 80),)}
 CELLS = {"1": np.s_[0, :2], "2": np.s_[2:, 2:], "3": np.s_[3, 0]}
 MENTIONS = [
@@ -270,9 +270,9 @@ def test_none_is_no_value():
 
 
 def test_intervals_are_those_of_the_bootstrap_on_paper():
-    # Two pictures, 1 and 0: draws are 0, 1/2, 1 with 1/4, 1/2, 1/4, so the 2.5 % and 97.5 % points are 0 and 1.
+    # Two images, 1 and 0: draws are 0, 1/2, 1 with 1/4, 1/2, 1/4, so the 2.5 % and 97.5 % points are 0 and 1.
     assert mean([[1.0], [0.0]]).interval == (0, 1)
-    # Many pictures: the normal interval, half-width 1.96 sqrt(p (1 - p) / n).
+    # Many images: the normal interval, half-width 1.96 sqrt(p (1 - p) / n).
     low, high = mean([[float(i % 2)] for i in range(400)]).interval
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(0.25 / 400), rel=0.1)
     assert (high + low) / 2 == pytest.approx(0.5, abs=0.005)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adapters import load
-from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, explained, failed
+from grounding.batch.rows import RunMetadata, deduplicate_shared_maps, failed_row, to_row
 from grounding.batch.run_folder import RunFolder, write_manifest
 from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.datasets.flickr30k_entities import Entities
@@ -17,8 +17,8 @@ from grounding.engine.explain import explain
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 from grounding.engine.selection import Selection
-from grounding.evaluation.phrases import evaluate
-from grounding.evaluation.protocols import around, average
+from grounding.evaluation.phrases import PhraseConfig, evaluate
+from grounding.evaluation.protocols import average_maps, enclosing_box
 from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
 from grounding.explanation.explanation import Entry
 from tests.support.explanations import column, explanation, noise, whole
@@ -90,7 +90,7 @@ def found(label, kind, places, maps, *, signed=True, **fields):
 
 
 def rows_of(data, name, maps=None, prompts=None, *, signed=True, **fields):
-    """The rows of a picture; `maps` and `prompts` by the text of the phrase."""
+    """The rows of a image; `maps` and `prompts` by the text of the phrase."""
     made = []
     for caption in data.read(name).captions:
         own, about = {}, {}
@@ -101,16 +101,16 @@ def rows_of(data, name, maps=None, prompts=None, *, signed=True, **fields):
                     kept[place] = given[phrase.text]
         text = caption.text
         one = found(text, "phrase", own, [np.eye(4), *own.values()], signed=signed, **fields)
-        said = {
+        about_phrases = {
             place: found(f"image of {text[slice(*place)]}", "", (), [raw], signed=signed)
             for place, raw in about.items()
         }
-        made.append(explained(name, caption.line, one, said))
+        made.append(to_row(name, caption.line, one, about_phrases))
     return made
 
 
 def write_run(path, data, rows, about=ABOUT, shards=None, source=None):
-    """A run of these rows by picture, two pictures a shard; of `shards` only, where given."""
+    """A run of these rows by image, two images a shard; of `shards` only, where given."""
     path.mkdir(exist_ok=True)
     written = {
         "ids": list(rows),
@@ -134,10 +134,10 @@ THINGS = [thing(1, *TWO), thing(2, *PATCH), thing(3, "nobndbox"), thing(4, "scen
 
 @pytest.fixture
 def data(tmp_path):
-    """One picture with one caption: a dog in two boxes, a ball in one patch, and four phrases without a box."""
-    said = [("A Dog", 1, "animals"), ("the ball", 2, "other"), ("a thought", 3), ("a beach", 4, "scene")]
-    said += [("each other", 0, "notvisual"), ("a ghost", 9)]
-    write_image(tmp_path / "data", "one", [marked(*said)], THINGS)
+    """One image with one caption: a dog in two boxes, a ball in one patch, and four phrases without a box."""
+    phrases = [("A Dog", 1, "animals"), ("the ball", 2, "other"), ("a thought", 3), ("a beach", 4, "scene")]
+    phrases += [("each other", 0, "notvisual"), ("a ghost", 9)]
+    write_image(tmp_path / "data", "one", [marked(*phrases)], THINGS)
     return open_dataset(tmp_path / "data", "test")
 
 
@@ -272,18 +272,18 @@ def entry_maps(*raws, threshold):
 
 def test_averages_are_from_zero_to_one_and_never_thresholded_again():
     raw = np.arange(16.0).reshape(4, 4) - 4
-    mean = average(entry_maps(raw, -raw, threshold=0.5))
+    mean = average_maps(entry_maps(raw, -raw, threshold=0.5))
     # Views: 11 downwards to 6 (half of 11 cuts 5), and 4 downwards to 2.
     first, second = np.where(raw >= 5.5, raw / 11, 0), np.where(-raw >= 2, -raw / 4, 0)
     assert mean.view == pytest.approx((first + second) / 2)
     assert mean.peak == GEOMETRY.cell_centre(0, 0)  # 0.5 there and in the last patch
-    again = average(entry_maps(delta((0, 0)) + 0.6 * delta((3, 3)), delta((0, 0)), threshold=0.5))
+    again = average_maps(entry_maps(delta((0, 0)) + 0.6 * delta((3, 3)), delta((0, 0)), threshold=0.5))
     assert (again.view[0, 0], again.view[3, 3]) == (1, pytest.approx(0.3))
-    assert average(entry_maps(-raw - 20, -raw - 30, threshold=0)).status.reason.startswith("all negative")
+    assert average_maps(entry_maps(-raw - 20, -raw - 30, threshold=0)).status.reason.startswith("all negative")
 
 
 def test_the_box_around_others():
-    assert around([(5, 6, 7, 8), (1, 7, 6, 20)]) == (1, 6, 7, 20)
+    assert enclosing_box([(5, 6, 7, 8), (1, 7, 6, 20)]) == (1, 6, 7, 20)
 
 
 def test_a_chain_is_averaged_over_the_captions_that_are_read(tmp_path, twice):
@@ -318,7 +318,7 @@ def test_float16_moves_no_peak(tmp_path, twice):
 
 @pytest.fixture
 def several(tmp_path):
-    """Five pictures of two captions, two phrases each: a red one and a blue one, with a patch as box for each."""
+    """Five images of two captions, two phrases each: a red one and a blue one, with a patch as box for each."""
     for name in ("fine", "broken", "cut", "changed", "poor"):
         sentences = [marked(("a red dot", 1), ("a blue dot", 2)), marked(("red", 1), ("blue", 2))]
         things = [thing(1, (0, 0, 20, 20)), thing(2, (60, 60, 80, 80) if name != "poor" else "nobndbox")]
@@ -329,7 +329,7 @@ def several(tmp_path):
 def several_rows(data):
     maps = {"a red dot": delta((0, 0)), "red": delta((0, 0)), "a blue dot": delta((0, 0)), "blue": delta((3, 3))}
     rows = {name: rows_of(data, name, maps, maps) for name in data.ids}
-    rows["broken"][1] = failed("broken", 1, "red and blue", "failed_oom", "no memory left")
+    rows["broken"][1] = failed_row("broken", 1, "red and blue", "failed_oom", "no memory left")
     for row in rows["cut"]:
         row["truncated"] = True
         row["entries"] = [
@@ -370,7 +370,7 @@ def test_images_that_the_data_set_lost_are_named(tmp_path, several):
 def test_runs_that_are_not_done_say_so(tmp_path, several):
     run = write_run(tmp_path / "run", several, several_rows(several), shards=[0, 2])
     documents = evaluate_run(run, several)
-    assert documents[ANY]["problems"] == ["1 of 3 shards of the run are not done: their pictures are not scored"]
+    assert documents[ANY]["problems"] == ["1 of 3 shards of the run are not done: their images are not scored"]
     assert documents[ANY]["pictures"] == 3
     (tmp_path / "run" / "part-00000.parquet").write_bytes(b"")
     assert "2 of 3 shards" in evaluate_run(run, several)[ANY]["problems"][0]
@@ -386,9 +386,9 @@ def test_runs_of_one_protocol(tmp_path, data):
         run = write_run(tmp_path / kind, data, rows[kind])
         documents = evaluate_run(run, data)
         assert list(documents) == [name]
-        [said] = documents[name]["problems"]
-        assert f"{other} cannot be scored" in said
-        assert said.endswith(f"ground_flickr30k.py makes them with --protocols {other}")
+        [problem] = documents[name]["problems"]
+        assert f"{other} cannot be scored" in problem
+        assert problem.endswith(f"ground_flickr30k.py computes them with --protocols {other}")
         with pytest.raises(GroundingError, match=f"{other} cannot be scored"):
             evaluate_run(run, data, RunScoreConfig(protocol=(ANY, UNION)))
     with pytest.raises(GroundingError, match="mention-anybox cannot be scored"):
@@ -396,15 +396,15 @@ def test_runs_of_one_protocol(tmp_path, data):
 
 
 def test_runs_with_nothing_to_score(tmp_path, data):
-    row = failed("one", 0, "...", "failed_decode", "no picture")
+    row = failed_row("one", 0, "...", "failed_decode", "not an image")
     with pytest.raises(GroundingError, match="no maps to score: failed_decode 1"):
         evaluate_run(write_run(tmp_path / "failed", data, {"one": [row]}), data)
     run = run_of(tmp_path, data, delta((0, 0)), delta((0, 0)))
-    with pytest.raises(GroundingError, match=r"mention-anybox scored nothing .*pictures: min_entities 1"):
+    with pytest.raises(GroundingError, match=r"mention-anybox scored nothing .*images: min_entities 1"):
         evaluate_run(run, data, RunScoreConfig(min_entities=3))
     for path in data.folder.glob("Annotations/*"):
         path.unlink()
-    with pytest.raises(GroundingError, match=r"scored nothing .*pictures: failed_input 1\); first of all: .*changed"):
+    with pytest.raises(GroundingError, match=r"scored nothing .*images: failed_input 1\); first problem: .*changed"):
         evaluate_run(run, open_dataset(data.folder, "test"))
 
 
@@ -412,13 +412,13 @@ def test_the_data_of_a_run(tmp_path, data):
     run = run_of(tmp_path, data, delta((0, 0)), delta((0, 0)))
     assert isinstance(run_dataset(run), Entities)
     moved = data.folder.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="name them with --data"):
+    with pytest.raises(DataError, match="name the folder with --data"):
         run_dataset(run)
     there = run_dataset(run, moved)
     assert (there.folder, there.split) == (moved, "test")
     assert evaluate_run(run, there)[ANY]["problems"] == []
     nameless = write_run(tmp_path / "nameless", there, {"one": rows_of(there, "one")}, source={})
-    with pytest.raises(DataError, match="does not say where"):
+    with pytest.raises(DataError, match="does not name the folder"):
         run_dataset(nameless)
     (tmp_path / "list").mkdir()
     noise(8, 8).save(tmp_path / "list" / "a.png")
@@ -428,7 +428,7 @@ def test_the_data_of_a_run(tmp_path, data):
         run_dataset(plain)
 
 
-def test_rules_that_mean_nothing():
+def test_invalid_configurations_raise():
     for wrong in ({"threshold": 0}, {"threshold": 1.1}, {"min_entities": 0}):
         with pytest.raises(OptionError):
             RunScoreConfig(**wrong)
@@ -448,12 +448,12 @@ def test_a_run_scores_as_the_model_does(tmp_path, several):
         places = [tuple((p.start, p.end) for p in caption.phrases) for caption in record.captions]
         select = [[Selection(tokens=False, phrases=own) for own in places]]
         [made] = explain(clip, [str(record.image)], [texts], select=select, methods=["gradcam", "rollout"])
-        rows[name] = [explained(name, line, one, {}) for line, one in enumerate(made)]
+        rows[name] = [to_row(name, line, one, {}) for line, one in enumerate(made)]
     about = RunMetadata.of(clip, plan, "similarity", "leave-one-out", 0)
     run = write_run(tmp_path / "run", several, rows, about)
     stored = evaluate_run(run, several)[ANY]
-    direct = evaluate(clip, several, Rules(captions="all"), methods=["gradcam", "rollout"])
-    assert run.table(0)["rollout"].null_count == 2  # one map a picture
+    direct = evaluate(clip, several, PhraseConfig(captions="all"), Request(["gradcam", "rollout"]))
+    assert run.table(0)["rollout"].null_count == 2  # one map per image
     for key in ("pictures", "phrases", "skipped", "split", "data", "model"):
         assert stored[key] == direct[key], key
     for name, scores in direct["methods"].items():
@@ -479,8 +479,8 @@ def test_two_protocols_are_two_tables(tmp_path, data, command):
         assert numbers in part
         assert "| type | number | gradcam % | centre % | random % |" in part
         assert "phrases skipped: nobndbox 1, scene 1, notvisual 1, missing 1" in part
-    assert "1 pictures, 2 phrases scored" in first
-    assert "1 pictures, 2 chains whose first box covers more than 5 % of the picture (2 phrases) scored" in second
+    assert "1 images, 2 phrases scored" in first
+    assert "1 images, 2 chains whose first box covers more than 5 % of the image (2 phrases) scored" in second
     document = json.loads(Path("scores.json").read_text())
     assert list(document) == [ANY, UNION]
     # The same again, replacing a file of ours; and one protocol as one document.
@@ -528,9 +528,9 @@ def test_bad_requests_cost_one_line(tmp_path, data, command, argv, code, words):
     assert words in err
 
 
-def test_warnings_are_said_once(tmp_path, several, command):
+def test_warnings_are_printed_once(tmp_path, several, command):
     write_run(tmp_path / "run", several, several_rows(several), shards=[0, 2])
     code, _, err = command("--run", tmp_path / "run")
     assert code == 0
-    assert err == "warning: 1 of 3 shards of the run are not done: their pictures are not scored\n"
+    assert err == "warning: 1 of 3 shards of the run are not done: their images are not scored\n"
     assert command("--run", tmp_path / "run", "-q")[2] == ""

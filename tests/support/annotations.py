@@ -1,6 +1,6 @@
 """Images with phrases and boxes, as Flickr30k Entities is laid out."""
 
-from tests.conftest import noise
+from tests.support.images import noise
 
 
 def write_data(folder, images, split="test"):
