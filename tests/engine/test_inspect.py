@@ -183,7 +183,7 @@ def test_what_cannot_be_inspected_is_refused(clip, image):
         inspect(clip, [image, image], CAPTION)
     with pytest.raises(GroundingError, match="one image and one text, got 1 and 2"):
         inspect(clip, image, [CAPTION, "dogs"])
-    with pytest.raises(OptionError, match="nothing to inspect in 'two dogs'"):
+    with pytest.raises(OptionError, match="nothing to explain in 'two dogs'"):
         inspect(clip, image, "two dogs", select=Selection(caption=False, tokens=False))
     with pytest.raises(OptionError, match=r"gradcam.threshold"):
         inspect(clip, image, CAPTION, options={"gradcam.threshold": 2})
