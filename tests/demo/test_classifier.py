@@ -9,7 +9,7 @@ import torch
 import adapters
 from grounding import explain
 from grounding.core.demo import demo_model
-from tests.conftest import noise
+from tests.support.images import noise
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted((ROOT / "data/demo/classes").glob("*.jpg"))

@@ -15,8 +15,8 @@ from grounding.engine.layers import list_layers
 from grounding.engine.passes import disjoint_groups
 from grounding.explanation.figures.overlays import overlay
 from grounding.methods.base import Method
-from tests.conftest import noise
 from tests.support import models
+from tests.support.images import noise
 from tests.support.tolerances import HALF_MODEL, SINGLE, alike, close
 
 CAPTION = "a man in a red jacket"
@@ -107,7 +107,7 @@ def test_what_the_crop_cut_off_is_nan_and_hatched(clip):
     assert np.isnan(heat[:, :600]).all()
     assert np.isnan(heat[:, 1000:]).all()
     assert np.isfinite(heat[:, 600:1000]).all()
-    assert any("saw 25% of the picture" in w for w in found.warnings)
+    assert any("saw 25% of the image" in w for w in found.warnings)
     drawn = np.asarray(overlay(found[0], found.image).convert("RGB"), int)
     unseen, seen = drawn[:, :590], drawn[:, 610:990]
     assert (unseen.max(2) == unseen.min(2)).all()  # grey, no heat
