@@ -237,7 +237,7 @@ def test_ray_replaces_a_killed_worker(uninterrupted, tmp_path):
     try:
         done = (folder / "part-00000.json").exists
         until(lambda: done() or driver.poll() is not None, "no shard was done", COMMAND)
-        workers = [pid for pid in below(driver.pid) if name_of(pid).startswith("ray::Worker")]
+        workers = [pid for pid in below(driver.pid) if name_of(pid).startswith("ray::RayWorker")]
         os.kill(random.Random(1).choice(sorted(workers)), signal.SIGKILL)
         children = below(driver.pid)
         out, _ = driver.communicate(timeout=COMMAND)
