@@ -1,10 +1,10 @@
-"""Batch runs end to end: decode, preprocess, 5 captions with all their tokens by Grad-CAM and rollout, write shards.
+"""Cost of batch runs end to end: decode, preprocess, 5 captions with all tokens by Grad-CAM and rollout, write shards.
 
-CLIP ViT-B/16's size with random weights, on JPEG photographs' size (500 x 375), pictures decoded in one worker process.
-CPU time of the driver, all its threads, in units of the bare image tower on the same pixels in batches of the same size
-in the same process, measured before and after each run. The text side (reading captions, the text tower with all
-leave-one-out variants) is timed apart. `peak_mb` is what the driver holds at most, the model included, and
-`growth_after_100` by how much that is more than what it held at most until the first 100 pictures were stored.
+A CLIP of ViT-B/16's size with random weights, on JPEGs of 500 x 375 pixels, decoded in one worker process. The ratio is
+CPU time of the main process, all its threads, divided by that of the bare image tower on the same pixels in batches of
+the same size, measured in the same process before and after each run. The text side (tokenization, text tower with all
+leave-one-out variants) is timed separately. `peak_mb` is the peak memory of the main process, with the model;
+`growth_after_100` is how much larger it is than the peak while the first 100 images were computed, as a fraction.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks import clip
-from benchmarks.meter import Peak, quietly, say
+from benchmarks.meter import PeakMemory, no_progress, print_progress
 from grounding.adapter.base import Adapter
 from grounding.batch.config import BATCH_SIZE, RunConfig
 from grounding.batch.executors import LocalExecutor
@@ -34,15 +34,15 @@ SIZES = "dataset"
 UNIT = "the bare image tower on the same pixels"
 MODEL = "CLIP ViT-B/16 size"
 WIDTH, HEIGHT = 500, 375
-# Pictures of the bare passes before and after a run.
+# Images of the bare passes before and after a run.
 SAMPLE = 3 * BATCH_SIZE
 EARLY = 100
 
 
 def measure(dataset: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """One case per number of pictures, each run `repeats` times."""
+    """Measure one case per number of images, each run `repeats` times."""
     torch.set_num_threads(1)
-    tell = quietly if quiet else say
+    report = no_progress if quiet else print_progress
     adapter = clip.make_adapter()
     stopwatch = Stopwatch(adapter)
     cases = []
@@ -52,15 +52,15 @@ def measure(dataset: Sequence[int], repeats: int, *, quiet: bool = False) -> lis
             make_dataset(home, count)
             runs = []
             for number in range(repeats):
-                tell(f"{count} pictures, run {number + 1} of {repeats}")
-                runs.append(_one(adapter, stopwatch, home, Path(folder) / f"run-{count}-{number}"))
+                report(f"{count} images, run {number + 1} of {repeats}")
+                runs.append(_run(adapter, stopwatch, home, Path(folder) / f"run-{count}-{number}"))
             cases.append(_case(count, runs))
-            tell(f"{cases[-1]}")
+            report(f"{cases[-1]}")
     return cases
 
 
 class Stopwatch:
-    """CPU seconds spent in an adapter's text side."""
+    """CPU seconds spent in the text side of an adapter, whose methods it replaces by timed ones."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.seconds = 0.0
@@ -79,20 +79,20 @@ class Stopwatch:
 
 
 class Growth(Progress):
-    """How much memory was held at most when the first `EARLY` pictures were done."""
+    """Records the peak memory while the first `EARLY` images are computed, as `early` in MB."""
 
-    def __init__(self, peak: Peak) -> None:
-        self.peak, self.done, self.early = peak, 0, 0.0
+    def __init__(self, memory: PeakMemory) -> None:
+        self.memory, self.done, self.early = memory, 0, 0.0
 
     def on_shard(self, sidecar: dict[str, Any]) -> None:
-        """A shard was committed."""
+        """Count a committed shard."""
         if self.done < EARLY:
-            self.early = self.peak.mb
+            self.early = self.memory.mb
         self.done += sidecar["rows"] // clip.CAPTIONS
 
 
 def make_dataset(home: Path, count: int) -> None:
-    """Noisy JPEGs with five captions each, as Flickr30k is laid out."""
+    """Write noisy JPEGs with five captions each, in the layout of Flickr30k."""
     (home / "Images").mkdir(parents=True)
     with (home / "captions.txt").open("w", newline="") as file:
         table = csv.writer(file)
@@ -103,17 +103,17 @@ def make_dataset(home: Path, count: int) -> None:
             table.writerows([f"{number:05d}.jpg", caption] for caption in clip.captions())
 
 
-def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[str, float]:
-    work = RunConfig(str(home), threads=1)
-    data = work.dataset()
+def _run(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[str, float]:
+    config = RunConfig(str(home), threads=1)
+    data = config.dataset()
     pixels = _pixels(adapter, data)
     before = _tower(adapter, pixels)
     stopwatch.seconds = 0.0
     cpu, wall = time.process_time(), time.perf_counter()
-    here = LocalExecutor(lambda: adapter, work, lambda _rows, _images: None)
-    with Peak() as peak:
-        growth = Growth(peak)
-        run_batch(output, work, data, data.ids, here, progress=growth)
+    executor = LocalExecutor(lambda: adapter, config, lambda _rows, _images: None)
+    with PeakMemory() as memory:
+        growth = Growth(memory)
+        run_batch(output, config, data, data.ids, executor, progress=growth)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     tower = statistics.mean([before, _tower(adapter, pixels)]) * len(data.ids)
     stored = sum(path.stat().st_size for path in output.glob("part-*"))
@@ -121,14 +121,14 @@ def _one(adapter: Any, stopwatch: Stopwatch, home: Path, output: Path) -> dict[s
         "without": (cpu - stopwatch.seconds) / tower,
         "with": cpu / tower,
         "rate": len(data.ids) / wall,
-        "peak": peak.mb,
-        "growth": peak.mb / growth.early - 1,
+        "peak": memory.mb,
+        "growth": memory.mb / growth.early - 1,
         "stored": stored / len(data.ids),
     }
 
 
 def _pixels(adapter: Any, data: Any) -> list[torch.Tensor]:
-    """The first pictures as the tower gets them, in batches."""
+    """Return the preprocessed pixels of the first images, in batches."""
     chosen = [data.read(name).image for name in data.ids[:SAMPLE]]
     batches = [chosen[first : first + BATCH_SIZE] for first in range(0, len(chosen), BATCH_SIZE)]
     return [
@@ -138,7 +138,7 @@ def _pixels(adapter: Any, data: Any) -> list[torch.Tensor]:
 
 
 def _tower(adapter: Any, pixels: Sequence[torch.Tensor]) -> float:
-    """CPU seconds a picture."""
+    """Return CPU seconds per image."""
     started = time.process_time()
     with torch.inference_mode():
         for batch in pixels:

@@ -1,10 +1,9 @@
-"""A ResNet-50 at full size, random weights from a configuration: B pictures, a class of its own for each.
+"""Cost of maps for a ResNet-50 of full size with random weights: B images, one class for each.
 
-The unit is one bare forward pass over the same B pictures; it is measured before and after every run. `case` says what
-is computed: Grad-CAM at the last stage or at the one before for classes that are known, at the last stage for the
-predicted classes, HiResCAM, for ten classes per picture, all of that from pixel values on; or `explain()` end to end,
-image processor, probabilities and boxes included. The tutorial loop is a full forward and backward pass per picture
-with all parameters on the graph.
+The unit is one bare forward pass over the same B images, measured before and after every run. `case` is what is
+computed from pixel values: Grad-CAM at the last stage or at the one before for given classes, at the last stage for the
+predicted classes, HiResCAM, ten classes per image; or `explain()` end to end, with image processor, probabilities and
+boxes. The tutorial loop is a full forward and backward pass per image with gradients of all parameters.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from PIL import Image
 from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from adapters.classifier.adapter import ClassifierAdapter
-from benchmarks.meter import Ratio, quietly, ratio, say
+from benchmarks.meter import Ratio, no_progress, print_progress, ratio
 from grounding.core.text import Asked, Classes
-from grounding.engine.explain import compute, explain
+from grounding.engine.explain import compute_maps, explain
 from grounding.engine.passes import look
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 
 SIZES = "images"
-UNIT = "one bare forward pass over the same pictures"
+UNIT = "one bare forward pass over the same images"
 CLASSES = 1000
-# Case, classes per picture (0: the predicted one), layer, method.
+# Case, classes per image (0: the predicted one), layer, method.
 CASES = (
     ("maps, last stage", 1, None, "gradcam"),
     ("maps, predicted class", 0, None, "gradcam"),
@@ -41,19 +40,19 @@ CASES = (
 
 
 def measure(images: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """All cases for each number of pictures."""
+    """Measure all cases for each number of images."""
     torch.set_num_threads(1)
     adapter = make_adapter()
-    tell = quietly if quiet else say
-    return [case for count in images for case in _cases(adapter, count, repeats, tell)]
+    report = no_progress if quiet else print_progress
+    return [case for count in images for case in _cases(adapter, count, repeats, report)]
 
 
 def _cases(
-    adapter: ClassifierAdapter, count: int, repeats: int, tell: Callable[[str], None]
+    adapter: ClassifierAdapter, count: int, repeats: int, report: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     images = [_noise(seed) for seed in range(count)]
-    seen = adapter.prepare_images(images)
-    forward = functools.partial(_forward, adapter, seen)
+    prepared = adapter.prepare_images(images)
+    forward = functools.partial(_forward, adapter, prepared)
     works: list[tuple[str, str, int, Callable[[], object]]] = []
     for case, classes, layer, method in CASES:
         asked: list[list[Asked]] = [
@@ -62,13 +61,13 @@ def _cases(
         plan = plan_methods(adapter, Request([method], layers=[layer] if layer else []))
 
         def maps(asked: Any = asked, plan: Any = plan) -> object:
-            # A memory of its own for every run, or all but the first would find the pass made already.
-            inputs = replace(seen, memory={})
+            # Every run gets an empty cache, or only the first would run the model.
+            inputs = replace(prepared, memory={})
             if adapter.looks_first(asked):
                 look(adapter, inputs, plan)
             inputs = adapter.prepare_texts(inputs, asked)
             targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
-            return compute(adapter, inputs, targets, plan).maps
+            return compute_maps(adapter, inputs, targets, plan).maps
 
         works.append((case, method, max(1, classes), maps))
     known = [(7 * b) % len(adapter.labels) for b in range(count)]
@@ -76,14 +75,16 @@ def _cases(
         ("end to end", "gradcam", 1, lambda: explain(adapter, images, known, methods=["gradcam"], batch_size=count))
     )
     for case, method, classes, work in works:
-        yield _row(case, method, count, classes, ratio(work, forward, repeats, work), tell)
-    loop = ratio(lambda: _tutorial(adapter, seen, known), forward, repeats, forward)
+        yield _row(case, method, count, classes, ratio(work, forward, repeats, work), report)
+    loop = ratio(lambda: _tutorial(adapter, prepared, known), forward, repeats, forward)
     adapter.model.zero_grad(set_to_none=True)
-    yield _row("tutorial loop", "gradcam", count, 1, loop, tell)
+    yield _row("tutorial loop", "gradcam", count, 1, loop, report)
 
 
-def _row(case: str, method: str, count: int, classes: int, found: Ratio, tell: Callable[[str], None]) -> dict[str, Any]:
-    tell(f"{count} pictures, {case}, {method}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
+def _row(
+    case: str, method: str, count: int, classes: int, found: Ratio, report: Callable[[str], None]
+) -> dict[str, Any]:
+    report(f"{count} images, {case}, {method}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
     return {
         "case": case,
         "method": method,
@@ -95,7 +96,7 @@ def _row(case: str, method: str, count: int, classes: int, found: Ratio, tell: C
 
 
 def make_adapter() -> ClassifierAdapter:
-    """A ResNet-50 that knows nothing of a thousand classes."""
+    """Return a ResNet-50 with a thousand classes and random weights."""
     torch.manual_seed(0)
     names = {i: f"class {i}" for i in range(CLASSES)}
     model = ResNetForImageClassification(ResNetConfig(id2label=names)).eval()
@@ -113,7 +114,7 @@ def _forward(adapter: ClassifierAdapter, inputs: Any) -> torch.Tensor:
 
 
 def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -> list[torch.Tensor]:
-    """Grad-CAM picture by picture, gradients of every parameter included."""
+    """Return Grad-CAM of one image after the other, by full passes with gradients of every parameter."""
     made = []
     for pixels, index in zip(inputs.tensors["pixel_values"], classes, strict=True):
         kept: list[torch.Tensor] = []

@@ -1,8 +1,8 @@
-"""CLIP ViT-B/16, random weights from a configuration: 5 captions of 12 tokens, 60 leave-one-out targets a picture.
+"""Cost of maps for CLIP ViT-B/16 with random weights: 5 captions of 12 tokens, 60 leave-one-out targets per image.
 
-`maps`: the maps alone, text excluded, from prepared inputs and targets. `end_to_end`: `explain()` with its defaults on
-opened pictures, preprocessing and text included (65 entries: the captions too). The tutorial loop is a full forward and
-backward pass per target with all parameters on the graph, its text excluded, measured on a few targets and scaled.
+`maps`: the maps alone, from prepared inputs and targets, without texts. `end_to_end`: `explain()` with its defaults on
+opened images, with preprocessing and texts (65 entries: the captions too). The tutorial loop is a full forward and
+backward pass per target with gradients of all parameters, without texts, measured on a few targets and scaled.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from adapters.clip.adapter import ClipAdapter
-from benchmarks.meter import Cost, cost, quietly, say
+from benchmarks.meter import Cost, cost, no_progress, print_progress
 from grounding.core.images import open_image
-from grounding.engine.explain import compute, explain
+from grounding.engine.explain import compute_maps, explain
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 
 SIZES = "pictures"
-UNIT = "one bare image-tower forward pass on the same pictures"
+UNIT = "one bare image-tower forward pass on the same images"
 CAPTIONS, TOKENS = 5, 12
-SEEN = "picture seen before"
-# Method, variant, options. Relevance grows with the number of targets: one picture says it all.
-METHODS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
+CACHED = "picture seen before"
+# Method, variant, options. The cost of relevance is proportional to the number of targets: one image suffices.
+CASES: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("gradcam", None, {}),
     ("gradcam_ln", None, {}),
     ("rollout", None, {}),
@@ -43,31 +43,33 @@ BOS, EOS = 49406, 49407
 
 
 def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """All cases for each number of pictures."""
+    """Measure all cases for each number of images."""
     torch.set_num_threads(1)
     adapter = make_adapter()
-    tell = quietly if quiet else say
+    report = no_progress if quiet else print_progress
     cases = []
     for count in counts:
         images = [open_image(_noise(seed)) for seed in range(count)]
         inputs = adapter.prepare(images, [captions()] * count)
         targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
         pixels = inputs.tensors["pixel_values"]
-        tell(f"{count} pictures, {len(targets)} targets: bare forward")
+        report(f"{count} images, {len(targets)} targets: bare forward")
         bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
         loops = {m: _naive(adapter, inputs, targets, m) / bare.seconds for m in ("gradcam", "relevance")}
-        for method, variant, options in METHODS:
+        for method, variant, options in CASES:
             if method == "relevance" and count > 1:
                 continue
             naive = None if variant else loops.get(method)
-            tell(f"{count} pictures: {method} {variant or ''}")
+            report(f"{count} images: {method} {variant or ''}")
             plan = plan_methods(adapter, Request([method], options=options))
-            # A memory of its own for every run, or all but the first would find the pass made already.
-            found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, replace(i, memory={}), t, p), repeats)
+            # Every run gets an empty cache, or only the first would run the vision stack.
+            found = cost(
+                lambda p=plan, i=inputs, t=targets: compute_maps(adapter, replace(i, memory={}), t, p), repeats
+            )
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
             if method != "relevance":
-                found = cost(lambda p=plan, i=inputs, t=targets: compute(adapter, i, t, p), repeats)
-                cases.append(_case("maps", method, SEEN, count, len(targets), found, bare, None))
+                found = cost(lambda p=plan, i=inputs, t=targets: compute_maps(adapter, i, t, p), repeats)
+                cases.append(_case("maps", method, CACHED, count, len(targets), found, bare, None))
             found = cost(
                 lambda m=method, o=options, i=images: explain(
                     adapter, i, [captions()] * len(i), methods=[m], options=o, batch_size=len(i)
@@ -81,7 +83,7 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 
 
 def make_adapter() -> ClipAdapter:
-    """A CLIP of ViT-B/16's size that knows nothing."""
+    """Return a CLIP of ViT-B/16's size with random weights."""
     torch.manual_seed(0)
     config = CLIPConfig(
         text_config={
@@ -105,7 +107,7 @@ def make_adapter() -> ClipAdapter:
 
 
 def captions() -> list[str]:
-    """Five texts of twelve tokens."""
+    """Return five texts of twelve tokens."""
     return [" ".join(f"w{1 + TOKENS * c + t}" for t in range(TOKENS)) for c in range(CAPTIONS)]
 
 
@@ -119,7 +121,7 @@ def _forward(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> float:
-    """CPU seconds of the tutorial loop over all targets: a few measured, scaled."""
+    """Return CPU seconds of the tutorial loop over all targets, measured on a few and scaled."""
     model, pixels = adapter.model, inputs.tensors["pixel_values"]
     eager = method == "relevance"
     before = model.config._attn_implementation
@@ -137,7 +139,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 
 
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
-    """One full forward and backward pass, gradients of every parameter included, and the map of one target."""
+    """Return the map of one target by a full forward and backward pass with gradients of every parameter."""
     model, kept = adapter.model, []
     layer = model.get_submodule(adapter.structure.layer)
 

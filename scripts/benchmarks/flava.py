@@ -1,10 +1,10 @@
-"""FLAVA at full size, random weights from a configuration: a caption of T words, every one of them a target.
+"""Cost of maps for FLAVA of full size with random weights: a caption of T words, each of them a target.
 
-The unit is one bare forward pass of FlavaModel over the same picture and text, multimodal encoder included; it is
-measured before and after every run. `tap` is where Grad-CAM reads: the input of the last multimodal block, the output
-of the last image block, or (similarity) the input of its attention. The tutorial loop is a full forward and backward
-pass per token with all parameters on the graph, measured on three tokens and scaled; `difference` is how far its
-maps are from ours on these, relative to our largest value.
+The unit is one bare forward pass of FlavaModel over the same image and text, with the multimodal encoder, measured
+before and after every run. `tap` is the layer of Grad-CAM: the input of the last multimodal block, the output of the
+last image block, or (similarity) the input of its attention. The tutorial loop is a full forward and backward pass per
+token with gradients of all parameters, measured on three tokens and scaled; `difference` is the largest difference
+between its maps and ours on these tokens, relative to our largest value.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers import FlavaConfig, FlavaForPreTraining, PreTrainedTokenizerFa
 from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
 from adapters.flava.adapter import FlavaAdapter
-from benchmarks.meter import Ratio, quietly, ratio, say
-from grounding.engine.explain import compute
+from benchmarks.meter import Ratio, no_progress, print_progress, ratio
+from grounding.engine.explain import compute_maps
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 
 SIZES = "words"
-UNIT = "one bare forward pass of FlavaModel over the same picture and text"
-# Target, tap in words, layer, method.
+UNIT = "one bare forward pass of FlavaModel over the same image and text"
+# Target, stack of the layer, layer, method.
 CASES = (
     ("logit", "fusion", "fusion:-1.in", "gradcam"),
     ("logit", "vision", "-1", "gradcam"),
@@ -44,35 +44,35 @@ VOCABULARY = 30522
 
 
 def measure(words: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """All cases for each length of text."""
+    """Measure all cases for each length of text."""
     torch.set_num_threads(1)
     adapter = make_adapter()
-    tell = quietly if quiet else say
-    return [case for count in words for case in _cases(adapter, count, repeats, tell)]
+    report = no_progress if quiet else print_progress
+    return [case for count in words for case in _cases(adapter, count, repeats, report)]
 
 
-def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _cases(adapter: FlavaAdapter, count: int, repeats: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     inputs = adapter.prepare([_noise()], [[sentence(count)]])
     forward = functools.partial(_forward, adapter, inputs)
-    for target, tap, layer, method in CASES:
-        aimed = adapter.aimed(target)
-        targets = aimed.targets(inputs, [inputs.tokens[0].tokens()])
+    for target, stack, layer, method in CASES:
+        target_adapter = adapter.aimed(target)
+        targets = target_adapter.targets(inputs, [inputs.tokens[0].tokens()])
         assert len(targets) == count
-        plan = plan_methods(aimed, Request([method], layers=[layer] if layer else []))
+        plan = plan_methods(target_adapter, Request([method], layers=[layer] if layer else []))
 
-        def maps(own: Any = aimed, goal: Any = targets, plan: Any = plan) -> np.ndarray:
-            # A memory of its own for every run, or all but the first would find the pass made already.
-            return next(iter(compute(own, replace(inputs, memory={}), goal, plan).maps.values()))
+        def maps(own: Any = target_adapter, targets: Any = targets, plan: Any = plan) -> np.ndarray:
+            # Every run gets an empty cache, or only the first would run the vision stack.
+            return next(iter(compute_maps(own, replace(inputs, memory={}), targets, plan).maps.values()))
 
         found = ratio(maps, forward, repeats, maps)
-        loop, apart = None, None
+        loop, difference = None, None
         if target == "logit" and layer is not None:
-            loop, apart = _loop(aimed, inputs, aimed.resolve(layer), maps(), repeats, forward)
+            loop, difference = _loop(target_adapter, inputs, target_adapter.resolve(layer), maps(), repeats, forward)
             loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
-        tell(f"{count} words: {target} at {layer}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
+        report(f"{count} words: {target} at {layer}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
         yield {
             "target": target,
-            "tap": tap,
+            "tap": stack,
             "method": method,
             "layer": layer,
             "tokens": count,
@@ -80,14 +80,14 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, tell: Callable[[str]
             "naive_ratio": loop and round(loop.value, 1),
             "speedup": loop and round(loop.value / found.value, 1),
             "peak_mb": round(found.peak_mb),
-            "difference": apart and float(f"{apart:.1e}"),
+            "difference": difference and float(f"{difference:.1e}"),
         }
 
 
 def _loop(
     adapter: FlavaAdapter, inputs: Any, path: str, ours: np.ndarray, repeats: int, forward: Callable[[], object]
 ) -> tuple[Ratio, float]:
-    """What the tutorial loop costs for its tokens, and how far its maps are from ours."""
+    """Return the cost of the tutorial loop for its tokens, and the largest difference of its maps from ours."""
     kept: dict[int, np.ndarray] = {}
     rows = [(len(ours) - 1) * k // (LOOP_TOKENS - 1) for k in range(LOOP_TOKENS)]
 
@@ -100,7 +100,7 @@ def _loop(
 
 
 def make_adapter() -> FlavaAdapter:
-    """A FLAVA of the published size that knows nothing; without its codebook, which nothing here reads."""
+    """Return a FLAVA of the published size with random weights, without its codebook, which no case uses."""
     torch.manual_seed(0)
     model = FlavaForPreTraining(FlavaConfig(init_codebook=False)).eval()
     special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102}
@@ -117,7 +117,7 @@ def make_adapter() -> FlavaAdapter:
 
 
 def sentence(count: int) -> str:
-    """A text of `count` words, one token each."""
+    """Return a text of `count` words, one token each."""
     return " ".join(f"w{i}" for i in range(100, 100 + count))
 
 
@@ -132,7 +132,7 @@ def _forward(adapter: FlavaAdapter, inputs: Any) -> torch.Tensor:
 
 
 def _tutorial(adapter: FlavaAdapter, inputs: Any, path: str, row: int) -> np.ndarray:
-    """The map of one token by one full forward and backward pass, gradients of every parameter included."""
+    """Return the map of one token by a full forward and backward pass with gradients of every parameter."""
     kept: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:

@@ -1,4 +1,4 @@
-"""CPU time and peak memory of a piece of work, in this process."""
+"""CPU time and peak memory of a function in this process."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 
 PAGE = 4096
 INTERVAL = 0.002
-# Where the time of all threads counts, a watch that looks seldom.
+# For CPU time of all threads: the watching thread must add little to it.
 SLOW_INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`seconds` of CPU time (median of the runs) and `peak_mb`, the most memory held above the start (largest run)."""
+    """Median CPU `seconds` of the runs, and `peak_mb`: the largest increase of resident memory during a run."""
 
     seconds: float
     peak_mb: float
 
 
 def cost(work: Callable[[], object], repeats: int) -> Cost:
-    """Run once to warm up, then `repeats` times."""
+    """Run `work` once to warm up, then measure it `repeats` times."""
     work()
-    runs = [_one(work) for _ in range(repeats)]
+    runs = [_measure(work) for _ in range(repeats)]
     return Cost(statistics.median(r.seconds for r in runs), max(r.peak_mb for r in runs))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """CPU time of a piece of work in units of another one's, both as medians, and the most memory it held."""
+    """`value`: median CPU time of one function divided by that of another; `peak_mb`: peak memory of the first."""
 
     value: float
     peak_mb: float
@@ -48,20 +48,20 @@ def ratio(
     warm_up: Callable[[], object],
     enough: float = 8.0,
 ) -> Ratio:
-    """Run `work` `repeats` times, or fewer once it took `enough` seconds of CPU, and `unit` before and after each."""
+    """Measure `work` `repeats` times, fewer after `enough` seconds of CPU time, and `unit` before and after each run."""
     warm_up()
-    units, runs = [_one(unit)], []
+    units, runs = [_measure(unit)], []
     while len(runs) < repeats and sum(run.seconds for run in runs) < enough:
-        runs.append(_one(work))
-        units.append(_one(unit))
+        runs.append(_measure(work))
+        units.append(_measure(unit))
     value = statistics.median(r.seconds for r in runs) / statistics.median(u.seconds for u in units)
     return Ratio(value, max(r.peak_mb for r in runs))
 
 
-class Peak:
-    """The most memory that this process held since it was entered, `mb`, all of it counted. A context manager."""
+class PeakMemory:
+    """Context manager that watches the peak resident memory of this process, `mb`."""
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> PeakMemory:
         _trim()
         self._peak, self._done = 0, threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -74,7 +74,7 @@ class Peak:
 
     @property
     def mb(self) -> float:
-        """So far."""
+        """Peak since the start, in MB (2**20 bytes)."""
         self._peak = max(self._peak, _resident())
         return self._peak / 2**20
 
@@ -83,16 +83,16 @@ class Peak:
             self._peak = max(self._peak, _resident())
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
+def print_progress(text: str) -> None:
+    """Print a line of progress on stderr."""
     print(text, file=sys.stderr)
 
 
-def quietly(_text: str) -> None:
-    """No progress."""
+def no_progress(_text: str) -> None:
+    """Print nothing."""
 
 
-def _one(work: Callable[[], object]) -> Cost:
+def _measure(work: Callable[[], object]) -> Cost:
     _trim()
     before, peak, done = _resident(), [0], threading.Event()
 
@@ -102,7 +102,7 @@ def _one(work: Callable[[], object]) -> Cost:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    # Of this thread alone: the watcher's own time is not the work's. With one torch thread that is all there is.
+    # CPU time of this thread, without the watcher; torch runs on one thread.
     started = time.thread_time()
     work()
     seconds = time.thread_time() - started
@@ -115,7 +115,7 @@ def _one(work: Callable[[], object]) -> Cost:
 def _trim() -> None:
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one takes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed by earlier runs would hide the increase of this one
 
 
 def _resident() -> int:

@@ -1,10 +1,11 @@
-"""TrOCR-base size, random weights from a configuration: a line of T tokens, every one of them a target.
+"""Cost of maps for a TrOCR of base size with random weights: a line of T tokens, each of them a target.
 
-The unit is one bare forward pass of encoder and decoder over the same T tokens, all logits included; it is measured
-before and after every run. Rows named after a method are its maps alone, text known, picture not seen before;
-`default methods` are the adapter's, together; `explain` is `explain()` with its defaults, the model writing the text
-first. The tutorial loop is a full forward and backward pass per token with all parameters on the graph, measured on
-three tokens and scaled; `difference` is how far its maps are from ours on these, relative to our largest value.
+The unit is one bare forward pass of encoder and decoder over the same T tokens, with all logits, measured before and
+after every run. Rows named after a method are its maps alone, for a given text and an image without cached features;
+`default methods` are the adapter's, together; `explain` is `explain()` with its defaults, which generates the text
+first. The tutorial loop is a full forward and backward pass per token with gradients of all parameters, measured on
+three tokens and scaled; `difference` is the largest difference between its maps and ours on these tokens, relative to
+our largest value.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from adapters.trocr.adapter import TrOcrAdapter
-from benchmarks.meter import Ratio, quietly, ratio, say
+from benchmarks.meter import Ratio, no_progress, print_progress, ratio
 from grounding.core.images import open_image
 from grounding.core.text import Generate
-from grounding.engine.explain import compute, explain
+from grounding.engine.explain import compute_maps, explain
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 
 SIZES = "tokens"
 UNIT = "one bare forward pass of encoder and decoder over the same tokens"
-# Name, methods, layer. Those that grow with a backward pass per token are measured on short texts alone.
+# Name, methods, layer. Cases with a backward pass per token are measured on short texts only.
 LAST, INNER = "last encoder block", "-2"
-METHODS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
+CASES: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     (f"gradcam @ {LAST}", ("gradcam",), None),
     (f"gradcam_ln @ {LAST}", ("gradcam_ln",), None),
     ("gradcam @ encoder.layernorm", ("gradcam",), "encoder.layernorm"),
@@ -52,8 +53,8 @@ METHODS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("default methods", ("default",), None),
 )
 SHORT = 20
-SHORT_ALONE = ("gradcam @ encoder block -2", "relevance")
-LOOPED = METHODS[0][0]
+SHORT_ONLY = ("gradcam @ encoder block -2", "relevance")
+LOOPED = CASES[0][0]
 BEAMS = 4
 WARM_UP = 2  # tokens
 LOOP_TOKENS = 3
@@ -62,14 +63,14 @@ BOS, PAD, EOS = 0, 1, 2
 
 
 def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """All cases for each length of text."""
+    """Measure all cases for each length of text."""
     torch.set_num_threads(1)
     adapter = make_adapter()
-    tell = quietly if quiet else say
-    return [case for count in tokens for case in _cases(adapter, count, repeats, tell)]
+    report = no_progress if quiet else print_progress
+    return [case for count in tokens for case in _cases(adapter, count, repeats, report)]
 
 
-def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _cases(adapter: TrOcrAdapter, count: int, repeats: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     image = open_image(_noise())
     inputs = adapter.prepare_texts(adapter.prepare_images([image]), [[sentence(count)]])
     targets = adapter.targets(inputs, [inputs.tokens[0].tokens(special=True)])
@@ -78,10 +79,10 @@ def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str]
 
     def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, np.ndarray]:
         plan = plan_methods(adapter, Request(methods, layers=[layer] if layer else []))
-        # A memory of its own for every run, or all but the first would find the pass made already.
-        return compute(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
+        # Every run gets an empty cache, or only the first would run the encoder.
+        return compute_maps(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
 
-    def whole(size: int) -> object:
+    def explained(size: int) -> object:
         adapter.model.generation_config.min_new_tokens = size
         return explain(adapter, image, Generate(max_length=size))
 
@@ -99,14 +100,14 @@ def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str]
 
     def run(method: str, work: Callable[[int], object], size: int = count) -> Ratio:
         found = measured(lambda: work(size), warm_up=lambda: work(WARM_UP))
-        tell(f"{count} tokens: {method}: {found.value:.2f} x a forward pass for {size}, {found.peak_mb:.0f} MB")
+        report(f"{count} tokens: {method}: {found.value:.2f} x a forward pass for {size}, {found.peak_mb:.0f} MB")
         return found
 
-    write = functools.partial(_generate, adapter.model, inputs)
-    generate = run("generate", write)
+    generate_tokens = functools.partial(_generate, adapter.model, inputs)
+    generate = run("generate", generate_tokens)
     yield case("generate", generate)
     name = f"generate, {BEAMS} beams"
-    yield case(name, run(name, lambda size: write(size, beams=BEAMS)))
+    yield case(name, run(name, lambda size: generate_tokens(size, beams=BEAMS)))
     name, kept = "tutorial loop", {}
     rows = [(count - 1) * k // (LOOP_TOKENS - 1) for k in range(LOOP_TOKENS)]
     loop = run(
@@ -115,21 +116,21 @@ def _cases(adapter: TrOcrAdapter, count: int, repeats: int, tell: Callable[[str]
     loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
     adapter.model.zero_grad(set_to_none=True)
     yield case(name, loop)
-    for name, methods, layer in METHODS:
-        if name in SHORT_ALONE and count > SHORT:
+    for name, methods, layer in CASES:
+        if name in SHORT_ONLY and count > SHORT:
             continue
         found = run(name, functools.partial(maps, methods, layer))
         if name == LOOPED:
             ours = maps(methods, layer, count)["gradcam"]
-            apart = max(float(np.abs(ours[row] - cam).max() / np.abs(ours[row]).max()) for row, cam in kept.items())
-            yield case(name, found, loop, apart)
+            largest = max(float(np.abs(ours[row] - cam).max() / np.abs(ours[row]).max()) for row, cam in kept.items())
+            yield case(name, found, loop, largest)
         else:
             yield case(name, found)
-    yield case("explain", run("explain", whole))
+    yield case("explain", run("explain", explained))
 
 
 def make_adapter() -> TrOcrAdapter:
-    """A TrOCR of the base size that knows nothing."""
+    """Return a TrOCR of base size with random weights."""
     torch.manual_seed(0)
     encoder = ViTConfig(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, image_size=384,
@@ -153,7 +154,7 @@ def make_adapter() -> TrOcrAdapter:
 
 
 def sentence(count: int) -> str:
-    """A text that is `count` tokens with its end."""
+    """Return a text of `count` tokens, its end token included."""
     return " ".join(f"w{i}" for i in np.random.default_rng(count).integers(EOS + 1, VOCABULARY, count - 1))
 
 
@@ -168,7 +169,7 @@ def _forward(model: VisionEncoderDecoderModel, inputs: Any) -> torch.Tensor:
 
 
 def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: int = 1) -> torch.Tensor:
-    """`size` tokens, neither fewer nor more."""
+    """Generate exactly `size` tokens."""
     made = model.generate(
         inputs.tensors["pixel_values"], max_new_tokens=size, min_new_tokens=size, num_beams=beams, do_sample=False
     )
@@ -177,7 +178,7 @@ def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: i
 
 
 def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
-    """The map of one token by one full forward and backward pass, gradients of every parameter included."""
+    """Return the map of one token by a full forward and backward pass with gradients of every parameter."""
     model, kept, (rows, across) = adapter.model, [], adapter.grid(inputs)
 
     def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark's machinery, on a tiny model: its figures are reported, never asserted."""
+"""Benchmarks on tiny models: the cases that are documented, not their numbers."""
 
 import json
 import sys
@@ -106,7 +106,7 @@ def test_json_has_the_documented_cases_of_batch_runs(benchmark, capsys):
         ["--pictures", "1.5"],
     ],
 )
-def test_numbers_below_one_are_refused(benchmark, capsys, argv):
+def test_invalid_numbers_raise(benchmark, capsys, argv):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["clip", *argv])
     assert caught.value.code == 2
@@ -120,13 +120,13 @@ def test_text_is_a_table(benchmark, capsys):
     assert "bare forward" in err
 
 
-def test_the_meter_sees_memory_and_time(monkeypatch):
+def test_the_meter_measures_memory_and_time(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from benchmarks.meter import cost
 
     def work():
         held = bytearray(b"1") * (64 * 2**20)
-        time.sleep(0.2)  # a sum in C lets no other thread look
+        time.sleep(0.2)  # a sum in C holds the GIL, so the watcher could not run
         return sum(held)
 
     found = cost(work, 1)
