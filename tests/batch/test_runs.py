@@ -328,7 +328,7 @@ def test_an_interrupted_shard_is_computed_again(tmp_path):
     assert batch.content(done.path) == whole
 
 
-def test_what_is_wrong_for_every_image_stops_before_a_folder_is_filled(tmp_path):
+def test_an_error_of_the_request_creates_no_folder(tmp_path):
     folder = data(tmp_path / "data", 2)
     with pytest.raises(LayerError):
         run(tmp_path / "run", run_config(folder, layers=("nowhere",)))
