@@ -17,9 +17,9 @@ from grounding.explanation.explanation import Entry
 from grounding.explanation.figures.overlays import overlay, overlays
 from grounding.explanation.png import OVERLAY, overlay_names
 from grounding.explanation.storage import OutputError, check_output, listed, load, save, to_json
-from tests.explanation.test_storage import edited, names, same_as, strict
 from tests.support.explanations import column, explanation, noise, whole
 from tests.support.lines import along, line, written
+from tests.support.stored import edited, names, same_as, strict
 
 HOSTILE = ["../x", "😀", "", "\n", " ", "\udc80", "a" * 300, "CON", "-rf", "猫", "e\u0301", ".hidden", "</b>\0"]
 FILES = ["explanation.json", "figure.png", "maps.npz", "strip.png"]
