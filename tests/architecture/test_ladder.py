@@ -175,7 +175,7 @@ def test_one_place_crosses_to_original_pixels():
 
 
 def test_no_test_imports_another_test():
-    tests = [path for path in (ROOT / "tests").rglob("test_*.py")]
+    tests = list((ROOT / "tests").rglob("test_*.py"))
     assert len(tests) > 50
     pattern = re.compile(r"^\s*(?:from tests[\w.]*\.test_\w+ import|from tests[\w.]* import .*\btest_)", re.M)
     assert [str(path.relative_to(ROOT)) for path in tests if pattern.search(path.read_text())] == []
