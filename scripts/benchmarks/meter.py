@@ -48,7 +48,7 @@ def ratio(
     warm_up: Callable[[], object],
     enough: float = 8.0,
 ) -> Ratio:
-    """Measure `work` `repeats` times, fewer after `enough` seconds of CPU time, and `unit` before and after each run."""
+    """Measure `work` `repeats` times, fewer after `enough` CPU seconds, and `unit` before and after each run."""
     warm_up()
     units, runs = [_measure(unit)], []
     while len(runs) < repeats and sum(run.seconds for run in runs) < enough:

@@ -153,7 +153,7 @@ def test_phrases_without_boxes_are_counted_by_reason(folder, clip, perfect):
         ({"options": {"gradcam.nothing": 1}}, OptionError),
         ({"layers": ["nowhere"]}, LayerError),
         ({"target": "logit"}, TargetError),
-        ({"layers": ["-1"], "methods": ["gradcam"]}, LayerError),  # dead: known after the first picture
+        ({"layers": ["-1"], "methods": ["gradcam"]}, LayerError),  # dead: detected at the first image
     ],
 )
 def test_what_is_wrong_for_every_image_ends_at_once(folder, clip, request_fields, error):
