@@ -1,16 +1,16 @@
-"""The small CLIP of the demo: its configuration, the change of patch size, and the export."""
+"""The demo CLIP: configuration, change of patch size, export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from phrases import VOCABULARY
-from shipping import replaced
-from text import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, SPECIAL, build_processor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
+
+from scripts.demo.clip.tokenizer import BOS, EOS, IMAGE_SIZE, MAX_TOKENS, PAD, SPECIAL, build_processor
+from scripts.demo.scenes.phrases import VOCABULARY
+from scripts.demo.training import replaced, set_json_value
 
 WIDTH = 128
 
@@ -41,18 +41,18 @@ def build_model(patch: int) -> CLIPModel:
 
 
 def change_patch(model: CLIPModel, patch: int) -> CLIPModel:
-    """The same model with another patch size: kernel and position embeddings are resized, all else is copied."""
+    """Copy the model with another patch size; patch kernel and position embeddings are resized."""
     new = build_model(patch)
     state = model.state_dict()
     kernel = state["vision_model.embeddings.patch_embedding.weight"]
     size = functional.interpolate(kernel, size=(patch, patch), mode="bicubic", align_corners=False)
-    # Fewer pixels are summed, so each one weighs more: a constant picture keeps its embedding.
+    # A smaller kernel sums fewer pixels; the factor keeps the embedding of a constant image.
     state["vision_model.embeddings.patch_embedding.weight"] = size * (kernel.shape[-1] / patch) ** 2
     table = state["vision_model.embeddings.position_embedding.weight"]
     old_grid, grid = IMAGE_SIZE // kernel.shape[-1], IMAGE_SIZE // patch
-    places = table[1:].T.reshape(1, -1, old_grid, old_grid)
-    places = functional.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False)
-    state["vision_model.embeddings.position_embedding.weight"] = torch.cat([table[:1], places[0].flatten(1).T])
+    positions = table[1:].T.reshape(1, -1, old_grid, old_grid)
+    positions = functional.interpolate(positions, size=(grid, grid), mode="bicubic", align_corners=False)
+    state["vision_model.embeddings.position_embedding.weight"] = torch.cat([table[:1], positions[0].flatten(1).T])
     position_ids = "vision_model.embeddings.position_ids"
     if position_ids in state:
         state[position_ids] = new.state_dict()[position_ids]
@@ -61,7 +61,7 @@ def change_patch(model: CLIPModel, patch: int) -> CLIPModel:
 
 
 def export(model: CLIPModel, folder: Path) -> None:
-    """Write model (fp16), tokenizer and processor; the folder is replaced as a whole, never seen half written."""
+    """Write model (fp16), tokenizer and processor; the folder is replaced atomically."""
     with replaced(folder) as fresh:
         half = build_model(model.config.vision_config.patch_size)
         half.load_state_dict(model.state_dict())
@@ -69,7 +69,5 @@ def export(model: CLIPModel, folder: Path) -> None:
         processor = build_processor()
         processor.save_pretrained(fresh)
         processor.image_processor.save_pretrained(fresh)
-        # The class name that releases of transformers before and after 5.0 both know.
-        settings = json.loads((fresh / "tokenizer_config.json").read_text())
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        # A class name that exists in transformers before and after 5.0.
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")

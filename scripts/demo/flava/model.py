@@ -1,18 +1,18 @@
-"""The small FLAVA of the demo: its configuration, the warm start from the demo CLIP, and the export."""
+"""The demo FLAVA: configuration, initialisation from the demo CLIP, export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from flava_text import MAX_TOKENS, PAD, SPECIAL, WORD_IDS, build_tokenizer
-from phrases import VOCABULARY
-from shipping import replaced
-from text import IMAGE_SIZE
-from text import SPECIAL as CLIP_SPECIAL
 from torch import nn
 from transformers import CLIPModel, FlavaConfig, FlavaForPreTraining, FlavaImageProcessor
+
+from scripts.demo.clip.tokenizer import IMAGE_SIZE
+from scripts.demo.clip.tokenizer import SPECIAL as CLIP_SPECIAL
+from scripts.demo.flava.text import MAX_TOKENS, PAD, SPECIAL, WORD_IDS, build_tokenizer
+from scripts.demo.scenes.phrases import VOCABULARY
+from scripts.demo.training import replaced, set_json_value
 
 WIDTH = 128
 PATCH = 8
@@ -28,7 +28,7 @@ def build_model(fusion_blocks: int = FUSION_BLOCKS) -> FlavaForPreTraining:
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }
-    # No codebook and no loss on picture tokens: the smallest vocabulary that the heads for them can have.
+    # There is no codebook and no loss on image tokens, so their heads get the smallest possible vocabulary.
     image = {**shared, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": PATCH, "vocab_size": 2}
     text = {
         **shared,
@@ -57,14 +57,14 @@ def build_model(fusion_blocks: int = FUSION_BLOCKS) -> FlavaForPreTraining:
 
 
 def build_image_processor() -> FlavaImageProcessor:
-    """The demo CLIP's geometry: shortest edge to 112 pixels (bicubic), centre crop; shapes keep their proportions."""
+    """The demo CLIP's geometry: shortest edge to 112 pixels (bicubic), centre crop."""
     return FlavaImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
 
 
 def copy_linear(source: nn.Module, target: nn.Module) -> None:
-    """Weight, and bias where there is one (else zero)."""
+    """Copy the weight, and the bias if there is one (else set it to zero)."""
     target.weight.copy_(source.weight)
     if target.bias is not None:
         target.bias.copy_(source.bias) if source.bias is not None else target.bias.zero_()
@@ -88,7 +88,7 @@ def _copy_blocks(source: nn.ModuleList, target: nn.ModuleList) -> None:
 
 @torch.no_grad()
 def start_from_clip(model: FlavaForPreTraining, clip: CLIPModel, pixels: torch.Tensor) -> None:
-    """Copy what the CLIP has. Its pre-layernorm is folded into the embeddings, with the mean 1/sigma over `pixels`."""
+    """Copy the CLIP's weights; its pre-layernorm is folded into the embeddings with the mean 1/sigma over `pixels`."""
     flava, vision, text = model.flava, clip.vision_model, clip.text_model
     _copy_blocks(vision.encoder.layers, flava.image_model.encoder.layer)
     _copy_blocks(text.encoder.layers, flava.text_model.encoder.layer)
@@ -100,9 +100,9 @@ def start_from_clip(model: FlavaForPreTraining, clip: CLIPModel, pixels: torch.T
     _fold_image_embeddings(model, clip, pixels)
     words = text.embeddings.token_embedding.weight
     table = flava.text_model.embeddings.word_embeddings.weight
-    for place, name in enumerate(WORD_IDS):
-        table[WORD_IDS[name]] = words[len(CLIP_SPECIAL) + place]
-    # The embeddings pass a norm here and none in the CLIP: their usual scale goes into its weight.
+    for index, name in enumerate(WORD_IDS):
+        table[WORD_IDS[name]] = words[len(CLIP_SPECIAL) + index]
+    # Unlike the CLIP, FLAVA normalises the embeddings: the weight of that norm restores their scale.
     flava.text_model.embeddings.LayerNorm.weight.fill_(words.std(1).mean().item())
 
 
@@ -127,14 +127,12 @@ def _fold_image_embeddings(model: FlavaForPreTraining, clip: CLIPModel, pixels: 
 
 
 def export(model: FlavaForPreTraining, folder: Path) -> None:
-    """Write model (fp16), tokenizer and image processor; the folder is replaced as a whole, never seen half written."""
+    """Write model (fp16), tokenizer and image processor; the folder is replaced atomically."""
     with replaced(folder) as fresh:
         half = build_model(model.config.multimodal_config.num_hidden_layers)
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(fresh)
         build_tokenizer().save_pretrained(fresh)
         build_image_processor().save_pretrained(fresh)
-        # The class name that releases of transformers before and after 5.0 both know.
-        settings = json.loads((fresh / "tokenizer_config.json").read_text())
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        # A class name that exists in transformers before and after 5.0.
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")

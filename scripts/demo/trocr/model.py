@@ -1,14 +1,10 @@
-"""The small TrOCR of the demo: configuration, tokenizer, image processor, the change of patch size, and the export."""
+"""The demo TrOCR: configuration, tokenizer, image processor, change of patch size, export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from line_text import ALPHABET
-from lines import INPUT_HEIGHT, INPUT_WIDTH
-from shipping import replaced
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import (
@@ -19,6 +15,10 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+
+from scripts.demo.lines.lines import INPUT_HEIGHT, INPUT_WIDTH
+from scripts.demo.lines.text import ALPHABET
+from scripts.demo.training import replaced, set_json_value
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK}
@@ -31,7 +31,7 @@ POOLER = "encoder.pooler.dense"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One id for every character; decoding joins without blanks, and a blank is a character like any other."""
+    """One id per character, spaces included; decoding joins without spaces."""
     characters = {**SPECIAL, **{character: len(SPECIAL) + index for index, character in enumerate(ALPHABET)}}
     tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -51,7 +51,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_image_processor() -> ViTImageProcessor:
-    """Squashes any picture to 32 x 256 pixels (bilinear) and scales to -1 ... 1."""
+    """Resize any image to 32 x 256 pixels (bilinear) and scale to -1 ... 1."""
     half = [0.5, 0.5, 0.5]
     return ViTImageProcessor(size={"height": INPUT_HEIGHT, "width": INPUT_WIDTH}, image_mean=half, image_std=half)
 
@@ -59,7 +59,7 @@ def build_image_processor() -> ViTImageProcessor:
 def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
     """A TrOCR with random weights and patches of `patch` (height, width); the unused pooler of the encoder is zero.
 
-    The pooler has to be there: `from_pretrained` builds one and would fill it at random.
+    The pooler must exist: `from_pretrained` would create one with random weights.
     """
     encoder = ViTConfig(
         hidden_size=WIDTH,
@@ -112,18 +112,18 @@ def build_model(patch: tuple[int, int]) -> VisionEncoderDecoderModel:
 
 
 def change_patch(model: VisionEncoderDecoderModel, patch: tuple[int, int]) -> VisionEncoderDecoderModel:
-    """The same model with another patch size: kernel and position embeddings are resized, all else is copied."""
+    """Copy the model with another patch size; patch kernel and position embeddings are resized."""
     new = build_model(patch)
     state = model.state_dict()
     kernel = state[KERNEL]
     old = tuple(kernel.shape[-2:])
     size = functional.interpolate(kernel, size=patch, mode="bicubic", align_corners=False)
-    # Fewer pixels are summed, so each one weighs more: a constant picture keeps its embedding.
+    # A smaller kernel sums fewer pixels; the factor keeps the embedding of a constant image.
     state[KERNEL] = size * (old[0] * old[1] / (patch[0] * patch[1]))
     table = state[POSITIONS]
-    places = table[:, 1:].mT.unflatten(2, grid(old))
-    places = functional.interpolate(places, size=grid(patch), mode="bicubic", align_corners=False)
-    state[POSITIONS] = torch.cat([table[:, :1], places.flatten(2).mT], dim=1)
+    positions = table[:, 1:].mT.unflatten(2, grid(old))
+    positions = functional.interpolate(positions, size=grid(patch), mode="bicubic", align_corners=False)
+    state[POSITIONS] = torch.cat([table[:, :1], positions.flatten(2).mT], dim=1)
     new.load_state_dict(state)
     return new
 
@@ -140,20 +140,13 @@ def patch_of(model: VisionEncoderDecoderModel) -> tuple[int, int]:
 
 
 def export(model: VisionEncoderDecoderModel, folder: Path) -> None:
-    """Write model (fp16), tokenizer and processor; the folder is replaced as a whole, never seen half written."""
+    """Write model (fp16), tokenizer and processor; the folder is replaced atomically."""
     with replaced(folder) as fresh:
         half = build_model(patch_of(model))
         half.load_state_dict(model.state_dict())
         half.half().save_pretrained(fresh)
         build_tokenizer().save_pretrained(fresh)
         build_image_processor().save_pretrained(fresh)
-        # The class names that releases of transformers with other back ends and before 5.0 also know.
-        _set(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
-        _set(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
-
-
-def _set(file: Path, key: str, value: str) -> None:
-    """Change one entry of a JSON file."""
-    settings = json.loads(file.read_text())
-    settings[key] = value
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+        # Class names that exist in transformers before 5.0 and with all image back ends.
+        set_json_value(fresh / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
+        set_json_value(fresh / "preprocessor_config.json", "image_processor_type", "ViTImageProcessor")
