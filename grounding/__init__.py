@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from grounding.core.errors import GroundingError
     from grounding.engine.explain import explain
     from grounding.engine.inspect import inspect
+    from grounding.engine.layers import list_layers
     from grounding.engine.selection import Selection
     from grounding.explanation.explanation import Explanation
     from grounding.methods import METHODS
@@ -16,13 +17,24 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "explain": "grounding.engine.explain",
     "inspect": "grounding.engine.inspect",
+    "list_layers": "grounding.engine.layers",
     "load": "adapters",
     "Explanation": "grounding.explanation.explanation",
     "Selection": "grounding.engine.selection",
     "METHODS": "grounding.methods",
     "GroundingError": "grounding.core.errors",
 }
-__all__ = ["METHODS", "Explanation", "GroundingError", "Selection", "__version__", "explain", "inspect", "load"]
+__all__ = [
+    "METHODS",
+    "Explanation",
+    "GroundingError",
+    "Selection",
+    "__version__",
+    "explain",
+    "inspect",
+    "list_layers",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from grounding.adapter.recorder import find_module
-from grounding.core.errors import LayerError
+from grounding.core.errors import LayerError, ModelError
+from grounding.core.registry import did_you_mean
+
+# Names of stacks: those that methods read, and the top-level modules of any other model.
+STACKS = ("vision", "cross", "decoder", "fusion", "text", "children")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class ModelStructure:
     text_side: tuple[str, ...] = ()
     pyramid: bool = False
     unrecorded: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.stacks if name not in STACKS]:
+            raise ModelError(
+                f"unknown stack {unknown[0]!r}{did_you_mean(unknown[0], list(STACKS))} (known: {', '.join(STACKS)})"
+            )
 
     def stack(self, name: str) -> Stack:
         """Return the stack of a name. Raises LayerError listing the stacks."""

@@ -18,6 +18,7 @@ from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import Recorder
 from grounding.adapter.vision_cache import ENCODED, finite, keep, remembered
+from grounding.core.errors import ModelError
 from grounding.engine.plan import MethodCall, wanted_signals
 from grounding.methods.trace import Trace, precise
 
@@ -91,6 +92,11 @@ def _one_pass(
             keep(inputs, {ENCODED: encoded.detach()})
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
+        if scores.shape != (len(targets),):
+            raise ModelError(
+                f"{type(adapter).__name__}.score returned shape {tuple(scores.shape)}, expected ({len(targets)},): one "
+                "score per target"
+            )
         finite(scores, "scores")
         record = Trace(
             adapter=adapter,

@@ -11,6 +11,7 @@ import adapters
 from adapters import ADAPTERS
 from grounding import explain
 from grounding.adapter.recorder import Recorder
+from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import LayerError, ModelError, TargetError, TextError
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import run_passes
@@ -193,3 +194,8 @@ def test_text_independent_maps_are_stored_once_with_a_warning(any_adapter, image
 def test_empty_texts_are_refused(any_adapter, image, text):
     with pytest.raises(TextError, match="empty"):
         explain(any_adapter, image, text)
+
+
+def test_a_misspelt_stack_is_refused():
+    with pytest.raises(ModelError, match="unknown stack 'vison'; did you mean 'vision'"):
+        ModelStructure({"vison": Stack(())}, "blocks.1", "mean", 0)

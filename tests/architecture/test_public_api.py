@@ -16,7 +16,17 @@ from grounding.engine.request import Request
 from grounding.explanation.explanation import Entry, MethodMaps, PatchMap
 from tests.support.images import noise
 
-NAMES = ["METHODS", "Explanation", "GroundingError", "Selection", "__version__", "explain", "inspect", "load"]
+NAMES = [
+    "METHODS",
+    "Explanation",
+    "GroundingError",
+    "Selection",
+    "__version__",
+    "explain",
+    "inspect",
+    "list_layers",
+    "load",
+]
 METHODS = [
     "gradcam", "gradcam_ln", "hirescam", "layercam", "gradcam_pp", "rollout", "relevance", "gradient_rollout",
     "attention", "attention_gradcam", "cross_attention", "gradient_x_cross_attention",
@@ -29,6 +39,7 @@ PARAMETERS = {
     grounding.explain: "adapter images texts methods select target token_target layers average_layers options "
     "batch_size seed",
     grounding.inspect: "adapter image text entry method layer select target token_target options seed",
+    grounding.list_layers: "adapter image text target",
     grounding.load: "checkpoint options",
     adapters.load: "checkpoint options",
     grounding.Explanation.map: "self which method occurrence",
