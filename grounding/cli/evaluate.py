@@ -16,7 +16,7 @@ from grounding.evaluation import report
 __all__ = ["PROTOCOLS", "print_report", "score_run"]
 
 # Options that --run accepts: fields of RunScoreConfig, and the others.
-RULES = ("captions", "peak", "min_entities", "threshold", "seed", "protocol")
+CONFIG_FIELDS = ("captions", "peak", "min_entities", "threshold", "seed", "protocol")
 OTHERS = ("run", "data", "format", "output", "verbose", "quiet")
 Document = Mapping[str, Any]
 
@@ -26,17 +26,17 @@ def score_run(args: argparse.Namespace) -> int:
 
     Raises OptionError for options that need a model, GroundingError for a run that cannot be scored.
     """
-    given = _rules(args)
+    given = _config_fields(args)
     from grounding.batch.run_folder import RunFolder
     from grounding.evaluation.runs import RunScoreConfig, evaluate_run, run_dataset
 
-    rules = RunScoreConfig(**given)
+    config = RunScoreConfig(**given)
     path = report.check_file(args.output) if args.output else None
     run = RunFolder.open(args.run)
     progress = sys.stderr.isatty() and not args.quiet
-    found = evaluate_run(run, run_dataset(run, args.data), rules, progress=progress)
+    found = evaluate_run(run, run_dataset(run, args.data), config, progress=progress)
     parts = tuple(found.values())
-    return print_report(args, parts[0] if len(rules.protocol) == 1 else found, parts, report.phrase_markdown, path)
+    return print_report(args, parts[0] if len(config.protocol) == 1 else found, parts, report.phrase_markdown, path)
 
 
 def print_report(
@@ -59,13 +59,13 @@ def print_report(
     return 0
 
 
-def _rules(args: argparse.Namespace) -> dict[str, Any]:
+def _config_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the given fields of RunScoreConfig. Raises OptionError for options that need a model."""
     if not args.run:
         raise OptionError("--protocol is for --run; with a model, phrases are scored by mention-anybox")
     for name, value in vars(args).items():
         given = value is not None and value is not False and value not in ([], "auto")
-        if given and name not in (*RULES, *OTHERS):
+        if given and name not in (*CONFIG_FIELDS, *OTHERS):
             raise OptionError(f"--{name.replace('_', '-')} needs a model; --run scores the stored maps of a run")
-    rules = {name: getattr(args, name) for name in RULES if getattr(args, name) is not None}
-    return rules | {"protocol": tuple(dict.fromkeys(args.protocol or ()))}
+    fields = {name: getattr(args, name) for name in CONFIG_FIELDS if getattr(args, name) is not None}
+    return fields | {"protocol": tuple(dict.fromkeys(args.protocol or ()))}
