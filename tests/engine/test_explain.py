@@ -243,5 +243,5 @@ def test_batches_have_each_image_once():
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_scores_of_another_number_than_the_targets_are_refused(clip, image, shape, monkeypatch):
     monkeypatch.setattr(clip, "score", lambda inputs, features, targets: features.sum().expand(shape))
-    with pytest.raises(ModelError, match=r"ClipAdapter.score returned shape .* expected \(3,\)"):
+    with pytest.raises(ModelError, match=r"ClipAdapter.score returned shape .* expected \(\d,\)"):
         explain(clip, image, "two dogs")
