@@ -1,8 +1,8 @@
-"""Build hook: the default models and pictures travel inside the wheel. An editable install reads them from data/."""
+"""Build hook: the default models and images are part of the wheel. An editable install reads them from data/."""
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-TRAVELS = {
+INCLUDED = {
     "data/demo/models/clip": "grounding/_demo/models/clip",
     "data/demo/models/trocr": "grounding/_demo/models/trocr",
     "data/demo/default.jpg": "grounding/_demo/default.jpg",
@@ -16,4 +16,4 @@ class DemoHook(BuildHookInterface):
     def initialize(self, version, build_data):
         """Called by hatchling before the wheel is written."""
         if version != "editable":
-            build_data["force_include"].update(TRAVELS)
+            build_data["force_include"].update(INCLUDED)

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to an upright RGB picture, or to one line that says why not.
+"""Decode image files to upright RGB images; broken files raise errors of one line.
 
 Plug-ins of Pillow are called one by one instead of through `Image.open`: the size is checked against our own limit
 before anything is decoded, no process-wide flag of Pillow is touched, and no format is tried that runs other programs.
@@ -34,9 +34,9 @@ BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticEr
 
 
 def decode(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """(upright RGB picture, warnings) of an encoded picture; `name` is for messages.
+    """Return (upright RGB image, warnings) of an encoded image; `name` is for messages.
 
-    Raises ImageError: `failed_decode` for what is no whole picture, `failed_input` for more than `max_pixels`.
+    Raises ImageError: `failed_decode` for incomplete images, `failed_input` for more than `max_pixels`.
     """
     if not data:
         raise ImageError(f"{name}: the file is empty (0 bytes)", "failed_decode")
@@ -53,10 +53,10 @@ def decode(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, tuple[
 
 
 def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Refuse more than `max_pixels` pixels, from the header alone."""
+    """Raise ImageError for more than `max_pixels` pixels, from the header alone."""
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: the picture is {width} x {height} pixels", "failed_decode")
+        raise ImageError(f"{name}: the image is {width} x {height} pixels", "failed_decode")
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: {width} x {height} = {width * height} pixels, more than the limit max_pixels = {max_pixels}",
@@ -65,7 +65,7 @@ def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def upright_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """(RGB picture turned by its EXIF orientation, warnings) of a loaded picture of any mode."""
+    """Return (RGB image rotated by its EXIF orientation, warnings) of a loaded image of any mode."""
     try:
         opened, warnings = _to_rgb(image, name)
         orientation, trouble = _orientation(image)
@@ -82,7 +82,7 @@ def upright_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, 
 
 
 def _identify(data: bytes, name: str) -> Image.Image:
-    """The opened, not yet decoded picture."""
+    """Return the opened image, not yet decoded."""
     Image.init()
     trouble = ""
     for kind in FORMATS:
@@ -97,8 +97,8 @@ def _identify(data: bytes, name: str) -> Image.Image:
             if accept is not None and not trouble:
                 trouble = f"a broken or truncated {kind} file ({one_line(error)})"
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        trouble = "HEIC pictures cannot be read; convert it to JPEG or PNG"
-    trouble = trouble or f"not a picture that can be read ({', '.join(FORMATS)})"
+        trouble = "HEIC images cannot be read; convert it to JPEG or PNG"
+    trouble = trouble or f"not an image that can be read ({', '.join(FORMATS)})"
     raise ImageError(f"{name}: {trouble}", "failed_decode")
 
 
@@ -116,8 +116,8 @@ def _frames(image: Image.Image) -> tuple[str, ...]:
 def _reason(error: BaseException) -> str:
     text = one_line(error)
     if "truncated" in text or isinstance(error, EOFError):
-        return f"the picture is truncated ({text})"
-    return f"the picture cannot be decoded ({text})"
+        return f"the image is truncated ({text})"
+    return f"the image cannot be decoded ({text})"
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
@@ -125,7 +125,7 @@ def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
         value = image.getexif().get(EXIF_ORIENTATION, 1)
         return (value if isinstance(value, int) else 1), ()
     except BROKEN:
-        return 1, ("its EXIF data is broken: the picture is taken as it is stored",)
+        return 1, ("its EXIF data is broken: the image is taken as it is stored",)
 
 
 # ---------------------------------------------------------------- modes
@@ -146,7 +146,7 @@ def _to_rgb(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
 def _unknown_range(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ImageError(f"{name}: the picture has values that are not finite", "failed_decode")
+        raise ImageError(f"{name}: the image has values that are not finite", "failed_decode")
     low, high = float(values.min()), float(values.max())
     warning = f"mode {image.mode} says nothing of its range: {low:g} to {high:g} was stretched to black to white"
     return _grey((values - low) / (high - low or 1.0)), (warning,)

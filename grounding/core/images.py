@@ -1,4 +1,4 @@
-"""Opening pictures: from a path, address, array or file object to an upright RGB `Picture`, or to one clear line."""
+"""Open images from paths, addresses, arrays and file objects as upright RGB `Picture`s; errors are one line."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An upright RGB picture and where it came from.
+    """An upright RGB image and its source.
 
-    `image` is a PIL picture of mode RGB, width x height pixels, EXIF orientation applied. `path` is the path or address
-    as it was given, None for pictures from memory. `sha256` is of the file's bytes, or of size and decoded pixels
-    where there is no file. `warnings` says what a user should know: frames left out, a range that was guessed. `crop`:
-    the part (x0, y0, x1, y1) of the upright picture in the file that this is, in its pixels, half-open; None: all.
+    Attributes
+    ----------
+    pil: PIL image of mode RGB, width x height pixels, EXIF orientation applied.
+    path: path or address as given; None for images from memory.
+    sha256: of the file's bytes, or of size and decoded pixels where there is no file.
+    warnings: frames that were ignored, a range that was guessed, and the like.
+    crop: (x0, y0, x1, y1) of this part in the upright image of the file, its pixels, half-open; None: the whole image.
     """
 
     pil: Image.Image
@@ -50,14 +53,16 @@ class Picture:
     crop: tuple[int, int, int, int] | None = None
 
     def cropped(self, crop: Sequence[int]) -> Picture:
-        """A part of this picture, (x0, y0, x1, y1) in its pixels, half-open: from here on it is the picture. Raises
-        CropError for a part that is empty or reaches beyond it."""
+        """Return a part of this image, (x0, y0, x1, y1) in its pixels, half-open, as an image of its own.
+
+        Raises CropError for a part that is empty or extends beyond the image.
+        """
         x0, y0, x1, y1 = crop
         if not (0 <= x0 < x1 <= self.width and 0 <= y0 < y1 <= self.height):
             name = f"{quote(self.path)}: " if self.path else ""
             raise CropError(
-                f"{name}crop {x0},{y0},{x1},{y1} is no part of a picture of {self.width} x {self.height} pixels: give "
-                f"x0,y0,x1,y1 with 0 <= x0 < x1 <= {self.width} and 0 <= y0 < y1 <= {self.height}",
+                f"{name}crop {x0},{y0},{x1},{y1} is not a part of the image of {self.width} x {self.height} pixels: "
+                f"give x0,y0,x1,y1 with 0 <= x0 < x1 <= {self.width} and 0 <= y0 < y1 <= {self.height}",
                 "failed_input",
             )
         note = f"cropped to {x0},{y0},{x1},{y1} of {self.width} x {self.height} pixels; positions are those of the crop"
@@ -75,20 +80,20 @@ def open_image(
     allow_url: bool = False,
     crop: Sequence[int] | None = None,
 ) -> Picture:
-    """Open a picture.
+    """Open an image.
 
     Parameters
     ----------
-    source: a path, a PIL picture, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a binary file object, or an http(s)
+    source: a path, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a binary file object, or an http(s)
         address where `allow_url` is set.
-    max_pixels: larger pictures are refused from their header, before decoding.
+    max_pixels: larger images raise ImageError from their header, before decoding.
     root: a folder that paths must stay in, links followed; relative paths start there. For lists from elsewhere.
     allow_url: fetch addresses, up to 32 MB and 30 seconds each.
-    crop: the part to use, (x0, y0, x1, y1) in pixels of the upright picture, half-open (see `Picture.cropped`).
+    crop: the part to use, (x0, y0, x1, y1) in pixels of the upright image, half-open (see `Picture.cropped`).
 
     Raises ImageError, one line, with `status`: `failed_read` (missing, unreadable, no regular file, network),
     `failed_decode` (empty, truncated, unknown format), `failed_input` (outside `root`, address not allowed, over
-    `max_pixels`, no picture at all). Safe in threads; no process-wide flag is changed.
+    `max_pixels`, no image at all). Safe in threads; no process-wide flag is changed.
     """
     image = _open(source, max_pixels, root, allow_url)
     return image if crop is None else image.cropped(crop)
@@ -107,7 +112,7 @@ def _open(source: Any, max_pixels: int, root: str | Path | None, allow_url: bool
     if hasattr(source, "read"):
         return _from_bytes(_read_file(source), None, max_pixels)
     raise ImageError(
-        f"a picture must be a path, a PIL picture, a uint8 array or a file object, not {type(source).__name__}",
+        f"an image must be a path, a PIL image, a uint8 array or a file object, not {type(source).__name__}",
         "failed_input",
     )
 
@@ -122,12 +127,12 @@ def _from_bytes(data: bytes, path: str | None, max_pixels: int) -> Picture:
 
 
 def _from_pil(source: Image.Image, max_pixels: int) -> Picture:
-    name = "PIL picture"
+    name = "PIL image"
     check_size(source, name, max_pixels)
     try:
         source.load()
     except BROKEN as error:
-        raise ImageError(f"{name}: the picture cannot be decoded ({error})", "failed_decode") from None
+        raise ImageError(f"{name}: the image cannot be decoded ({error})", "failed_decode") from None
     image, warnings = upright_rgb(source, name)
     digest = hashlib.sha256(f"{image.width}x{image.height}".encode() + image.tobytes())
     return Picture(image, *image.size, None, digest.hexdigest(), warnings)
@@ -182,14 +187,14 @@ def _read_path(path: str, root: str | Path | None) -> bytes:
 
 
 def _within(path: str, root: Path, name: str) -> str:
-    """The resolved path, if it lies in `root` once all links are followed. Nothing is opened."""
+    """Return the resolved path if it is inside `root` after following all links. Opens nothing."""
     try:
         base = root.resolve()
         resolved = (base / path).resolve()
     except RuntimeError:
-        raise ImageError(f"{name}: its links lead in a circle", "failed_read") from None
+        raise ImageError(f"{name}: its links form a loop", "failed_read") from None
     if not resolved.is_relative_to(base):
-        raise ImageError(f"{name}: lies outside of {quote(root)} and is not opened", "failed_input")
+        raise ImageError(f"{name}: is outside of {quote(root)} and is not opened", "failed_input")
     return str(resolved)
 
 
@@ -216,7 +221,7 @@ def _fetch(address: str, allowed: bool) -> bytes:
     if not address.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name}: only http and https addresses can be fetched", "failed_input")
     if not allowed:
-        raise ImageError(f"{name}: pictures are not fetched from the network unless allow_url is set", "failed_input")
+        raise ImageError(f"{name}: images are not fetched from the network unless allow_url is set", "failed_input")
     try:
         return _limited(_download(address), name, MAX_URL_BYTES)
     except ImageError:
@@ -225,13 +230,13 @@ def _fetch(address: str, allowed: bool) -> bytes:
         error.close()
         raise ImageError(f"{name}: the server answers {error.code} {quote(error.reason)}", "failed_read") from None
     except TimeoutError:
-        raise ImageError(f"{name}: no whole picture within {URL_SECONDS:g} seconds", "failed_read") from None
+        raise ImageError(f"{name}: no whole image within {URL_SECONDS:g} seconds", "failed_read") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ImageError(f"{name}: cannot be fetched ({' '.join(str(error).split())})", "failed_read") from None
 
 
 def _download(address: str) -> bytes:
-    """At most one byte more than the limit; TimeoutError when the whole takes too long, not only one packet."""
+    """Return at most one byte more than the limit. Raises TimeoutError when the whole takes too long."""
     deadline = time.monotonic() + URL_SECONDS
     request = urllib.request.Request(address, headers={"User-Agent": "grounding"})
     data = bytearray()

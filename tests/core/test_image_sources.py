@@ -33,7 +33,7 @@ def test_no_files(tmp_path, monkeypatch):
     }.items():
         with refused("failed_read", message):
             open_image(name)
-    with refused("failed_read", "links lead in a circle|symbolic links"):
+    with refused("failed_read", "links form a loop|symbolic links"):
         open_image("loop", root=tmp_path)
 
 
@@ -67,7 +67,7 @@ def test_strange_names(name, tmp_path):
     path.write_bytes(encode(noise()))
     assert open_image(str(path)).path == str(path)
     path.write_bytes(b"text")
-    with refused("failed_decode", "not a picture") as caught:
+    with refused("failed_decode", "not an image") as caught:
         open_image(path)
     message = str(caught.value)
     assert message.isprintable()
@@ -96,7 +96,7 @@ def test_a_path_must_stay_in_its_root(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", lambda path, *_: opened.append(path))
     outside = ("../out.png", "to_out.png", "folder/out.png", tmp_path / "out.png", "../in-also.png", "/etc/passwd")
     for name in (*outside, "../../../../../../../../etc/passwd"):
-        with refused("failed_input", "lies outside of 'in' and is not opened"):
+        with refused("failed_input", "is outside of 'in' and is not opened"):
             open_image(name, root="in")
     assert opened == []
 
@@ -172,7 +172,7 @@ def test_addresses(address, monkeypatch):
 def test_an_address_that_drips_is_given_up(address, monkeypatch):
     monkeypatch.setattr(images, "URL_SECONDS", 0.3)
     start = time.monotonic()
-    with refused("failed_read", r"no whole picture within 0\.3 seconds"):
+    with refused("failed_read", r"no whole image within 0\.3 seconds"):
         open_image(f"{address}/endless", allow_url=True)
     assert time.monotonic() - start < SOON
 

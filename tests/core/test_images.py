@@ -187,10 +187,10 @@ def test_the_image_is_not_the_callers():
     ("data", "message"),
     [
         (b"", "the file is empty"),
-        (b"Dear Sir or Madam, " * 20, "not a picture that can be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture that can be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture that can be read"),
-        (b"\0\0\0\x18ftypheic" + b"\0" * 40, "HEIC pictures cannot be read"),
+        (b"Dear Sir or Madam, " * 20, "not an image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image that can be read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 40, "HEIC images cannot be read"),
         (b"\xff\xd8\xff\xe0" + b"\0" * 9, "a broken or truncated JPEG file"),
     ],
 )

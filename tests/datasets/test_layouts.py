@@ -165,7 +165,7 @@ def test_a_path_that_turns_into_a_way_out_later_is_refused_on_opening(tmp_path):
     path = data.read("a.jpg").image
     path.unlink()
     path.symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(ImageError, match="lies outside of") as caught:
+    with pytest.raises(ImageError, match="outside of") as caught:
         open_image(path, root=data.root)
     assert caught.value.status == "failed_input"
 

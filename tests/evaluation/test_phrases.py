@@ -102,7 +102,7 @@ def test_perfect_maps_score_one_and_the_document_is_complete(folder, clip, perfe
     assert found["methods"]["random"]["pointing"] == pytest.approx(sum(cells) / 16 / 7)
     assert found["skipped"] == {}
     assert found["rules"]["min_entities"] == 1
-    # One call a image, all its phrases as captions of their own, in lower case.
+    # One call an image, all its phrases as captions of their own, in lower case.
     assert perfect[0][:2] == ("first", ("a red car", "the man"))
     assert len(perfect) == 3
 

@@ -90,7 +90,7 @@ def found(label, kind, places, maps, *, signed=True, **fields):
 
 
 def rows_of(data, name, maps=None, prompts=None, *, signed=True, **fields):
-    """The rows of a image; `maps` and `prompts` by the text of the phrase."""
+    """The rows of an image; `maps` and `prompts` by the text of the phrase."""
     made = []
     for caption in data.read(name).captions:
         own, about = {}, {}
