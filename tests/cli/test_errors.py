@@ -53,9 +53,9 @@ AFTER_LOADING = [
             (["--device", "warp"], 1, "device 'warp'"),
             (["--image", "missing.png"], 1, "missing.png"),
             (["--image", "."], 1, "directory"),
-            (["--crop", "0,0,9999,10"], 2, "crop 0,0,9999,10 is no part of"),
-            (["--crop=-1,0,5,10"], 2, "is no part of"),
-            (["--crop", "5,5,5,10"], 2, "is no part of"),
+            (["--crop", "0,0,9999,10"], 2, "crop 0,0,9999,10 is not a part of"),
+            (["--crop=-1,0,5,10"], 2, "is not a part of"),
+            (["--crop", "5,5,5,10"], 2, "is not a part of"),
             (["--option", "rollout.fusion=max", "--methods", "gradcam"], 2, "rollout"),
         ]
         for name in ("ground", "inspect_ocr")
