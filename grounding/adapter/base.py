@@ -151,7 +151,7 @@ class Adapter(ABC):
         if self.generates and (text is None or isinstance(text, Generate)):
             return text or Generate()
         if text is None:
-            raise TextError("no text was given, and this model generates no text")
+            raise TextError("no text was given, and this model generates no text: give one")
         return check_text(text)
 
     def asked_by(self, target: Any, texts: Any) -> tuple[str | None, Any]:

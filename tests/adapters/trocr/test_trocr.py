@@ -410,7 +410,7 @@ def test_wrong_models_and_targets_are_refused(trocr):
 
 
 def test_models_that_write_nothing_want_a_text(clip, image):
-    with pytest.raises(TextError, match="no text itself"):
+    with pytest.raises(TextError, match="generates no text"):
         explain(clip, image)
     with pytest.raises(TextError, match="a caption must be text, got Generate"):
         explain(clip, image, Generate())
