@@ -1,9 +1,9 @@
-"""How near is equal, and how long is too long: the bounds of the tests in one place.
+"""Bounds of the tests on floating-point differences and on waiting times, in one place.
 
-Kernels differ from one processor to the next, and with them the last digits. The bound of whatever is computed or
-stored in float32 or less is therefore at least five times the largest error that was measured: with
-MKL_ENABLE_INSTRUCTIONS=SSE4_2, AVX2, AVX512, with MKL_CBWR=COMPATIBLE, with ATEN_CPU_CAPABILITY=default, avx2, avx512,
-and with one thread and two. That error stands behind each of them.
+Rounding differs between processors. The bound on every comparison of values computed or stored in float32 or less is
+therefore at least five times the largest error measured with MKL_ENABLE_INSTRUCTIONS=SSE4_2, AVX2, AVX512, with
+MKL_CBWR=COMPATIBLE, with ATEN_CPU_CAPABILITY=default, avx2, avx512, and with one and two threads. The comment of each
+bound ends with that error.
 
 To measure again: GROUNDING_TEST_ERRORS=FILE adds a line to FILE for every comparison (test, name of the bound, bound,
 error, with tabs between them); GROUNDING_TEST_THREADS is the number of torch's threads, one unless given.
@@ -19,7 +19,7 @@ class Bound(float):
     """A number with an identity: two bounds of one size stay two, and each is found by its name."""
 
 
-# Relative to the largest value, unless said otherwise.
+# Relative to the largest value, unless the comment states another unit.
 
 # float64 against float64: the proof. Maps and inspections are stored as float32, which is all of the error. 8.4e-8.
 ORACLE = Bound(1e-6)
@@ -47,8 +47,8 @@ HALF_ENERGY = Bound(1e-3)
 # Seconds: a loaded machine is four times slower than a quiet one, and more. Only a fault waits to the end of these. The
 # limit of a whole test is `timeout` in pyproject.toml.
 SOON = 120.0  # what takes a few at most: a figure (1.5 on a quiet machine), processes that end, a first shard
-COMMAND = 900.0  # a whole command in a process of its own: 10 on one with five times too much to do
-WORKER = 8.0  # after which a worker that says nothing is replaced: it starts in 1.4 there
+COMMAND = 900.0  # a whole command in a process of its own: 10 under load
+WORKER = 8.0  # after which a worker that does not answer is replaced: it starts in 1.4 under load
 HUB = 30.0  # until a model hub must have answered
 
 
