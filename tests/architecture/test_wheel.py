@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, grounding, adapters
 from grounding import explain
-from grounding.core.demo import demo_picture
+from grounding.core.demo import demo_image
 assert grounding.__file__.startswith(sys.argv[1]), grounding.__file__
 assert adapters.__file__.startswith(sys.argv[1]), adapters.__file__
-assert str(demo_picture()).startswith(sys.argv[1]), demo_picture()
-found = explain(adapters.load(), demo_picture(), "man in red jacket")
+assert str(demo_image()).startswith(sys.argv[1]), demo_image()
+found = explain(adapters.load(), demo_image(), "man in red jacket")
 assert not any("cartoon" in warning for warning in found.warnings), found.warnings
 print(sorted(path.name for path in found.save("out").values()))
 """
