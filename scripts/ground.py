@@ -38,6 +38,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.core.text import check_text
     from grounding.engine.explain import explain_request
     from grounding.engine.layers import list_layers
+    from grounding.engine.queries import needs_text
     from grounding.explanation.text_table import layer_table
 
     if args.caption is None and not args.list_layers and not args.model:
@@ -54,7 +55,7 @@ def ground(args: argparse.Namespace) -> int:
     if args.list_layers:
         print(layer_table(list_layers(adapter, images[0], caption, request.target)))
         return 0
-    if caption is None and adapter.needs_text:
+    if caption is None and needs_text(adapter, request.target):
         raise TextError("nothing to ground: this model generates no text, give --caption TEXT")
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):

@@ -12,17 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from adapters.classifier.heads import Head, find_head
+from adapters.classifier.heads import Head, HeadShortcut, find_head
 from adapters.loading import Checkpoint, check_model, model_info
 from adapters.shared.images import prepare_images
 from adapters.shared.layer_outputs import LayerOutput, record_outputs
 from adapters.shared.stacks import find_stack
 from adapters.shared.unmodified import parents_unmodified
-from grounding.adapter.base import ModelInfo
+from grounding.adapter.base import ModelInfo, Shortcut
 from grounding.adapter.classification import ClassAdapter, ClassNames
-from grounding.adapter.inputs import Inputs
+from grounding.adapter.inputs import ImageInputs
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import ModelStructure, Stack
+from grounding.adapter.structure import Hop, ModelStructure, Stack
 from grounding.core.errors import LayerError, ModelError
 
 # Side in pixels of the blank image that layers are found with, if the configuration names no image size.
@@ -42,7 +42,6 @@ class ClassifierAdapter(ClassAdapter):
     padding of convolutions is ignored).
     """
 
-    fast_kinds = ("class",)
     model: PreTrainedModel
 
     def __init__(self, model: Any, image_processor: Any, *, info: ModelInfo | None = None) -> None:
@@ -52,7 +51,7 @@ class ClassifierAdapter(ClassAdapter):
             raise ModelError(f"{type(model).__name__} does not number its classes in id2label: is it a classifier?")
         self.model, self.image_processor = model, image_processor
         self.info = info or model_info(model, image_processor)
-        self.labels = ClassNames(tuple(str(names[i]) for i in range(len(names))), self.info.id)
+        self.class_names = ClassNames(tuple(str(names[i]) for i in range(len(names))), self.info.id)
         problem = getattr(model.config, "problem_type", None)
         self.by_itself = problem == "multi_label_classification"
         # The default of transformers if the configuration names no problem type.
@@ -66,21 +65,24 @@ class ClassifierAdapter(ClassAdapter):
         model = source.model(AutoModelForImageClassification)
         return cls(model, image_processor, info=source.info(model, image_processor))
 
-    @cached_property
-    def structure(self) -> ModelStructure:
+    def structure(self, kind: str) -> ModelStructure:  # noqa: ARG002
         """Structure of the network. The default layer of a transformer is the input of the last block's attention, of
         other networks the last stage, or the norm after it if that has a spatial size. Raises ModelError."""
+        return self._structure
+
+    @cached_property
+    def _structure(self) -> ModelStructure:
         if self._pooling:
             stack = find_stack(self.model, self._base)
             registers = getattr(self._config, "num_register_tokens", 0) if "registers" in self._type else 0
             prefix = (2 if self._type == "deit" else 1) + registers
-            return ModelStructure({"vision": stack}, layer=stack.inputs[-1], pooling="tokens", prefix=prefix)
+            return ModelStructure({"vision": stack}, stack.inputs[-1], "tokens", path=(Hop("vision"),), prefix=prefix)
         outputs = {one.path: one for one in self._outputs}
         blocks, layer = self._stages(outputs)
         why = WINDOWS if hasattr(self._config, "window_size") else NO_ATTENTION
-        return ModelStructure({"vision": Stack(blocks)}, layer, pooling="none", prefix=0, pyramid=True, unrecorded=why)
+        return ModelStructure({"vision": Stack(blocks)}, layer, "none", pyramid=True, unrecorded=why)
 
-    def prepare_images(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> ImageInputs:
         """Inputs with pixel values (B, C, H, W). Raises ModelError if the model takes another number of channels."""
         inputs = prepare_images(self, self.image_processor, images, patch=self._grid_of)
         given, taken = inputs.tensors["pixel_values"].shape[1], getattr(self._config, "num_channels", None)
@@ -91,44 +93,26 @@ class ClassifierAdapter(ClassAdapter):
             )
         return inputs
 
-    def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
+    def encode_images(self, images: ImageInputs) -> Float[Tensor, "B C"]:
         """The scores of all classes, the model's logits."""
-        return self._run_on(inputs.tensors["pixel_values"]).logits
+        return self._run_on(images.tensors["pixel_values"]).logits
 
-    def pooling_weights(self, count: int, tokens: int) -> Float[Tensor, "K N"] | None:
+    def pooling_weights(self, kind: str, count: int, tokens: int) -> Float[Tensor, "K N"]:  # noqa: ARG002
         """Weights of the CLS; with a DeiT teacher also the distillation token; of DINOv2 also the mean over patches."""
         assert self._pooling is not None
         pooled, mean = self._pooling
         row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
         row[:, list(pooled)] = 1 / (len(pooled) + mean)
         if mean:
-            row[:, self.structure.prefix :] = 1 / ((tokens - self.structure.prefix) * (len(pooled) + mean))
+            row[:, self._structure.prefix :] = 1 / ((tokens - self._structure.prefix) * (len(pooled) + mean))
         return row
 
-    @property
-    def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """The last stage, if only a known, unmodified head follows it."""
-        fast = self._head is not None and parents_unmodified(self.model, self.structure.layer)
-        return {self.structure.layer: ()} if fast else {}
-
-    def score_from(
-        self,
-        layer: str,
-        inputs: Inputs,
-        targets: Any,
-        shift: Float[Tensor, "K D"],
-        outputs: Mapping[str, Tensor] | None = None,
-        rule: str | None = None,
-    ) -> Float[Tensor, "K"]:
-        """The scores with one vector per target added to all cells of the layer; at `fast_taps` by the head alone."""
-        head = self._head
-        if outputs is None or head is None or layer not in self.fast_taps:
-            return super().score_from(layer, inputs, targets, shift, outputs, rule)
-        features = outputs[layer].detach()[targets.image.to(shift.device)]
-        with Recorder(self.model, rule=rule), torch.enable_grad():
-            logits = head(features + shift[:, :, None, None])
-        own = torch.arange(len(targets), device=logits.device)
-        return logits[own, targets.data["class"].to(logits.device)]
+    def shortcut(self, kind: str) -> Shortcut | None:  # noqa: ARG002
+        """The pooled gradient at the last stage, if only a known, unmodified head follows it; else None."""
+        head, layer = self._head, self._structure.default_layer
+        if head is None or not parents_unmodified(self.model, layer):
+            return None
+        return HeadShortcut(self.model, {layer: ()}, head)
 
     # ------------------------------------------------------------------ the network's structure
 
@@ -153,7 +137,7 @@ class ClassifierAdapter(ClassAdapter):
 
     @property
     def _head(self) -> Head | None:
-        return None if self._pooling else find_head(self.model, self.structure.layer)
+        return None if self._pooling else find_head(self.model, self._structure.default_layer)
 
     def _run_on(self, pixels: Tensor) -> Any:
         """The model's output, with interpolated position embeddings for an input of another size than trained at."""
@@ -220,7 +204,7 @@ class ClassifierAdapter(ClassAdapter):
             patch = self._config.patch_size
             return height // patch, width // patch
         if (height, width) not in self._grids:
-            layer = self.structure.layer
+            layer = self._structure.default_layer
             with Recorder(self.model, {layer: False}) as recorder:
                 self._run_on(self._blank(height, width))
                 recorder.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from adapters.shared.last_block import LastBlock
-from adapters.shared.text_targets import Flat, scored_as, span_ids
+from adapters.shared.last_block import LastBlock, patch_mask
+from adapters.shared.text_targets import scored_as, span_ids
 from adapters.shared.tokenization import pad
+from grounding.adapter.base import Features
 from grounding.adapter.inputs import Inputs, Targets
 
 # The multimodal sequence: its own CLS, the image CLS, patches, text.
@@ -23,78 +24,82 @@ BEFORE = 2
 class Fusion:
     """The multimodal encoder of a FlavaForPreTraining and its heads.
 
-    Targets of the same image and text share one sequence (`Targets.unit`). To match a part of a caption, the score of
-    the caption with that part masked is subtracted: one more sequence, after all others.
+    Targets of the same image and text share one sequence (`Targets.sequence`). To match a part of a caption, the score
+    of the caption with that part masked is subtracted: one more sequence, after all others.
     """
 
     model: Any  # a FlavaForPreTraining; its parts have no static types
     pad_id: int
 
-    def targets(self, inputs: Inputs, flat: Flat, targets: Targets) -> Targets:
+    def targets(self, inputs: Inputs, targets: Targets) -> Targets:
         """Add to each target its text (`ids`, `mask`), the mask of the text it is compared with (`compared`), and the
-        weights of the positions where attention chains start (`start`): those of the span.
+        positions where attention chains start: those of the span.
 
         The matching head reads the CLS alone, but the CLS attends to the words, and the words to the image: chains
         from the row of the CLS show little (measured on the demo model).
         """
-        matching = targets.kind == "matching"
+        matching, flat = targets.kind == "matching", targets.flat
         modes = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
         own = [
-            span_ids(inputs.tokens[t], span) if mode == "alone" else list(inputs.tokens[t].ids)
+            span_ids(inputs.texts[t], span) if mode == "alone" else list(inputs.texts[t].ids)
             for (t, span), mode in zip(flat, modes, strict=True)
         ]
         device = inputs.tensors["input_ids"].device
         ids, mask = pad(own, self.pad_id, device)
         compared = mask.clone()
-        ahead = BEFORE + inputs.geometry[0].rows * inputs.geometry[0].columns
+        geometry = inputs.images.geometry(0)
+        ahead = BEFORE + geometry.rows * geometry.columns
         start = torch.zeros(len(flat), ahead + ids.shape[1], device=device)
         for k, (t, span) in enumerate(flat):
-            positions = torch.tensor(span.positions or inputs.tokens[t].visible, device=device)
+            positions = torch.tensor(span.positions or inputs.texts[t].visible, device=device)
             if modes[k] == "left out":
                 compared[k, positions] = 0
             if modes[k] == "alone":  # a text of its own: its tokens follow the first special ones
-                positions = inputs.tokens[t].visible[0] + torch.arange(len(positions), device=device)
+                positions = inputs.texts[t].visible[0] + torch.arange(len(positions), device=device)
             start[k, ahead + positions] = 1 / len(positions)
         precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
         start = start.to(precise)
         known: dict[tuple[int, ...], int] = {}
-        unit = [known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)]
-        data = {"ids": ids, "mask": mask, "compared": compared, "start": start}
+        sequence = [
+            known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)
+        ]
         left_out = [mode == "left out" for mode in modes]
         # Sequences with a masked part follow those of the texts, in the order of their targets.
         other = [len(known) + sum(left_out[:k]) if out else -1 for k, out in enumerate(left_out)]
         return replace(
             targets,
-            data=data,
-            unit=torch.tensor(unit),
-            rows=None if matching else start,
-            other=torch.tensor(other) if any(left_out) else None,
+            data={"ids": ids, "mask": mask, "compared": compared},
+            sequence=torch.tensor(sequence),
+            chain_start=start,
+            read_rows=None if matching else start,
+            baseline_sequence=torch.tensor(other) if any(left_out) else None,
         )
 
-    def scores(self, encoded: Float[Tensor, "B 2 N D"], targets: Targets) -> Float[Tensor, "K"]:
+    def scores(self, states: Float[Tensor, "B N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
-        index = torch.unique(targets.units, return_inverse=True)[1]
+        index = torch.unique(targets.sequences, return_inverse=True)[1]
         units = index.tolist()
         first = [units.index(unit) for unit in range(max(units) + 1)]
-        index, data = index.to(encoded.device), targets.data
+        index, data = index.to(states.device), targets.data
         left_out = (data["compared"] != data["mask"]).any(1).nonzero().flatten()
-        rows = torch.cat([torch.tensor(first, device=encoded.device), left_out])
+        rows = torch.cat([torch.tensor(first, device=states.device), left_out])
         masks = torch.cat([data["mask"][first], data["compared"][left_out]])
-        states = encoded[targets.image.to(encoded.device)[rows], 0]
-        fused = self.fuse(states, data["ids"][rows], masks)
+        fused = self.fuse(states[targets.image.to(states.device)[rows]], data["ids"][rows], masks)
         if targets.kind == "matching":
             odds = self.model.itm_head(fused)
             odds = odds[:, 1] - odds[:, 0]
             return odds[index].index_add(0, left_out, -odds[len(first) :])
-        k, at = data["start"].nonzero(as_tuple=True)
-        token = data["ids"][k, at - (data["start"].shape[1] - data["ids"].shape[1])]
+        start = targets.chain_start
+        assert start is not None
+        k, at = start.nonzero(as_tuple=True)
+        token = data["ids"][k, at - (start.shape[1] - data["ids"].shape[1])]
         # A caption, its tokens and its phrases share positions: the head computes each once.
         spots, own = torch.stack([index[k], at], 1).unique(dim=0, return_inverse=True)
         logits = self.model.mmm_text_head(fused[spots[:, 0], spots[:, 1]])[own, token]
-        weights = data["start"][k, at].to(logits.dtype)
+        weights = start[k, at].to(logits.dtype)
         return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
 
-    def shifts(
+    def pooled_gradients(
         self,
         last: LastBlock,
         hidden: Float[Tensor, "R Q D"],
@@ -107,7 +112,8 @@ class Fusion:
 
         The sequence with a masked part, whose score is subtracted, is another sequence and adds nothing.
         """
-        start, ids = targets.data["start"], targets.data["ids"]
+        start, ids = targets.chain_start, targets.data["ids"]
+        assert start is not None
         ahead = start.shape[1] - ids.shape[1]
         rows = start if targets.kind == "logit" else torch.zeros_like(start).index_fill(1, ids.new_zeros(1), 1)
         k, at = rows.nonzero(as_tuple=True)
@@ -121,8 +127,8 @@ class Fusion:
             odds = self.model.itm_head(states[:, None])
             return odds[:, 1] - odds[:, 0]
 
-        unit = targets.units.to(k.device)[k]
-        found = last.pooled_gradients(hidden, unit, at, patch, scores, kept=kept[k], before_norm=before_norm)
+        sequence = targets.sequences.to(k.device)[k]
+        found = last.pooled_gradients(hidden, sequence, at, patch, scores, kept=kept[k], before_norm=before_norm)
         return hidden.new_zeros(len(targets), hidden.shape[-1]).index_add(0, k, found)
 
     def _head(self, last: LastBlock, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
@@ -144,6 +150,29 @@ class Fusion:
         return towers.multimodal_model(
             together, attention_mask=torch.cat([seen, mask], 1), return_dict=True
         ).last_hidden_state
+
+
+@dataclass(frozen=True, eq=False)
+class FusionShortcut:
+    """The pooled gradient at the last block of the multimodal encoder. `blocks` makes that block for a backward rule;
+    `layers` are the input of its attention, and its own input."""
+
+    fusion: Fusion
+    layers: Mapping[str, tuple[str, ...]]
+    blocks: Callable[[str | None], LastBlock]
+
+    def pooled_gradient(
+        self, layer: str, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], rule: str | None
+    ) -> Float[Tensor, "K D"]:
+        """Pooled gradients from the rows of the last block that the heads read."""
+        [before] = self.layers[layer] or (layer,)
+        hidden, geometry = outputs[before].detach(), inputs.images.geometry(0)
+        patch = patch_mask(hidden, BEFORE, geometry.rows * geometry.columns)
+        return self.fusion.pooled_gradients(self.blocks(rule), hidden, targets, patch, before_norm=layer == before)
+
+    def features(self, layer: str, output: Tensor) -> Features | None:  # noqa: ARG002
+        """None: an attention block follows these layers."""
+        return None
 
 
 def last_block(tower: Any, behind: Sequence[nn.Module], rule: str | None) -> LastBlock:

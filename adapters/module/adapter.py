@@ -17,8 +17,8 @@ from adapters.module.spatial_layers import SpatialLayers
 from adapters.shared.images import pixels_of, prepare_images
 from grounding.adapter.base import ModelInfo
 from grounding.adapter.classification import ClassAdapter, ClassNames
-from grounding.adapter.inputs import Inputs
-from grounding.adapter.patch_layout import Layout
+from grounding.adapter.inputs import ImageInputs, Inputs
+from grounding.adapter.patch_tokens import PatchTokens
 from grounding.adapter.recorder import Recorder
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import GroundingError, LayerError, ModelError, ProbeError
@@ -88,7 +88,7 @@ class ModuleAdapter(ClassAdapter):
         self._channels = sample.shape[1]
         self._found = SpatialLayers(model, lambda pixels: scores_of(model(pixels)), sample, self.info.id, prefix)
         count = self._found.scores
-        self.labels = ClassNames(_names(labels, count), self.info.id)
+        self.class_names = ClassNames(_names(labels, count), self.info.id)
         self.by_itself = by_itself or count == 1
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         children = Stack(tuple(name for name, _ in model.named_children()))
@@ -96,23 +96,24 @@ class ModuleAdapter(ClassAdapter):
             {"children": children, "vision": Stack(self._found.paths)},
             self._found.last_live,
             "none",
-            self._found.before,
+            prefix=self._found.before,
             pyramid=True,
             unrecorded=UNRECORDED if self._found.tokens else "it has none",
+            live_layer=self._found.last_live,
         )
-        # The engine names it if no score depends on the layer.
-        self.live_layer = self._structure.layer
         if layer is not None:
-            path = self._path_of(layer) if isinstance(layer, nn.Module) else self.resolve(str(layer))
-            self._structure = replace(self._structure, layer=self._checked(path))
+            if isinstance(layer, nn.Module):
+                path = self._path_of(layer)
+            else:
+                path = self._structure.find_layer(model, str(layer))
+            self._structure = replace(self._structure, default_layer=self._checked(path))
 
-    @property
-    def structure(self) -> ModelStructure:
+    def structure(self, kind: str) -> ModelStructure:  # noqa: ARG002
         """Structure with the stacks `vision`, all layers with a spatial size in the order they finish, and `children`,
         the model's children."""
         return self._structure
 
-    def prepare_images(self, images: Sequence[Any]) -> Inputs:
+    def prepare_images(self, images: Sequence[Any]) -> ImageInputs:
         """Inputs with pixel values (B, C, H, W). Raises ModelError for several images if the model normalises over the
         batch, ProbeError if the geometry of `preprocess` cannot be measured."""
         batch = next((type(m).__name__ for m in self.model.modules() if _of_batch(m)), None)
@@ -124,21 +125,18 @@ class ModuleAdapter(ClassAdapter):
             hint = "" if self._moves else "; give its geometric steps alone as geometry="
             raise ProbeError(f"{error}{hint}") from None
 
-    def logits(self, inputs: Inputs) -> Float[Tensor, "B C"]:
+    def encode_images(self, images: ImageInputs) -> Float[Tensor, "B C"]:
         """The scores of all classes."""
         # A copy, because a model may normalise its input in place.
-        pixels = inputs.tensors["pixel_values"]
+        pixels = images.tensors["pixel_values"]
         return scores_of(self.model(pixels.clone()), len(pixels))
 
-    def sequence(self, path: str) -> tuple[int, bool]:
-        """Number of tokens before the patches, and whether others follow them."""
-        return self._found.sequence(path)
-
-    def layout(self, hidden: Float[Tensor, "..."], grid: tuple[int, int], path: str = "") -> Layout:
+    def patch_tokens(self, path: str, inputs: Inputs, shape: tuple[int, ...]) -> tuple[PatchTokens, ...]:
         """Positions of the patches in a layer's output. Raises LayerError if the layer has no spatial size."""
         if path in self._found.not_spatial:
             raise self._found.error(path)
-        return super().layout(hidden, grid, path)
+        prefix, tail = self._found.sequence(path)
+        return self.regular_patch_tokens(path, inputs, shape, prefix, tail=tail)
 
     def _text_warnings(self) -> list[str]:
         warnings, extra = super()._text_warnings(), self._found.extra
@@ -198,7 +196,7 @@ class ModuleAdapter(ClassAdapter):
         """(rows, columns) of the default layer for an input of this size. Raises LayerError."""
         if (height, width) not in self._grids:
             blank = torch.zeros(1, self._channels, height, width, device=self.device, dtype=self.dtype)
-            self._grids[height, width] = self._found.grid(self._structure.layer, blank)
+            self._grids[height, width] = self._found.grid(self._structure.default_layer, blank)
         return self._grids[height, width]
 
 

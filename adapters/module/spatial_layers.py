@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapters.module.spatial_response import FEW, LEAST_RATIO_OF_SQUARES, is_spatial, spatial_response
 from adapters.shared.layer_outputs import LayerOutput, record_outputs
-from grounding.adapter.patch_layout import TOKENS, Layout, find_layout
+from grounding.adapter.patch_tokens import TOKENS, Layout, find_layout
 from grounding.adapter.recorder import Recorder, find_module
 from grounding.core.errors import LayerError, ModelError
 

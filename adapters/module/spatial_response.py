@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from grounding.adapter.patch_layout import Layout
+from grounding.adapter.patch_tokens import Layout
 from grounding.adapter.recorder import Recorder
 
 # The quarters of an image, (lower half, right half).

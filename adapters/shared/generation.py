@@ -20,8 +20,6 @@ from grounding.core.text import BLANK, Generate, Span, TokenizedText
 # Limit if the checkpoint sets none; the default of transformers, 20 tokens, cuts many lines.
 MOST_TOKENS = 64
 UNSET = (None, 20)
-# A tokenized text and the warnings about it.
-Generated = tuple[TokenizedText, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +29,7 @@ class TextGenerator:
     model: Any  # a VisionEncoderDecoderModel; its parts have no static types
     tokenizer: Any
 
-    def generate(self, encoded: Float[Tensor, "T N D"], settings: Generate) -> list[Generated]:
+    def generate(self, encoded: Float[Tensor, "T N D"], settings: Generate) -> list[TokenizedText]:
         """Generate the text of each encoded image, with its end token unless the length limit cut it."""
         config = self._generation_config(settings)
         outputs = BaseModelOutput(last_hidden_state=encoded)
@@ -40,27 +38,26 @@ class TextGenerator:
         ends = set(_as_list(config.eos_token_id))
         return [self._generated(row, ends) for row in sequences[:, 1:].tolist()]
 
-    def force(self, text: str, encoded: Float[Tensor, "N D"]) -> Generated:
+    def force(self, text: str, encoded: Float[Tensor, "N D"]) -> TokenizedText:
         """Tokenize a text as the model would generate it: leading special tokens are kept only if the model itself
         begins with the first of them. Raises TextError, ModelError."""
-        tokens, warnings = tokenize(self.tokenizer, text, self.limit)
+        tokens = tokenize(self.tokenizer, text, self.limit)
         if not tokens.special[-1]:  # the tokenizer adds no end token: leave room for it
-            tokens, warnings = tokenize(self.tokenizer, text, self.limit - 1)
+            tokens = tokenize(self.tokenizer, text, self.limit - 1)
         before, after = tokens.visible[0], tokens.visible[-1] + 1
         if before:
             start = torch.tensor([[self.start]], device=encoded.device)
             first = self.model(encoder_outputs=(encoded[None],), decoder_input_ids=start, use_cache=False).logits
             before = 0 if int(first[0, -1].argmax()) == tokens.ids[0] else before
         kept, end = slice(before, after), tokens.read
-        return (
-            TokenizedText(
-                text,
-                (*tokens.ids[kept], self.end),
-                (*tokens.offsets[kept], (end, end)),
-                (*tokens.special[kept], True),
-                tokens.dropped,
-            ),
-            warnings,
+        return TokenizedText(
+            text,
+            (*tokens.ids[kept], self.end),
+            (*tokens.offsets[kept], (end, end)),
+            (*tokens.special[kept], True),
+            tokens.dropped,
+            origin="forced",
+            warnings=tokens.warnings,
         )
 
     def named(self, tokens: TokenizedText, span: Span) -> Span:
@@ -131,7 +128,7 @@ class TextGenerator:
         """Maximum number of tokens that the decoder can generate."""
         return int(self.model.config.decoder.max_position_embeddings)
 
-    def _generated(self, row: list[int], ends: set[int]) -> Generated:
+    def _generated(self, row: list[int], ends: set[int]) -> TokenizedText:
         end = next((i for i, token in enumerate(row) if token in ends), None)
         tokens, warnings = tokens_of(self.tokenizer, row if end is None else row[: end + 1]), []
         if end is None:
@@ -140,7 +137,7 @@ class TextGenerator:
             warnings.append(f"stopped_by_length: the text was cut at {len(tokens)} tokens before its end; {more}")
         if not tokens.text.strip():
             warnings.append("the model generated no text for this image")
-        return tokens, tuple(warnings)
+        return replace(tokens, origin="generated", warnings=tuple(warnings))
 
     def _generation_config(self, settings: Generate) -> Any:
         """The checkpoint's own generation config without sampling, with the beams and length of `settings`."""

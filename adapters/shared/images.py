@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from adapters.shared.processors import geometry_of
 from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import Inputs
+from grounding.adapter.inputs import ImageInputs, View
 from grounding.core.demo import is_demo
 from grounding.core.errors import ModelError
 from grounding.core.geometry import Geometry
@@ -33,8 +33,8 @@ def prepare_images(
     patch: int | Sequence[int] | GridOf,
     mode: str = "RGB",
     moves: Callable[[Image.Image], Any] | None = None,
-) -> Inputs:
-    """Inputs of B images, without texts: `pixel_values` (B, C, H, W), and the geometry and warnings of each image.
+) -> ImageInputs:
+    """Inputs of B images: `pixel_values` (B, C, H, W), one view of each image, and warnings.
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ def prepare_images(
         for p in opened
     )
     warnings = tuple((*one.warnings, *_warnings(adapter, one, own)) for one, own in zip(opened, geometry, strict=True))
-    return Inputs(opened, geometry, {"pixel_values": pixel_values}, warnings)
+    views = tuple(View(b, own) for b, own in enumerate(geometry))
+    return ImageInputs(opened, views, {"pixel_values": pixel_values}, warnings)
 
 
 def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple[int, int, tuple[float, float] | None]:

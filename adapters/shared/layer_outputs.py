@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from grounding.adapter.patch_layout import Layout, find_layout
+from grounding.adapter.patch_tokens import Layout, find_layout
 from grounding.adapter.recorder import Recorder
 
 

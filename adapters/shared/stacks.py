@@ -35,15 +35,16 @@ def find_stack(model: nn.Module, prefix: str) -> Stack:
 
 
 def decoder_stacks(model: nn.Module, prefix: str) -> dict[str, Stack]:
-    """The stacks `decoder` and `cross` below `prefix`. Raises ModelError if there are no such blocks."""
+    """The stacks `decoder` and `cross` below `prefix`, over text sequences. In the last block each position is read by
+    itself. Raises ModelError if there are no such blocks."""
     for path, module in model.get_submodule(prefix).named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module):
             own, cross = _child(module[0], _SELF), _child(module[0], _CROSS)
             if own and cross:
                 blocks = tuple(f"{path}.{i}" for i in range(len(module)))
                 return {
-                    "decoder": Stack(blocks, attention=tuple(f"{block}.{own}" for block in blocks)),
-                    "cross": Stack(blocks, attention=tuple(f"{block}.{cross}" for block in blocks)),
+                    name: Stack(blocks, (), tuple(f"{block}.{child}" for block in blocks), "sequence", True)
+                    for name, child in (("decoder", own), ("cross", cross))
                 }
     raise ModelError(f"{type(model).__name__}.{prefix} has no blocks with cross-attention that could be recorded")
 

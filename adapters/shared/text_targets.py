@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,27 +10,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adapters.shared.tokenization import pad, tokenize
-from grounding.adapter.inputs import Inputs
-from grounding.core.text import Asked, Span, TokenizedText, check_text
+from grounding.adapter.inputs import ImageInputs, Inputs
+from grounding.core.text import Query, Span, TokenizedText, check_text
 
 Flat = Sequence[tuple[int, Span]]
 
 
-def prepare_texts(inputs: Inputs, tokenizer: Any, texts: Sequence[Sequence[Asked]], limit: int, pad_id: int) -> Inputs:
-    """Add the texts of each image to the inputs: token ids and mask (T, L), padded to the longest text.
+def prepare_texts(
+    images: ImageInputs, tokenizer: Any, queries: Sequence[Sequence[Query]], limit: int, pad_id: int
+) -> Inputs:
+    """The inputs of the texts about each image: token ids and mask (T, L), padded to the longest text.
 
     A text of more than `limit` tokens is truncated, with a warning. Raises TextError.
     """
-    found = [tokenize(tokenizer, check_text(text), limit) for own in texts for text in own]
-    ids, mask = pad([tokens.ids for tokens, _ in found], pad_id, inputs.tensors["pixel_values"].device)
-    return replace(
-        inputs,
-        tokens=tuple(tokens for tokens, _ in found),
-        text_image=tuple(b for b, own in enumerate(texts) for _ in own),
-        tensors={**inputs.tensors, "input_ids": ids, "attention_mask": mask},
-        text_warnings=tuple(warnings for _, warnings in found),
-        per_text=("input_ids", "attention_mask"),
-    )
+    texts = tuple(tokenize(tokenizer, check_text(query.text), limit) for own in queries for query in own)
+    ids, mask = pad([text.ids for text in texts], pad_id, next(iter(images.tensors.values())).device)
+    owner = tuple(b for b, own in enumerate(queries) for _ in own)
+    return Inputs(images, texts, owner, {"input_ids": ids, "attention_mask": mask})
 
 
 def text_directions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise ModelError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed")
 
 
-def tokenize(tokenizer: Any, text: str, limit: int) -> tuple[TokenizedText, tuple[str, ...]]:
-    """Tokenize one text to at most `limit` tokens, the special ones kept; return it with warnings about it.
+def tokenize(tokenizer: Any, text: str, limit: int) -> TokenizedText:
+    """Tokenize one text to at most `limit` tokens, the special ones kept, with warnings about all that is lost.
 
     Literal special tokens in the text ("<|endoftext|>") are tokenized as ordinary characters, or positions would shift.
     Raises TextError for an empty text.
@@ -53,7 +54,7 @@ def tokenize(tokenizer: Any, text: str, limit: int) -> tuple[TokenizedText, tupl
         more = f" and {len(distinct) - WORDS_NAMED} more" if len(distinct) > WORDS_NAMED else ""
         words = ", ".join(quote(word, 40) for word in distinct[:WORDS_NAMED])
         warnings.append(f"words outside the vocabulary of this model: {words}{more}")
-    return tokens, tuple(warnings)
+    return replace(tokens, warnings=tuple(warnings))
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,19 +20,20 @@ from adapters.shared.stacks import decoder_stacks, find_stack
 from adapters.shared.tokenization import pad
 from adapters.shared.unmodified import parents_unmodified
 from adapters.trocr.fast_decoder import FastDecoder
-from grounding.adapter.base import Adapter, ModelInfo, TokenProbability
-from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import ModelStructure
-from grounding.adapter.vision_cache import encoded_of
+from grounding.adapter.base import Adapter, Features, ModelInfo, Shortcut, TokenProbability
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets
+from grounding.adapter.patch_tokens import PatchTokens
+from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import LayerError, ModelError, TextError
-from grounding.core.text import Alternative, Asked, Generate, Span, TokenizedText, check_text
+from grounding.core.text import Alternative, Generate, Query, Span, TokenizedText, check_text
 
 # Number of prefix tokens by encoder type: CLS, and DeiT's distillation token.
 PREFIX = {"vit": 1, "deit": 2}
 # An image of at least this height, less than `PAGE_ASPECT` times as wide, has more than one line of text.
 PAGE_HEIGHT, PAGE_ASPECT = 100, 1.5
 ALTERNATIVES = 3
+# The encoder's final norm.
+NORM = "encoder.layernorm"
 
 
 class TrOcrAdapter(Adapter):
@@ -43,12 +44,9 @@ class TrOcrAdapter(Adapter):
     its row; of a word, phrase or caption the mean over its tokens.
     """
 
-    kinds = ("logit", "log_probability")
-    fast_kinds = kinds
+    target_kinds = ("logit", "log_probability")
     token_targets = ()
     default_methods = ("gradcam", "gradcam_ln", "rollout", "gradient_x_cross_attention")
-    generates = True
-
     model: VisionEncoderDecoderModel
 
     def __init__(
@@ -82,118 +80,104 @@ class TrOcrAdapter(Adapter):
             model, tokenizer=tokenizer, image_processor=image_processor, info=source.info(model, image_processor)
         )
 
-    @cached_property
-    def structure(self) -> ModelStructure:
+    def structure(self, kind: str) -> ModelStructure:  # noqa: ARG002
         """Structure of the encoder and the decoder. The default layer is the last encoder block: the decoder's
         cross-attention reads every patch of it."""
+        return self._structure
+
+    @cached_property
+    def _structure(self) -> ModelStructure:
         vision = find_stack(self.model, "encoder")
         return ModelStructure(
             stacks={"vision": vision, **decoder_stacks(self.model, "decoder")},
-            layer=vision.blocks[-1],
-            pooling="cross",
+            default_layer=vision.blocks[-1],
+            pooling="sequence",
+            path=(Hop("cross", "cross", among="decoder", keys=vision.blocks[-1]), Hop("vision")),
             prefix=PREFIX[self._vision.model_type],
-            text_stacks=frozenset({"cross"}),
-            text_side=("decoder", "enc_to_dec_proj"),
+            sequence_side=("decoder", "enc_to_dec_proj"),
         )
 
-    def sequence(self, path: str) -> tuple[int, bool]:
-        """Number of tokens before the patches, and whether others follow. Raises LayerError for a decoder layer."""
+    def patch_tokens(self, path: str, inputs: Inputs, shape: tuple[int, ...]) -> tuple[PatchTokens, ...]:
+        """Positions of the patches in an output. Raises LayerError for a decoder layer."""
         if f"{path}.".startswith("decoder."):
             raise LayerError(f"layer {path!r} has text tokens only, no patches")
-        return super().sequence(path)
+        return super().patch_tokens(path, inputs, shape)
 
-    def prepare_images(self, images: Sequence[Any]) -> Inputs:
-        """Inputs with pixel values (B, 3, H, W), without texts; warns of an image with more than one line of text."""
+    def prepare_images(self, images: Sequence[Any]) -> ImageInputs:
+        """Inputs with pixel values (B, 3, H, W); warns of an image with more than one line of text."""
         found = prepare_images(self, self.image_processor, images, patch=self._vision.patch_size)
         warnings = tuple((*own, *_page(p.width, p.height)) for own, p in zip(found.warnings, found.images, strict=True))
         return replace(found, warnings=warnings)
 
-    def prepare_texts(self, inputs: Inputs, texts: Sequence[Sequence[Asked]]) -> Inputs:
-        """Inputs with the token ids (T, L) that each decoder row takes and predicts, padded to the longest text.
+    def generate(
+        self,
+        images: ImageInputs,  # noqa: ARG002
+        features: Features,
+        queries: Sequence[tuple[int, Query]],
+    ) -> list[TokenizedText]:
+        """The text of each query about an image: generated by the model, or given and tokenized as it would generate
+        it. Raises TextError, ModelError."""
+        assert isinstance(features, Tensor)
+        found: dict[int, TokenizedText] = {}
+        generated: dict[Generate, list[int]] = defaultdict(list)
+        for i, (image, query) in enumerate(queries):
+            if isinstance(query.text, Generate):
+                generated[query.text].append(i)
+            else:
+                found[i] = self.generator.force(check_text(query.text), features[image])
+        for settings, members in generated.items():
+            made = self.generator.generate(features[[queries[i][0] for i in members]], settings)
+            found |= dict(zip(members, made, strict=True))
+        return [found[i] for i in range(len(queries))]
 
-        Raises TextError, ModelError.
-        """
-        owner = [b for b, own in enumerate(texts) for _ in own]
-        flat = [text for own in texts for text in own]
-        encoded = encoded_of(self, inputs)
-        found: dict[int, tuple[TokenizedText, tuple[str, ...]]] = {}
-        with Recorder(self.model):
-            generated: dict[Generate, list[int]] = defaultdict(list)
-            for t, text in enumerate(flat):
-                if isinstance(text, Generate):
-                    generated[text].append(t)
-                else:
-                    found[t] = self.generator.force(check_text(text), encoded[owner[t]])
-            for settings, members in generated.items():
-                generations = self.generator.generate(encoded[[owner[t] for t in members]], settings)
-                found |= dict(zip(members, generations, strict=True))
-        tokens = tuple(found[t][0] for t in range(len(flat)))
-        target_ids, _ = pad([own.ids for own in tokens], self.generator.pad, self.device)
+    def prepare_texts(self, images: ImageInputs, queries: Sequence[Sequence[Query]]) -> Inputs:
+        """Inputs with the token ids (T, L) that each decoder row takes and predicts, padded to the longest text."""
+        texts = tuple(query.text for own in queries for query in own if isinstance(query.text, TokenizedText))
+        target_ids, _ = pad([text.ids for text in texts], self.generator.pad, self.device)
         start = torch.full_like(target_ids[:, :1], self.generator.start)
-        return replace(
-            inputs,
-            tokens=tokens,
-            text_image=tuple(owner),
-            tensors={
-                **inputs.tensors,
-                "target_ids": target_ids,
-                "input_ids": torch.cat([start, target_ids[:, :-1]], 1),
-            },
-            text_warnings=tuple(found[t][1] for t in range(len(flat))),
-            per_text=("target_ids", "input_ids"),
-            origins=tuple("generated" if isinstance(text, Generate) else "forced" for text in flat),
-            notes={},
-        )
+        input_ids = torch.cat([start, target_ids[:, :-1]], 1)
+        owner = tuple(b for b, own in enumerate(queries) for _ in own)
+        return Inputs(images, texts, owner, {"target_ids": target_ids, "input_ids": input_ids})
 
     def targets(
-        self,
-        inputs: Inputs,
-        spans: Sequence[Sequence[Span]],
-        kind: str | None = None,
-        token_target: str | None = None,
+        self, inputs: Inputs, spans: Sequence[Sequence[Span]], kind: str, token_target: str | None = None
     ) -> Targets:
         """Per span its decoder rows and the token at each; of a contrast also the second token.
 
         Raises TargetError, TextError.
         """
-        kind, token_target = self.check_kind(kind, token_target)
-        flat = [(t, self.generator.named(inputs.tokens[t], span)) for t, own in enumerate(spans) for span in own]
-        owner = torch.tensor([t for t, _ in flat])
-        ids = inputs.tensors["target_ids"][owner]  # (K, L)
+        kind, token_target = self.check_target(kind, token_target)
+        named = [[self.generator.named(inputs.texts[t], span) for span in own] for t, own in enumerate(spans)]
+        found = Targets.of_spans(inputs, named, kind, token_target)
+        ids = inputs.tensors["target_ids"][found.text]  # (K, L)
         precise = self.dtype if self.dtype.itemsize >= 4 else torch.float32
         rows = torch.zeros(ids.shape, dtype=precise, device=ids.device)
         against = torch.full_like(ids[:, 0], -1)
-        for k, (t, span) in enumerate(flat):
-            positions = list(span.positions or inputs.tokens[t].visible or range(len(inputs.tokens[t])))
+        for k, (t, span) in enumerate(found.flat):
+            text = inputs.texts[t]
+            positions = list(span.positions or text.visible or range(len(text)))
             rows[k, positions] = 1 / len(positions)
             if span.token:
                 assert span.token_id is not None
                 ids[k, positions] = span.token_id
             if span.other_token:
-                against[k] = self.generator.token_id(span.other_token, inputs.tokens[t].ids[positions[0]])
+                against[k] = self.generator.token_id(span.other_token, text.ids[positions[0]])
                 if against[k] == span.token_id:
                     raise TextError(f"{span.token!r} and {span.other_token!r} are the same token: there is no contrast")
-        return Targets(
-            kind=kind,
-            image=torch.tensor(inputs.text_image)[owner],
-            text=owner,
-            spans=tuple(span for _, span in flat),
-            data={"ids": ids, "against": against},
-            token_target=token_target,
-            rows=rows,
-        )
+        return replace(found, data={"ids": ids, "against": against}, chain_start=rows, read_rows=rows)
 
-    def encode_images(self, inputs: Inputs) -> Float[Tensor, "B N D"]:
+    def encode_images(self, images: ImageInputs) -> Float[Tensor, "B N D"]:
         """The last hidden state of the encoder, all tokens."""
-        pixels, size = inputs.tensors["pixel_values"], self._vision.image_size
+        pixels, size = images.tensors["pixel_values"], self._vision.image_size
         usual = (size, size) if isinstance(size, int) else tuple(size)
         return self.model.encoder(
             pixel_values=pixels, interpolate_pos_encoding=tuple(pixels.shape[-2:]) != usual
         ).last_hidden_state
 
-    def score(self, inputs: Inputs, encoded: Float[Tensor, "B N D"], targets: Targets) -> Float[Tensor, "K"]:
+    def score(self, inputs: Inputs, features: Features, targets: Targets) -> Float[Tensor, "K"]:
         """Mean logit (or log-probability) of each target's tokens at their rows."""
-        states = encoded[list(inputs.text_image)]
+        assert isinstance(features, Tensor)
+        states = features[list(inputs.text_image)]
         logits = self.model(
             encoder_outputs=(states,), decoder_input_ids=inputs.tensors["input_ids"], use_cache=False
         ).logits
@@ -205,12 +189,12 @@ class TrOcrAdapter(Adapter):
             values = values - logits.logsumexp(-1)[text, row]
         return values.new_zeros(len(targets)).index_add(0, k, values * weight.to(values.dtype))
 
-    def alternatives(self, inputs: Inputs, targets: Targets) -> list[TokenProbability | None]:
+    def probabilities(self, inputs: Inputs, features: Features, targets: Targets) -> list[TokenProbability | None]:  # noqa: ARG002
         """For each target at a single row: the probability of its token and the three most probable others; else
         None."""
         found: list[TokenProbability | None] = []
-        assert targets.rows is not None
-        for k, row in enumerate(targets.rows):
+        assert targets.read_rows is not None
+        for k, row in enumerate(targets.read_rows):
             positions = row.nonzero().flatten().tolist()
             if len(positions) != 1:
                 found.append(None)
@@ -223,45 +207,13 @@ class TrOcrAdapter(Adapter):
             found.append((float(probabilities[own]), tuple(others)))
         return found
 
-    @property
-    def fast_taps(self) -> Mapping[str, tuple[str, ...]]:
-        """The last encoder block and the norm after it; empty unless the decoder is an unmodified TrOCR decoder."""
-        last = self.structure.stacks["vision"].blocks[-1]
-        inner = self.structure.stacks["decoder"].blocks[-1]
+    def shortcut(self, kind: str) -> Shortcut | None:  # noqa: ARG002
+        """The pooled gradient at the last encoder block and the norm after it; None unless the decoder is an unmodified
+        TrOCR decoder."""
+        last, inner = (self._structure.stacks[name].blocks[-1] for name in ("vision", "decoder"))
         if not FastDecoder.fits(self.model) or not parents_unmodified(self.model, last, inner):
-            return {}
-        return {last: (), "encoder.layernorm": ()}
-
-    def from_tap(self, layer: str, features: Tensor) -> Tensor | None:
-        """The encoder's final norm of the last block's output; None for other layers."""
-        norm: Any = self.model.encoder.layernorm
-        return norm(features) if layer == self.structure.stacks["vision"].blocks[-1] else None
-
-    def shifts(
-        self,
-        layer: str,
-        inputs: Inputs,
-        targets: Targets,
-        outputs: Mapping[str, Tensor],
-        rule: str | None = None,
-    ) -> Float[Tensor, "K D"]:
-        """Pooled gradients from one decoder graph per text, see `FastDecoder`."""
-        k, row, token, weight = atoms(targets)
-        made = outputs[layer].new_zeros(len(targets), outputs[layer].shape[-1])
-        text = targets.text.to(k.device)[k]
-        for t in text.unique().tolist():
-            mine = text == t
-            pairs, place = torch.stack([row[mine], token[mine]], 1).unique(dim=0, return_inverse=True)
-            decoder = FastDecoder(
-                self.model,
-                outputs[layer][inputs.text_image[t]],
-                self.structure.prefix,
-                layer != "encoder.layernorm",
-                rule,
-            )
-            found = decoder.shifts(inputs.tensors["input_ids"][t], pairs, targets.kind == "log_probability")
-            made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])
-        return made
+            return None
+        return DecoderShortcut(self.model, {last: (), NORM: ()}, self._structure.prefix)
 
     @property
     def _vision(self) -> Any:
@@ -269,11 +221,42 @@ class TrOcrAdapter(Adapter):
         return self.model.config.encoder
 
 
+@dataclass(frozen=True, eq=False)
+class DecoderShortcut:
+    """The pooled gradient at the last encoder block and the norm after it, from one decoder graph per text, see
+    `FastDecoder`. `prefix` tokens precede the patches."""
+
+    model: Any  # a VisionEncoderDecoderModel; its parts have no static types
+    layers: Mapping[str, tuple[str, ...]]
+    prefix: int
+
+    def pooled_gradient(
+        self, layer: str, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], rule: str | None
+    ) -> Float[Tensor, "K D"]:
+        """The pooled gradients, as weighted sums of those of single logits."""
+        k, row, token, weight = atoms(targets)
+        made = outputs[layer].new_zeros(len(targets), outputs[layer].shape[-1])
+        text = targets.text.to(k.device)[k]
+        for t in text.unique().tolist():
+            mine = text == t
+            pairs, place = torch.stack([row[mine], token[mine]], 1).unique(dim=0, return_inverse=True)
+            states = outputs[layer][inputs.text_image[t]]
+            decoder = FastDecoder(self.model, states, self.prefix, layer != NORM, rule)
+            found = decoder.pooled_gradients(inputs.tensors["input_ids"][t], pairs, targets.kind == "log_probability")
+            made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])
+        return made
+
+    def features(self, layer: str, output: Tensor) -> Features | None:
+        """The encoder's final norm of the last block's output; None for the norm itself."""
+        return None if layer == NORM else self.model.encoder.layernorm(output)
+
+
 def atoms(targets: Targets) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]:
     """The targets as weighted sums of n single logits: target k, row, token id and weight of each."""
-    assert targets.rows is not None
-    k, row = targets.rows.nonzero(as_tuple=True)
-    weight = targets.rows[k, row]
+    rows = targets.read_rows
+    assert rows is not None
+    k, row = rows.nonzero(as_tuple=True)
+    weight = rows[k, row]
     against = targets.data["against"][k]
     minus = against >= 0
     return (

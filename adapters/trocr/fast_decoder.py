@@ -148,7 +148,7 @@ class FastDecoder:
         own = isinstance(model.decoder, TrOCRForCausalLM) and isinstance(model.encoder.layernorm, nn.LayerNorm)
         return own and all(is_unmodified(part) for part in parts if not isinstance(part, nn.Identity))
 
-    def shifts(
+    def pooled_gradients(
         self, ids: Int[Tensor, "L"], pairs: Int[Tensor, "n 2"], log_probability: bool = False
     ) -> Float[Tensor, "n D"]:
         """d logit / d (one vector added to all patches), for n pairs of (row, token id) of the decoder's inputs `ids`.

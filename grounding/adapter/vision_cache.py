@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import Inputs
-from grounding.adapter.recorder import Recorder
-from grounding.core.errors import NumericError
-
-# The key of the image features among the recorded outputs.
-ENCODED = "encoded"
+# What `Adapter.encode_images` returns: a tensor, or a tuple of them.
+Features = Tensor | tuple[Tensor, ...]
 
 
-def remembered(
-    adapter: Adapter, inputs: Inputs, layers: Mapping[str, bool], attention: Mapping[str, bool]
-) -> Mapping[str, Tensor]:
-    """Return image features, layer outputs and attention weights recorded in a pass without gradients.
+@dataclass(eq=False)
+class VisionCache:
+    """Image features, and outputs of the vision side by module path, recorded without gradients.
 
-    The vision stack runs unless the cache of `inputs` contains all of them. Raises NumericError for NaN or Inf.
+    It belongs to the images that it was computed from, and is valid while the model is unchanged.
     """
-    memory = inputs.memory
-    if not _same(inputs) or not {ENCODED, *layers, *attention} <= memory.keys():
-        with Recorder(adapter.model, layers, attention) as recorder:
-            encoded = adapter.encode_images(inputs)
-            recorder.check()
-        for path, weights in recorder.weights.items():
-            finite(weights, f"attention weights of {path}")
-        keep(inputs, recorder.outputs | recorder.weights | {ENCODED: encoded})
-    return memory
+
+    features: Features | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, paths: Collection[str] = ()) -> tuple[Features, Mapping[str, Tensor]] | None:
+        """Return the features and the signals at `paths`, None if any of them is missing."""
+        if self.features is None or not self.signals.keys() >= set(paths):
+            return None
+        return self.features, {path: self.signals[path] for path in paths}
+
+    def put(self, features: Features, signals: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the features of a pass, off the graph, and further signals."""
+        self.features = map_features(features, Tensor.detach)
+        self.signals |= signals or {}
 
 
-def encoded_of(adapter: Adapter, inputs: Inputs) -> Tensor:
-    """Return the result of `Adapter.encode_images`, off the graph, from the cache if it is there."""
-    return remembered(adapter, inputs, {}, {})[ENCODED]
-
-
-def _same(inputs: Inputs) -> bool:
-    """Whether the cache belongs to these images."""
-    return all(inputs.memory.get(name) is inputs.tensors[name] for name in inputs.per_image)
-
-
-def keep(inputs: Inputs, found: Mapping[str, Tensor]) -> None:
-    """Add the outputs of a pass to the cache of these images."""
-    if not _same(inputs):
-        inputs.memory.clear()
-    inputs.memory.update(found)
-    inputs.memory.update({name: inputs.tensors[name] for name in inputs.per_image})
-
-
-def finite(tensor: Tensor, what: str) -> None:
-    """Raise NumericError if a tensor contains NaN or Inf."""
-    # The sum is finite only if all terms are, and needs no mask. It may also overflow: then count.
-    if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NumericError(
-                f"{bad} of {tensor.numel()} {what} are NaN or Inf: the model's numbers cannot be explained"
-            )
+def map_features(features: Features, function: Callable[[Tensor], Tensor]) -> Features:
+    """Return the features with a function applied to each tensor."""
+    return tuple(map(function, features)) if isinstance(features, tuple) else function(features)

@@ -20,7 +20,7 @@ from grounding.core.errors import DifferentRunError, OptionError
 from grounding.core.image_decoding import MAX_PIXELS
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset
-from grounding.engine.plan import for_target, plan_methods
+from grounding.engine.plan import plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import BATCH_SIZE, Request
 
@@ -100,10 +100,9 @@ class RunConfig:
     def metadata(self, adapter: Adapter) -> RunMetadata:
         """What all rows of the run share. Raises errors of the request: methods, options, layers, target."""
         request = self.request
-        target_adapter, method_request = for_target(adapter, request)
-        calls = plan_methods(target_adapter, method_request)
-        target, token_target = target_adapter.check_kind(request.target, request.token_target)
-        return RunMetadata.of(target_adapter, calls, target, token_target, request.seed)
+        calls = plan_methods(adapter, request).calls
+        target, token_target = adapter.check_target(request.target, request.token_target)
+        return RunMetadata.of(adapter, calls, target, token_target, request.seed)
 
 
 @dataclass(frozen=True)

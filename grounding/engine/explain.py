@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grounding.adapter.base import Adapter, TokenProbability
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.base import Adapter, Generates, TokenProbability
+from grounding.adapter.inputs import DETAIL, OVERVIEW, ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
 from grounding.core.images import Picture
 from grounding.core.text import Generate, Span
 from grounding.engine.arguments import flatten, selections_of
-from grounding.engine.passes import look, run_passes
-from grounding.engine.plan import MethodCall, for_target, plan_methods
+from grounding.engine.passes import encode, look_ahead, run_passes
+from grounding.engine.plan import MethodCall, Plan, plan_methods
 from grounding.engine.provenance import provenance_of
+from grounding.engine.queries import check_query, needs_features, prepare_inputs, split_target
 from grounding.engine.request import BATCH_SIZE, SEED, Request
 from grounding.engine.selection import Selection
 from grounding.engine.warnings import ROUNDING, map_warnings, orthogonal_warnings, text_independent_warnings
@@ -30,7 +31,7 @@ from grounding.explanation.maps import Status, diagnose
 
 R = TypeVar("R")
 # Checks a request against an adapter and lists its method calls.
-PlanMethods = Callable[[Adapter, Request], Sequence[MethodCall]]
+PlanMethods = Callable[[Adapter, Request], Plan]
 
 
 class ExplainKeywords(TypedDict, total=False):
@@ -103,11 +104,11 @@ def explain(
     methods: names in `grounding.METHODS`; default `adapter.default_methods`, which the name "default" stands for.
     select: entries of a text that are explained; default the caption and each token. One `Selection` for all texts, or
         one list per image with a Selection per text.
-    target: the scalar that is explained, one of `adapter.kinds`; for a classifier also a class by name or index, or a
-        list of classes, which share one Explanation (default: the predicted class).
+    target: the scalar that is explained, one of `adapter.target_kinds`; for a classifier also a class by name or
+        index, or a list of classes, which share one Explanation (default: the predicted class).
     token_target: how a part of a caption is scored, one of `adapter.token_targets`; default the first.
-    layers: layers of the methods that are computed at one, as `Adapter.resolve` takes them; several give one map each,
-        or with `average_layers` one joint map.
+    layers: layers of the methods that are computed at one, as `ModelStructure.find_layer` takes them; several give one
+        map each, or with `average_layers` one joint map.
     options: "method.option" -> value, e.g. {"rollout.fusion": "max"}; likewise "target.option" where there are any.
     batch_size: images per forward pass.
     seed: seed of torch's random state during the call; the caller's state is restored.
@@ -155,11 +156,16 @@ class ComputedBatch:
 
     adapter: Adapter
     request: Request
-    calls: Sequence[MethodCall]
+    plan: Plan
     inputs: Inputs
     targets: Targets
     raw: RawMaps
     probabilities: Sequence[TokenProbability | None]
+
+    @property
+    def calls(self) -> Sequence[MethodCall]:
+        """The method calls."""
+        return self.plan.calls
 
 
 def run_request(
@@ -178,14 +184,14 @@ def run_request(
         raise GroundingError(
             f"explain needs an adapter, got {type(adapter).__name__}: adapters.load(id), or one around your model"
         )
-    kind, texts = adapter.asked_by(request.target, texts)
-    adapter, request = for_target(adapter, replace(request, target=kind))
-    listed, captions, rebuild = flatten(images, texts, adapter.asked)
+    kind, texts = split_target(adapter, request.target, texts)
+    request = replace(request, target=adapter.check_target(kind, request.token_target)[0])
+    listed, queries, rebuild = flatten(images, texts, lambda value: check_query(adapter, value, str(request.target)))
     if batch_size < 1:
         raise GroundingError(f"batch_size must be at least 1, got {batch_size}")
-    calls = plan(adapter, request)
-    chosen = selections_of(request.select if selections is None else selections, captions)
-    if any(s.where or s.contrast for own in chosen for s in own) and not adapter.generates:
+    planned = plan(adapter, request)
+    chosen = selections_of(request.select if selections is None else selections, queries)
+    if any(s.where or s.contrast for own in chosen for s in own) and not isinstance(adapter, Generates):
         raise OptionError(
             f"where and contrast are about tokens that a model could generate; {adapter.info.type} generates no text"
         )
@@ -197,17 +203,17 @@ def run_request(
         random_state(adapter.model, request.seed),
     ):
         for prepared, part in _batches(adapter, images, listed, batch_size):
-            if adapter.looks_first(captions[part]):
-                look(adapter, prepared, calls)
-            inputs = adapter.prepare_texts(prepared, captions[part])
+            if needs_features(adapter, queries[part]):
+                look_ahead(adapter, prepared, planned)
+            inputs = prepare_inputs(adapter, prepared, queries[part])
             own = [selection for per_image in chosen[part] for selection in per_image]
-            results += assemble(_compute_batch(adapter, request, calls, inputs, own))
+            results += assemble(_compute_batch(adapter, request, planned, inputs, own))
     return rebuild(results)
 
 
-def _batches(adapter: Adapter, images: Any, listed: list[Any], batch_size: int) -> Iterator[tuple[Inputs, slice]]:
+def _batches(adapter: Adapter, images: Any, listed: list[Any], batch_size: int) -> Iterator[tuple[ImageInputs, slice]]:
     """Prepared images and their places, `batch_size` at a time; images that came prepared stay together."""
-    if isinstance(images, Inputs):
+    if isinstance(images, ImageInputs):
         yield images, slice(None)
         return
     for first in range(0, len(listed), batch_size):
@@ -216,22 +222,24 @@ def _batches(adapter: Adapter, images: Any, listed: list[Any], batch_size: int) 
 
 
 def _compute_batch(
-    adapter: Adapter, request: Request, calls: Sequence[MethodCall], inputs: Inputs, select: Sequence[Selection]
+    adapter: Adapter, request: Request, plan: Plan, inputs: Inputs, select: Sequence[Selection]
 ) -> ComputedBatch:
-    spans = [one.spans(tokens) for one, tokens in zip(select, inputs.tokens, strict=True)]
-    for tokens, chosen in zip(inputs.tokens, spans, strict=True):
+    spans = [one.spans(text) for one, text in zip(select, inputs.texts, strict=True)]
+    for text, chosen in zip(inputs.texts, spans, strict=True):
         if not chosen:
-            raise OptionError(f"nothing to explain in {tokens.text!r}: no caption, token, word or phrase was selected")
-    targets = adapter.targets(inputs, spans, request.target, request.token_target)
-    raw = compute_maps(adapter, inputs, targets, calls)
-    return ComputedBatch(adapter, request, calls, inputs, targets, raw, adapter.alternatives(inputs, targets))
+            raise OptionError(f"nothing to explain in {text.text!r}: no caption, token, word or phrase was selected")
+    targets = adapter.targets(inputs, spans, plan.kind, request.token_target)
+    targets = replace(targets, options=plan.target_options)
+    raw = compute_maps(adapter, inputs, targets, plan)
+    probabilities = adapter.probabilities(inputs, encode(adapter, inputs.images), targets)
+    return ComputedBatch(adapter, request, plan, inputs, targets, raw, probabilities)
 
 
 def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
     """One list of explanations per image of a batch, one per text."""
     inputs, targets, adapter = batch.inputs, batch.targets, batch.adapter
     provenance = provenance_of(adapter, batch.request.seed)
-    results: list[list[Explanation]] = [[] for _ in inputs.images]
+    results: list[list[Explanation]] = [[] for _ in inputs.images.images]
     by_text: dict[int, list[int]] = defaultdict(list)
     for k, text in enumerate(targets.text.tolist()):
         by_text[text].append(k)
@@ -240,26 +248,26 @@ def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
         entries = tuple(entry_of(targets.spans[k], float(batch.raw.scores[k]), batch.probabilities[k]) for k in members)
         made = {call.key: method_maps(batch, call, image, members) for call in batch.calls}
         warnings = (
-            *inputs.warnings[image],
-            *inputs.text_warnings[text],
+            *inputs.images.warnings[image],
+            *inputs.texts[text].warnings,
             *orthogonal_warnings(batch.calls, batch.raw.orthogonal),
             *text_independent_warnings(batch.calls, entries),
             *map_warnings(made, entries),
         )
         results[image].append(
             Explanation(
-                image=inputs.images[image],
-                caption=inputs.tokens[text].text,
+                image=inputs.images.images[image],
+                caption=inputs.texts[text].text,
                 entries=entries,
                 methods=made,
-                geometry=inputs.geometry[image],
+                geometry=inputs.images.geometry(image),
                 target=targets.kind,
                 token_target=targets.token_target,
                 model={"id": adapter.info.id, "type": adapter.info.type},
                 warnings=warnings,
                 provenance=provenance,
-                origin=inputs.origins[text] if inputs.origins else "given",
-                truncated=bool(inputs.tokens[text].dropped) or inputs.tokens[text].stopped,
+                origin=inputs.texts[text].origin,
+                truncated=bool(inputs.texts[text].dropped) or inputs.texts[text].stopped,
             )
         )
     return results
@@ -272,12 +280,12 @@ def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: lis
     """
     method, maps = call.method, batch.raw.maps[call.key]
     conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_gradient)
-    chosen = maps[members] if conditioned else maps[[image]]
+    chosen = np.stack([maps[k] for k in (members if conditioned else [image])])
     if not np.isfinite(chosen).all():
         raise NumericError(f"{method.title} gives NaN or Inf: the model's numbers cannot be explained")
-    seen = batch.inputs.geometry[image].of_map(*chosen.shape[1:]).seen_cells
+    seen = batch.inputs.images.geometry(image).of_map(*chosen.shape[1:]).seen_cells
     status = tuple(diagnose(raw, seen, signed=method.signed) for raw in chosen)
-    if method.inner and method.rule is None and call.paths and set(call.paths) <= set(batch.raw.orthogonal):
+    if method.inner and call.rule is None and call.paths and set(call.paths) <= set(batch.raw.orthogonal):
         status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
     return MethodMaps(
         call.key, call.name, method.title, call.layer, call.options, method.signed, conditioned, chosen, status
@@ -292,45 +300,52 @@ def entry_of(span: Span, score: float, probability: TokenProbability | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class RawMaps:
-    """Scores (K,) and, per method call, raw maps: (K, rows, columns), or (B, rows, columns) where no text can enter.
+    """Scores (K,) and, per method call, raw maps (rows, columns): one per target, or one per image where no text can
+    enter.
 
-    `orthogonal`: the layers whose gradient is orthogonal to their features, to rounding.
+    `overviews` are those of the `overview` view, None where an image has none. `orthogonal`: the layers whose gradient
+    is orthogonal to their features, to rounding.
     """
 
     scores: Tensor
-    maps: dict[str, np.ndarray]
+    maps: dict[str, list[np.ndarray]]
+    overviews: dict[str, list[np.ndarray | None]]
     orthogonal: frozenset[str]
 
 
-def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, calls: Sequence[MethodCall]) -> RawMaps:
+def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -> RawMaps:
     """Compute the raw maps of all targets. Raises LayerError for a dead layer, NumericError for NaN or Inf."""
-    static = [c for c in calls if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
-    made: dict[str, np.ndarray] = {}
+    static = [c for c in plan.calls if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+    views = [name for name in (DETAIL, OVERVIEW) if any(view.name == name for view in inputs.images.views)]
+    made: dict[tuple[str, str], list[Any]] = {}
     sizes: dict[str, float] = defaultdict(float)
     scores, orthogonal = torch.zeros(0), frozenset[str]()
     # Closed at once also after an error in a method: the model must be unchanged while the user reads the traceback.
-    with contextlib.closing(run_passes(adapter, inputs, targets, calls)) as chunks:
+    with contextlib.closing(run_passes(adapter, inputs, targets, plan)) as chunks:
         for chunk in chunks:
             scores, orthogonal = chunk.scores, orthogonal | chunk.orthogonal
-            for call in chunk.calls:
+            for call, view in ((call, view) for call in chunk.calls for view in views):
                 # No text can change a static map: the first chunk, which has a target of every image, is enough.
-                if call in static and call.key in made:
+                if call in static and (call.key, view) in made:
                     continue
-                maps = call.maps(chunk.trace)
                 count = len(inputs.images) if call in static else len(targets)
                 places = chunk.trace.targets.image.tolist() if call in static else chunk.members
-                made.setdefault(call.key, np.zeros((count, *maps.shape[1:]), np.float32))[places] = maps
+                own = made.setdefault((call.key, view), [None] * count)
+                for place, one in zip(places, call.maps(chunk.trace, view), strict=True):
+                    own[place] = None if one is None else one.astype(np.float32)
             for path, size in chunk.trace.gradient_sizes().items():
                 sizes[path] = max(sizes[path], size)
-    _refuse_dead_layers(adapter, sizes)
-    return RawMaps(scores, made, orthogonal)
+    _refuse_dead_layers(plan, sizes)
+    maps = {key: own for (key, view), own in made.items() if view == DETAIL}
+    overviews = {key: own for (key, view), own in made.items() if view == OVERVIEW}
+    return RawMaps(scores, maps, overviews, orthogonal)
 
 
-def _refuse_dead_layers(adapter: Adapter, sizes: Mapping[str, float]) -> None:
+def _refuse_dead_layers(plan: Plan, sizes: Mapping[str, float]) -> None:
     """Raise LayerError, naming a live layer, for layers whose patches no score depends on."""
     for path, size in sizes.items():
         if size == 0:
-            known = getattr(adapter, "live_layer", adapter.structure.layer)
+            known = plan.structure.live_layer or plan.structure.default_layer
             live = "" if path == known else f"use {known!r}, or "
             raise LayerError(
                 f"layer {path!r} is dead: the score does not depend on its patch tokens (gradient exactly zero), its "

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 
 from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import Inputs
+from grounding.adapter.inputs import DETAIL, ImageInputs
 from grounding.core.errors import GroundingError, OptionError
 from grounding.core.text import Span, TokenizedText, find_label
 from grounding.engine.explain import ComputedBatch, entry_of, run_request
-from grounding.engine.plan import MethodCall, plan_methods
+from grounding.engine.plan import MethodCall, Plan, plan_methods
 from grounding.engine.request import DEFAULT, SEED, Request
 from grounding.engine.selection import Selection
 from grounding.engine.warnings import orthogonal_warnings
@@ -24,20 +24,22 @@ from grounding.methods import METHODS
 from grounding.methods.trace import Trace
 
 # The signals of methods that give every channel one weight.
-WEIGHTED = frozenset({"activations", "shift"})
+WEIGHTED = frozenset({"activations", "pooled_gradient"})
 
 
 @dataclass(frozen=True)
 class _Recording(MethodCall):
     """A method call that keeps features, gradients and the map, side by side along the last axis."""
 
-    def maps(self, trace: Trace) -> Float[np.ndarray, "k rows columns channels"]:
-        seen = trace.at(self.paths[0], self.method.needs)
+    def maps(self, trace: Trace, view: str = DETAIL) -> list[Float[np.ndarray, "rows columns channels"] | None]:
+        seen = trace.at(self.paths[0], self.method.needs, view)
+        if not seen.by_grid():
+            return [None] * len(trace.targets)
         both = (False, True) if seen.compares else (False,)
         features = [seen.activations(other=other) for other in both]
         gradients = [seen.patch_gradient(other=other) for other in both]
         options = {k: v for k, v in self.options.items() if k in self.method.own_options}
-        return torch.cat([*features, *gradients, self.method(seen, **options)[..., None]], -1).cpu().numpy()
+        return list(torch.cat([*features, *gradients, self.method(seen, **options)[..., None]], -1).cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ def inspect_request(
     if entry is not None:
         request = replace(request, select=_OneEntry(chosen=request.select, entry=entry))
 
-    def plan(adapter: Adapter, request: Request) -> Sequence[MethodCall]:
-        own = {key: value for key, value in request.options.items() if key.partition(".")[0] in names}
-        calls = plan_methods(adapter, replace(request, methods=names, options=own, average_layers=False))
-        return [_recording(call) for call in calls]
+    def plan(adapter: Adapter, request: Request) -> Plan:
+        kept = (*names, *adapter.target_kinds)
+        own = {key: value for key, value in request.options.items() if key.partition(".")[0] in kept}
+        planned = plan_methods(adapter, replace(request, methods=names, options=own, average_layers=False))
+        return replace(planned, calls=tuple(_recording(call) for call in planned.calls))
 
     made: list[Inspection] = []
 
@@ -100,7 +103,7 @@ def inspect_request(
         made.extend(own)
         return [[own]]
 
-    images = len(image.images) if isinstance(image, Inputs) else _count(image)
+    images = len(image.images) if isinstance(image, ImageInputs) else _count(image)
     if images != 1 or _count(text) != 1:
         raise GroundingError(f"inspect takes one image and one text, got {images} and {_count(text)}")
     run_request(adapter, image, text, request, plan, assemble)
@@ -133,17 +136,18 @@ def _inspection(batch: ComputedBatch, call: MethodCall, k: int) -> Inspection:
     kept = batch.raw.maps[call.key]
     # Where no text can enter, all entries share what the image has.
     own = kept[k if adapter.text_conditioned(targets.kind, call.method.reads_gradient) else 0]
-    other = targets.other if adapter.structure.axis(call.paths[0]) == "text" else None
+    on_sequences = batch.plan.structure.items(call.paths[0]) == "sequence"
+    other = targets.baseline_sequence if on_sequences else None
     compared = other is not None and int(other[k]) >= 0
     width = own.shape[-1] // 2
     # Of a caption that is compared with nothing, the second half is empty.
     shown = width if compared or other is None else width // 2
     gradients = own[..., width : width + shown]
     return Inspection(
-        image=inputs.images[0],
-        caption=inputs.tokens[0].text,
+        image=inputs.images.images[0],
+        caption=inputs.texts[0].text,
         entry=entry_of(targets.spans[k], float(batch.raw.scores[k]), batch.probabilities[k]),
-        geometry=inputs.geometry[0].of_map(*own.shape[:2]),
+        geometry=inputs.images.geometry(0).of_map(*own.shape[:2]),
         layer=call.layer or "",
         title=call.method.title,
         features=own[..., :shown],
@@ -155,8 +159,8 @@ def _inspection(batch: ComputedBatch, call: MethodCall, k: int) -> Inspection:
         options=call.options,
         compared=compared,
         warnings=(
-            *inputs.warnings[0],
-            *inputs.text_warnings[0],
+            *inputs.images.warnings[0],
+            *inputs.texts[0].warnings,
             *orthogonal_warnings(batch.calls, batch.raw.orthogonal),
         ),
     )

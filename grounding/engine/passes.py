@@ -1,9 +1,9 @@
 """Run forward and backward passes and record, for chunks of targets, the signals that methods read.
 
 The vision stack runs once for everything that needs no gradient inside it; its features are cached for later texts.
-Methods at a layer with a fast path (`Adapter.fast_taps`) need no graph through the model: the scores are recomputed
-from that layer on, with one vector per target added to all patches. All other cases use the general path: one graph,
-one backward pass per group of targets whose gradients do not overlap. A backward rule needs a general pass of its own.
+Methods at a layer with a shortcut (`Adapter.shortcut`) need no graph through the model. All other cases use the general
+path: one graph, one backward pass per group of targets whose gradients do not overlap. A backward rule needs a general
+pass of its own.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.base import Adapter, Features, Shortcut
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.vision_cache import ENCODED, finite, keep, remembered
-from grounding.core.errors import ModelError
-from grounding.engine.plan import MethodCall, wanted_signals
+from grounding.core.errors import ModelError, NumericError
+from grounding.engine.plan import MethodCall, Plan
 from grounding.methods.trace import Trace, precise
 
-# Numbers that the fast path may hold at once, over all targets of a chunk; about 0.25 GB.
+# Numbers that a shortcut may hold at once, over all targets of a chunk; about 0.25 GB.
 FAST_BUDGET = 60_000_000
 # For a layer that is read through a LayerNorm alone, |<features, gradient>| is below this fraction of |features|
 # |gradient|.
 ORTHOGONAL = 1e-3
-# Stacks in whose last block each position depends on its own attention row alone.
-READ_BY_ROWS = ("cross", "decoder", "fusion")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,51 +42,87 @@ class TraceChunk:
     orthogonal: frozenset[str] = frozenset()
 
 
-def run_passes(
-    adapter: Adapter, inputs: Inputs, targets: Targets, plan: Sequence[MethodCall]
-) -> Generator[TraceChunk, None, None]:
+def finite(tensor: Tensor, what: str) -> None:
+    """Raise NumericError if a tensor contains NaN or Inf."""
+    # The sum is finite only if all terms are, and needs no mask. It may also overflow: then count.
+    if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise NumericError(
+                f"{bad} of {tensor.numel()} {what} are NaN or Inf: the model's numbers cannot be explained"
+            )
+
+
+def encode(
+    adapter: Adapter,
+    images: ImageInputs,
+    layers: Collection[str] = (),
+    attention: Collection[str] = (),
+) -> Features:
+    """Return image features, off the graph, from a pass without gradients in which layer outputs and attention weights
+    are recorded too.
+
+    The vision stack runs unless the cache of the images contains all of them. Raises NumericError for NaN or Inf.
+    """
+    found = images.cache.get([*layers, *attention])
+    if found is None:
+        with Recorder(adapter.model, dict.fromkeys(layers, False), dict.fromkeys(attention, False)) as recorder:
+            features = adapter.encode_images(images)
+            recorder.check()
+        for path, weights in recorder.weights.items():
+            finite(weights, f"attention weights of {path}")
+        images.cache.put(features, recorder.outputs | recorder.weights)
+    assert images.cache.features is not None
+    return images.cache.features
+
+
+def run_passes(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -> Generator[TraceChunk, None, None]:
     """Run the model as often as the plan needs (mostly once) and yield every chunk of targets.
 
     The first chunk has a target of every image. Raises NumericError for NaN or Inf, LayerError, ModelError.
     """
-    fast = [call for call in plan if is_fast(adapter, targets, call)]
-    rules = dict.fromkeys(call.method.rule for call in plan if call not in fast)
+    shortcut = plan.shortcut
+    fast = [call for call in plan.calls if shortcut is not None and is_fast(shortcut, targets, call)]
+    rules = dict.fromkeys(call.rule for call in plan.calls if call not in fast)
     for rule in dict.fromkeys([None, *rules]):
-        slow = [call for call in plan if call not in fast and call.method.rule == rule]
+        slow = [call for call in plan.calls if call not in fast and call.rule == rule]
         if slow or (fast and rule is None):
-            yield from _one_pass(adapter, inputs, targets, slow, fast if rule is None else [], rule)
+            yield from _one_pass(adapter, inputs, targets, plan, slow, fast if rule is None else [], rule)
 
 
-def is_fast(adapter: Adapter, targets: Targets, call: MethodCall) -> bool:
-    """Whether a method call needs only the pooled gradient at a layer with a fast path."""
-    layers = adapter.fast_taps if targets.kind in adapter.fast_kinds else {}
+def is_fast(shortcut: Shortcut, targets: Targets, call: MethodCall) -> bool:
+    """Whether a method call needs only the pooled gradient at a layer with a shortcut."""
     needs = call.method.needs
-    shift_alone = "shift" in needs and needs <= {"activations", "shift"} and targets.other is None
-    return shift_alone and len(call.paths) == 1 and call.paths[0] in layers
+    pooled_alone = "pooled_gradient" in needs and needs <= {"activations", "pooled_gradient"}
+    alone = pooled_alone and targets.baseline_sequence is None
+    return alone and len(call.paths) == 1 and call.paths[0] in shortcut.layers
 
 
 def _one_pass(
     adapter: Adapter,
     inputs: Inputs,
     targets: Targets,
+    plan: Plan,
     slow: Sequence[MethodCall],
     fast: Sequence[MethodCall],
     rule: str | None,
 ) -> Iterator[TraceChunk]:
-    layers, attention = wanted_signals(adapter, slow)
-    starts = _starts(adapter, fast)
-    own = _of_images(adapter, {**starts, **layers}), _of_images(adapter, attention)
+    layers, attention = plan.signals(slow)
+    starts = _starts(plan.shortcut, fast)
+    own = _of_images(plan, {**starts, **layers}), _of_images(plan, attention)
     here = ({**starts, **layers}, attention)
+    cached: Features | None = None
     seen: Mapping[str, Tensor] = {}
     if not any([*own[0].values(), *own[1].values()]):
-        seen = remembered(adapter, inputs, *own)
+        cached = encode(adapter, inputs.images, *own)
+        seen = inputs.images.cache.signals
         here = _without(here[0], own[0]), _without(here[1], own[1])
     with Recorder(adapter.model, *here, rule) as recorder:
-        encoded = seen[ENCODED] if seen else adapter.encode_images(inputs)
-        scores = adapter.score(inputs, encoded, targets)
+        features = adapter.encode_images(inputs.images) if cached is None else cached
+        scores = adapter.score(inputs, features, targets)
         recorder.check()
-        if not seen:
-            keep(inputs, {ENCODED: encoded.detach()})
+        if cached is None:
+            inputs.images.cache.put(features)
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
         if scores.shape != (len(targets),):
@@ -100,45 +133,48 @@ def _one_pass(
         finite(scores, "scores")
         record = Trace(
             adapter=adapter,
+            structure=plan.structure,
+            inputs=inputs,
             targets=targets,
-            grid=adapter.grid(inputs),
             needs=frozenset(),
             outputs={**{path: seen[path] for path in own[0] if path in seen}, **recorder.outputs},
             gradients={},
-            shifts={},
+            pooled_gradients={},
             weights={**{path: seen[path] for path in own[1] if path in seen}, **recorder.weights},
             weight_gradients={},
         )
         if slow:
             yield from _slow_chunks(record, slow, layers, attention, scores, rule)
     with Recorder(adapter.model):  # records nothing: parts of the model run again
-        for layer, wanted_rule in dict.fromkeys((call.paths[0], call.method.rule) for call in fast):
-            calls = tuple(c for c in fast if c.paths == (layer,) and c.method.rule == wanted_rule)
-            yield from _fast_chunks(record, calls, inputs, scores)
+        for layer, wanted_rule in dict.fromkeys((call.paths[0], call.rule) for call in fast):
+            calls = tuple(c for c in fast if c.paths == (layer,) and c.rule == wanted_rule)
+            assert plan.shortcut is not None
+            yield from _fast_chunks(record, calls, plan.shortcut, scores)
 
 
-def _starts(adapter: Adapter, fast: Sequence[MethodCall]) -> dict[str, bool]:
-    """Modules whose outputs the fast path starts from, none of them with a gradient."""
-    return {path: False for call in fast for layer in call.paths for path in (layer, *adapter.fast_taps[layer])}
+def _starts(shortcut: Shortcut | None, fast: Sequence[MethodCall]) -> dict[str, bool]:
+    """Modules whose outputs the shortcut starts from, none of them with a gradient."""
+    if shortcut is None:
+        return {}
+    return {path: False for call in fast for layer in call.paths for path in (layer, *shortcut.layers[layer])}
 
 
-def _of_images(adapter: Adapter, paths: Mapping[str, bool]) -> dict[str, bool]:
-    return {path: gradient for path, gradient in paths.items() if adapter.structure.axis(path) == "image"}
+def _of_images(plan: Plan, paths: Mapping[str, bool]) -> dict[str, bool]:
+    return {path: gradient for path, gradient in paths.items() if plan.structure.items(path) == "image"}
 
 
 def _without(paths: Mapping[str, bool], others: Mapping[str, bool]) -> dict[str, bool]:
     return {path: gradient for path, gradient in paths.items() if path not in others}
 
 
-def look(adapter: Adapter, inputs: Inputs, plan: Sequence[MethodCall]) -> None:
+def look_ahead(adapter: Adapter, images: ImageInputs, plan: Plan) -> None:
     """Run the vision stack once and cache what the plan needs of it, before the model generates texts from it."""
-    layers, attention = wanted_signals(adapter, plan)
-    starts = {
-        path: False for layer, others in adapter.fast_taps.items() if layer in layers for path in (layer, *others)
-    }
-    own = (_of_images(adapter, {**layers, **starts}), _of_images(adapter, attention))
+    layers, attention = plan.signals(plan.calls)
+    shortcut = {} if plan.shortcut is None else plan.shortcut.layers
+    starts = {path: False for layer, others in shortcut.items() if layer in layers for path in (layer, *others)}
+    own = (_of_images(plan, {**layers, **starts}), _of_images(plan, attention))
     # Signals with a gradient need a pass of their own later.
-    remembered(adapter, inputs, *({path: False for path, gradient in paths.items() if not gradient} for paths in own))
+    encode(adapter, images, *([path for path, gradient in paths.items() if not gradient] for paths in own))
 
 
 def _slow_chunks(
@@ -160,7 +196,7 @@ def _slow_chunks(
     for number, members in enumerate(groups):
         gradients = _gradients(scores[members].sum(), leaves, last=number == len(groups) - 1)
         if _shares_sequences(record, [*wanted_layers, *wanted_attention]):
-            gradients = [_with_own(own, i, g, record.targets.units) for i, g in enumerate(gradients)]
+            gradients = [_with_own(own, i, g, record.targets.sequences) for i, g in enumerate(gradients)]
         named = dict(zip([*wanted_layers, *wanted_attention], gradients, strict=True))
         for path, gradient in named.items():
             finite(gradient, f"gradient at {path}")
@@ -179,13 +215,15 @@ def _shares_sequences(record: Trace, leaves: Sequence[str]) -> bool:
     All targets of a sequence then share one gradient there, and the sequences they are compared with belong to one
     target each.
     """
-    return record.targets.other is not None and all(record.adapter.structure.axis(path) == "text" for path in leaves)
+    return record.targets.baseline_sequence is not None and all(
+        record.structure.items(path) == "sequence" for path in leaves
+    )
 
 
-def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, units: Tensor) -> Tensor:
+def _with_own(own: dict[int, Tensor], leaf: int, gradient: Tensor, sequences: Tensor) -> Tensor:
     """The gradient with the rows of the targets' own sequences taken from the first backward pass, not summed over
     targets."""
-    rows = units.unique().to(gradient.device)
+    rows = sequences.unique().to(gradient.device)
     kept = own.setdefault(leaf, gradient[rows])
     return gradient.index_copy(0, rows, kept)
 
@@ -197,20 +235,20 @@ def _groups(record: Trace, leaves: Sequence[str]) -> list[list[int]]:
     in the last block of a text stack, one per position, as each depends on its own row alone. Without leaves, and with
     the text in the attention alone, all targets are one group.
     """
-    adapter, targets = record.adapter, record.targets
-    image, text = targets.image.tolist(), targets.units.tolist()
-    last = {s.attention[-1] for name, s in adapter.structure.stacks.items() if name in READ_BY_ROWS and s.attention}
-    if any(adapter.structure.axis(path) == "image" for path in leaves) or not adapter.structure.text_stacks:
+    structure, targets = record.structure, record.targets
+    image, text = targets.image.tolist(), targets.sequences.tolist()
+    last = {s.attention[-1] for s in structure.stacks.values() if s.rows_read_alone and s.attention}
+    if any(structure.items(path) == "image" for path in leaves) or not structure.reads_sequence:
         claims = [{b} for b in image]
     elif not leaves:
         claims = [set() for _ in image]
     elif _shares_sequences(record, leaves):
         groups = disjoint_groups([{t} for t in text])
         return [groups[0], [k for group in groups[1:] for k in group]] if len(groups) > 1 else groups
-    elif targets.rows is None or not last.issuperset(leaves):
+    elif targets.read_rows is None or not last.issuperset(leaves):
         claims = [{t} for t in text]
     else:
-        claims = [{(t, int(i)) for i in row.nonzero()} for t, row in zip(text, targets.rows, strict=True)]
+        claims = [{(t, int(i)) for i in row.nonzero()} for t, row in zip(text, targets.read_rows, strict=True)]
     return disjoint_groups(claims)
 
 
@@ -218,8 +256,8 @@ def _orthogonal(chunk: Trace) -> frozenset[str]:
     """Layers where the gradient of every patch is orthogonal to its features, to rounding."""
     found = set()
     for path, gradient in chunk.gradients.items():
-        grid = [chunk.adapter.to_grid(precise(t), chunk.grid, path) for t in (chunk.outputs[path], gradient)]
-        if are_orthogonal(*grid):
+        both = (chunk.folded(path, precise(tensor)) for tensor in (chunk.outputs[path], gradient))
+        if all(are_orthogonal(*pair) for pair in zip(*both, strict=True)):
             found.add(path)
     return frozenset(found)
 
@@ -230,30 +268,33 @@ def are_orthogonal(features: Tensor, gradient: Tensor) -> bool:
     return bool(size > 0 and (features * gradient).sum(-1).abs().sum() < ORTHOGONAL * size)
 
 
-def _orthogonal_fast(record: Trace, inputs: Inputs, layer: str) -> bool:
-    """As `_orthogonal`, for a layer on the fast path, for one target per image."""
+def _orthogonal_fast(record: Trace, shortcut: Shortcut, layer: str) -> bool:
+    """As `_orthogonal`, for a layer with a shortcut, for one target per image."""
     leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
-        encoded = record.adapter.from_tap(layer, leaf)
-        if encoded is None:
+        features = shortcut.features(layer, leaf)
+        if features is None:
             return False
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]
-        total = record.adapter.score(inputs, encoded, record.targets.select(members)).sum()
+        total = record.adapter.score(record.inputs, features, record.targets.select(members)).sum()
     [gradient] = _gradients(total, [leaf], last=True)
-    return are_orthogonal(*(record.adapter.to_grid(precise(t), record.grid, layer) for t in (leaf, gradient)))
+    both = (record.folded(layer, precise(tensor)) for tensor in (leaf, gradient))
+    return all(are_orthogonal(*pair) for pair in zip(*both, strict=True))
 
 
-def _fast_chunks(record: Trace, calls: tuple[MethodCall, ...], inputs: Inputs, scores: Tensor) -> Iterator[TraceChunk]:
+def _fast_chunks(
+    record: Trace, calls: tuple[MethodCall, ...], shortcut: Shortcut, scores: Tensor
+) -> Iterator[TraceChunk]:
     """All targets at once, or as many as fit in memory: the pooled gradient of each target at one layer."""
-    [layer], rule = calls[0].paths, calls[0].method.rule
-    features = record.outputs[layer].detach()
-    size = max(1, FAST_BUDGET // max(1, features[0].numel() // 4))
-    flat = rule is None and _orthogonal_fast(record, inputs, layer)
+    [layer], rule = calls[0].paths, calls[0].rule
+    output = record.outputs[layer].detach()
+    size = max(1, FAST_BUDGET // max(1, output[0].numel() // 4))
+    flat = rule is None and _orthogonal_fast(record, shortcut, layer)
     for first in range(0, len(record.targets), size):
         members = list(range(first, min(first + size, len(record.targets))))
-        gradient = record.adapter.shifts(layer, inputs, record.targets.select(members), record.outputs, rule)
+        gradient = shortcut.pooled_gradient(layer, record.inputs, record.targets.select(members), record.outputs, rule)
         finite(gradient, f"gradient at {layer}")
-        chunk = record.of(members, shifts={layer: gradient})
+        chunk = record.of(members, pooled_gradients={layer: gradient})
         yield TraceChunk(calls, chunk, members, scores.detach(), frozenset([layer]) if flat else frozenset())
 
 

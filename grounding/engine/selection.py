@@ -49,6 +49,8 @@ class Selection:
 
     def spans(self, tokens: TokenizedText) -> tuple[Span, ...]:
         """The entries of one text, in reading order within each kind. Raises TextError for a missing entry."""
+        if not tokens.ids:  # a target that no text can change
+            return (tokens.caption(),)
         if tokens.classes:
             return self._classes(tokens)
         if self.where or self.contrast:

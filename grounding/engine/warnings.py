@@ -49,7 +49,7 @@ def map_warnings(methods: Mapping[str, MethodMaps], entries: Sequence[Entry]) ->
         title = own.title if titles[own.title] == 1 else f"{own.title} at {own.layer}"
         if not own.shared and len(own.maps) > 1 and not np.ptp(own.maps, axis=0).any():
             yield f"{title} cannot distinguish {parts} here: all entries have the same map; another --layer may"
-        if not own.text_conditioned:
+        if not own.text_conditioned and entries[0].kind != "image":
             yield f"{title} does not depend on the {text} here: one map for all entries"
         for i, status in enumerate(own.status):
             if not status and status.reason != ROUNDING:

@@ -26,6 +26,8 @@ from grounding.adapter.recorder import random_state
 from grounding.adapter.replicate import repeat_image
 from grounding.core.errors import ModelError, NumericError
 from grounding.core.geometry import Geometry
+from grounding.engine.queries import prepare
+from grounding.engine.signals import scores
 from grounding.explanation.explanation import Explanation
 
 Baseline = Literal["blur", "black", "mean"]
@@ -84,11 +86,12 @@ def curves(
     `order`: cells (row-major indices) in the order of removal. `baseline`: pixels that replace a removed patch. Pixels
     outside of all seen patches stay.
     """
-    pixels = inputs.tensors["pixel_values"][0]
+    pixels = inputs.images.tensors["pixel_values"][0]
     counts = np.round(np.linspace(0, len(order), steps + 1)).astype(int)
-    rank = np.full(inputs.geometry[0].rows * inputs.geometry[0].columns + 1, len(order))  # the last: outside of patches
+    geometry = inputs.images.geometry(0)
+    rank = np.full(geometry.rows * geometry.columns + 1, len(order))  # the last: outside of patches
     rank[order] = np.arange(len(order))
-    ranks = torch.from_numpy(rank[cell_numbers(inputs.geometry[0], *pixels.shape[-2:])]).to(pixels.device)
+    ranks = torch.from_numpy(rank[cell_numbers(geometry, *pixels.shape[-2:])]).to(pixels.device)
     removed = ranks[None] < torch.from_numpy(counts).to(pixels.device)[:, None, None]  # (S, H, W)
     fixed = ranks == len(order)
     deleted = torch.where(removed[:, None], baseline, pixels)
@@ -109,11 +112,11 @@ def perturbed_scores(
     """
     count = len(pixels)
     repeated, repeated_targets = repeat_image(inputs, targets, count)
-    repeated = replace(repeated, tensors={**repeated.tensors, "pixel_values": pixels})
-    scores = adapter.scores(repeated, repeated_targets)
-    if not torch.isfinite(scores).all():
+    images = replace(repeated.images, tensors={**repeated.images.tensors, "pixel_values": pixels})
+    found = scores(adapter, replace(repeated, images=images), repeated_targets)
+    if not torch.isfinite(found).all():
         raise NumericError("scores of an image with removed patches are NaN or Inf")
-    return scores.detach().cpu().double().numpy().reshape(len(targets), count)
+    return found.detach().cpu().double().numpy().reshape(len(targets), count)
 
 
 def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray, "height width"]:
@@ -128,14 +131,14 @@ def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray,
 
 def baseline_pixels(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tensor, "C H W"]:
     """Return the pixels that replace removed patches: the image blurred, black (preprocessed), or its mean colour."""
-    pixels = inputs.tensors["pixel_values"][0]
+    pixels = inputs.images.tensors["pixel_values"][0]
     if kind == "mean":
-        numbers = cell_numbers(inputs.geometry[0], *pixels.shape[-2:])
-        seen = np.append(inputs.geometry[0].seen_cells.ravel(), False)[numbers]
+        geometry = inputs.images.geometry(0)
+        seen = np.append(geometry.seen_cells.ravel(), False)[cell_numbers(geometry, *pixels.shape[-2:])]
         return pixels[:, torch.from_numpy(seen).to(pixels.device)].mean(1)[:, None, None].expand_as(pixels)
     if kind == "black":
-        size = (inputs.images[0].width, inputs.images[0].height)
-        return adapter.prepare([Image.new("RGB", size)], [[inputs.tokens[0].text]]).tensors["pixel_values"][0]
+        image = inputs.images.images[0]
+        return adapter.prepare_images([Image.new("RGB", (image.width, image.height))]).tensors["pixel_values"][0]
     array = pixels.detach().cpu().float().movedim(0, -1).contiguous().numpy()
     blurred = cv2.GaussianBlur(array, (0, 0), BLUR * min(array.shape[:2]))
     return torch.from_numpy(blurred.reshape(array.shape)).movedim(-1, 0).to(pixels)
@@ -166,10 +169,11 @@ def deletion_curves_area(
     """
     with torch.inference_mode(False), torch.no_grad(), random_state(adapter.model):
         torch.manual_seed(seed)
-        inputs = adapter.prepare([str(case.image)], [list(case.texts)])
-        if "pixel_values" not in inputs.tensors:
+        kind, _ = adapter.check_target(target)
+        inputs = prepare(adapter, [str(case.image)], [list(case.texts)], kind)
+        if "pixel_values" not in inputs.images.tensors:
             raise ModelError(f"{adapter.info.type} has no input pixel_values: faithfulness cannot be measured")
-        targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], target)
+        targets = adapter.targets(inputs, [[text.caption()] for text in inputs.texts], kind)
         replacement = baseline_pixels(adapter, inputs, baseline)
         # One pair of forward passes per order: many texts may share a map.
         orders: dict[bytes, np.ndarray] = {}

@@ -172,7 +172,7 @@ def cascade(adapter: Adapter, seed: int = 0) -> Iterator[tuple[str, Adapter]]:
     """
     randomised = copy.deepcopy(adapter)
     generator = torch.Generator().manual_seed(seed)
-    for path in reversed(randomised.structure.stack("vision").blocks):
+    for path in reversed(randomised.structure(randomised.target_kinds[0]).stack("vision").blocks):
         randomise(find_module(randomised.model, path), generator)
         yield path, randomised
     randomise(randomised.model, generator)

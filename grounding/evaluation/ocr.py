@@ -18,7 +18,7 @@ from grounding.core.errors import DataError, GroundingError, OptionError
 from grounding.core.images import ImageError, Picture, open_image
 from grounding.datasets.text_lines import Line, Lines, open_lines, splits_of
 from grounding.engine.explain import explain_request
-from grounding.engine.plan import available, for_target, plan_methods
+from grounding.engine.plan import available, plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import Request
 from grounding.engine.selection import Selection
@@ -109,12 +109,12 @@ def evaluate_lines(
     if not adapter.generates:
         raise OptionError(f"{adapter.info.type} generates no text: scoring lines needs a model that does")
     request = request or Request()
-    methods = request.methods or [name for name in OCR_METHODS if name in available(adapter)]
+    kind, _ = adapter.check_target(request.target, request.token_target)
+    methods = request.methods or [name for name in OCR_METHODS if name in available(adapter.structure(kind))]
     select = OtherTokens(seed=config.seed) if config.aimed else Selection(caption=False)
     request = replace(request, methods=methods, seed=config.seed, select=select)
     # Planned before the model runs, so that an unknown name costs nothing.
-    keys = [call.key for call in plan_methods(*for_target(adapter, request))]
-    adapter.check_kind(request.target, request.token_target)
+    keys = [call.key for call in plan_methods(adapter, request).calls]
     scores = _score_split(adapter, lines, config.limit, request, progress)
     scored = scores.scored
     return {
@@ -130,7 +130,7 @@ def evaluate_lines(
         "rules": {
             "limit": config.limit,
             "aimed": config.aimed,
-            "target": request.target or adapter.kinds[0],
+            "target": kind,
             "options": {key: str(value) for key, value in request.options.items()},
             "layers": list(request.layers),
             "seed": config.seed,

@@ -25,7 +25,7 @@ from grounding.datasets.caption_lists import ALL
 from grounding.datasets.open import open_dataset
 from grounding.datasets.records import Dataset, Record
 from grounding.engine.explain import explain_request
-from grounding.engine.plan import for_target, plan_methods
+from grounding.engine.plan import plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import Request
 from grounding.engine.warnings import map_warnings
@@ -121,9 +121,8 @@ def evaluate(
     request = replace(request or Request(), select=CAPTION_ONLY)
     swaps = Swaps.read(dataset.folder)
     # Planned before the model runs, so that an unknown name costs nothing.
-    target_adapter, own_request = for_target(adapter, request)
-    keys = [call.key for call in plan_methods(target_adapter, own_request)]
-    adapter.check_kind(request.target, request.token_target)
+    keys = [call.key for call in plan_methods(adapter, request).calls]
+    kind, _ = adapter.check_target(request.target, request.token_target)
     thresholds = dict.fromkeys(keys, config.box_threshold)
     if config.tune_threshold:
         if dataset.split in (TUNING_SPLIT, ALL):
@@ -131,7 +130,7 @@ def evaluate(
         tuning_set, unlimited = open_dataset(dataset.folder, TUNING_SPLIT), replace(config, limit=None)
         tuning = _score_split(adapter, tuning_set, unlimited, TUNING_THRESHOLDS, request, progress)
         thresholds = {key: best_threshold(tuning.scored, key, TUNING_THRESHOLDS) for key in keys}
-    if not target_adapter.text_conditioned(request.target or adapter.kinds[0], gradient=True):
+    if kind in adapter.text_independent:
         swaps = None
     cuts = sorted(set(thresholds.values()))
     scores = _score_split(adapter, dataset, config, cuts, request, progress, config.faithfulness, swaps)
@@ -164,7 +163,7 @@ def evaluate(
     if config.faithfulness:
         baseline = config.baseline or DEFAULT_BASELINE
         document["faithfulness"] = faithfulness(
-            target_adapter, scores.cases, request, baseline, config.seed, progress=progress
+            adapter, scores.cases, request, baseline, config.seed, progress=progress
         )
     return document
 
@@ -177,7 +176,7 @@ def _rules(adapter: Adapter, dataset: Dataset, config: PhraseConfig, request: Re
         "hit": "strictly inside any box of the chain",
         **config.to_document(),
         "limit": config.limit,
-        "target": request.target or adapter.kinds[0],
+        "target": request.target or adapter.target_kinds[0],
         "threshold": f"tuned on {TUNING_SPLIT}" if config.tune_threshold else config.box_threshold,
         "tuned": config.tune_threshold,
         "options": {key: str(value) for key, value in request.options.items()},

@@ -17,6 +17,8 @@ from grounding.core.errors import DataError
 from grounding.core.images import Picture
 from grounding.core.printable import quote
 from grounding.datasets.records import Caption, Record, normal
+from grounding.engine.queries import check_query, prepare_inputs
+from grounding.engine.signals import scores
 
 SWAPS_FILE = "swaps.json"
 # Texts per forward pass.
@@ -87,12 +89,13 @@ def swap_test(
     """
     if not record.captions:
         return []
-    caption, adapter = record.captions[0], adapter.aimed(kind)
+    caption, (kind, _) = record.captions[0], adapter.check_target(kind)
     prepared = adapter.prepare_images([image])
-    scores: list[float] = []
+    found: list[float] = []
     texts = [caption.text, *swapped_captions(caption, record, swaps, heldout)]
     for first in range(0, len(texts), TEXTS_PER_BATCH):
-        inputs = adapter.prepare_texts(prepared, [texts[first : first + TEXTS_PER_BATCH]])
-        targets = adapter.targets(inputs, [[tokens.caption()] for tokens in inputs.tokens], kind)
-        scores += adapter.scores(inputs, targets).tolist()
-    return [float(scores[0] > score) for score in scores[1:]]
+        queries = [check_query(adapter, text, kind) for text in texts[first : first + TEXTS_PER_BATCH]]
+        inputs = prepare_inputs(adapter, prepared, [queries])
+        targets = adapter.targets(inputs, [[text.caption()] for text in inputs.texts], kind)
+        found += scores(adapter, inputs, targets).tolist()
+    return [float(found[0] > score) for score in found[1:]]

@@ -18,6 +18,7 @@ METHODS = Registry(
         "relevance": "grounding.methods.relevance:relevance",
         "gradient_rollout": "grounding.methods.attention:gradient_rollout",
         "attention": "grounding.methods.attention:raw_attention",
+        "grad_x_attention": "grounding.methods.cross_attention:grad_x_attention",
         "attention_gradcam": "grounding.methods.cross_attention:attention_gradcam",
         "cross_attention": "grounding.methods.cross_attention:cross_attention",
         "gradient_x_cross_attention": "grounding.methods.cross_attention:gradient_x_cross_attention",

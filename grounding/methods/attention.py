@@ -1,11 +1,9 @@
 """Attention methods: attention rollout, gradient rollout, and the attention weights of one block.
 
 A rollout is a product of matrices of which one row is needed: e^T (A_L ... A_1), computed as row vector times matrix
-from the pooling backwards through the blocks. This gives the same numbers as the product of the matrices for a fraction
-of its cost. The start row e depends on the pooling of the vision stack (`Trace.pooling_row`): CLS token, mean over
-patches, the cross-attention row of the last decoder block at the target's positions (encoder-decoders), or the rollout
-through the fusion stack from the target's positions (fusion encoders). In the last two cases the map depends on the
-text.
+from the score backwards through the hops of `ModelStructure.path`. This gives the same numbers as the product of the
+matrices for a fraction of its cost. The start row e is that of `Trace.start`: the tokens that the vision stack's
+pooling reads, or the target's positions in a text. If the path begins on the text side, the map depends on the text.
 """
 
 from __future__ import annotations
@@ -17,25 +15,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grounding.adapter.structure import ModelStructure
+from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import LayerError
-from grounding.methods.base import Reading, method
+from grounding.methods.base import Reading, method, whole_path
 from grounding.methods.options import Fraction
 from grounding.methods.trace import Trace
 
+LAST = slice(-1, None)
 
-def _readout(structure: ModelStructure) -> dict[str, Reading]:
-    """The attention that `Trace.pooling_row` reads."""
-    last = {"cross": Reading(slice(-1, None)), "fusion": Reading()}
-    return {structure.pooling: last[structure.pooling]} if structure.pooling in last else {}
+
+def entering(path: tuple[Hop, ...]) -> dict[str, Reading]:
+    """Return the attention that `row_before` reads for the last hop of a path."""
+    return {hop.stack: Reading() if hop.kind == "self" else Reading(LAST) for hop in path[:-1]}
+
+
+def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k Q"]:
+    """Return the row that enters a hop: the rollout from the score through the hops before it.
+
+    A hop of kind `self` takes the mean over heads of all blocks, one of kind `cross` or `pool` that of its last block.
+    """
+    row = trace.start()
+    for hop in trace.path[: trace.path.index(last)]:
+        if hop.kind == "self":
+            for weights in reversed(trace.attentions(hop.stack)):
+                row = trace.through(row, weights.mean(1), hop.stack)
+        else:
+            [weights] = trace.attentions(hop.stack, LAST)
+            row = trace.chain(row, weights.mean(1), hop.stack)
+        row = trace.carried(row, hop)
+    return row
 
 
 def _all_blocks(_options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
-    return {"vision": Reading(), **_readout(structure)}
+    path = whole_path(structure)
+    return {**entering(path), path[-1].stack: Reading(_blocks(path[-1]))}
 
 
 def _all_gradients(_options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
-    return {"vision": Reading(gradient=True), **_readout(structure)}
+    path = whole_path(structure)
+    return {**entering(path), path[-1].stack: Reading(_blocks(path[-1]), gradient=True)}
+
+
+def _blocks(hop: Hop) -> slice:
+    return slice(None) if hop.kind == "self" else LAST
 
 
 @method("Attention rollout", {"attention"}, reads=_all_blocks)
@@ -46,15 +68,18 @@ def rollout(
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928; `fusion` mean and `discard` 0 are the paper's.
     Departures: `fusion` joins the heads (mean, max or min); `discard` sets that fraction of the smallest weights of
-    each row to zero before the identity is added. All factors are row-normalised, also for max and min.
+    each row to zero before the identity is added. All factors are row-normalised, also for max and min. Both options
+    apply to the last stack on the path, mostly the image encoder. Of cross-attention and of an attention pooling head
+    the last block is one factor, E_h A.
     Range: [0, 1]. Sign: never negative.
     Cost: the forward pass. The map depends on the text only where the chain starts in text attention.
     """
-    row = trace.pooling_row()
-    for weights in reversed(trace.attentions()):
+    last = trace.path[-1]
+    row = row_before(trace, last)
+    for weights in reversed(trace.attentions(last.stack, _blocks(last))):
         fused = getattr(torch, f"a{fusion}")(weights, 1) if fusion != "mean" else weights.mean(1)
-        row = trace.through(row, _discard(fused, discard))
-    return trace.patches(row)
+        row = _step(trace, row, _discard(fused, discard), last)
+    return trace.patches(row, last)
 
 
 @method("Gradient rollout", {"attention", "attention_gradient"}, reads=_all_gradients)
@@ -67,14 +92,25 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     Range: [0, 1]. Sign: never negative.
     Cost: one backward pass through the vision stack per target.
     """
-    row = trace.pooling_row()
-    for weights, gradient in zip(reversed(trace.attentions()), reversed(trace.attention_gradients()), strict=True):
-        row = trace.through(row, (weights * gradient).clamp(min=0).mean(1))
-    return trace.patches(row)
+    last = trace.path[-1]
+    row, blocks = row_before(trace, last), _blocks(last)
+    pairs = zip(
+        reversed(trace.attentions(last.stack, blocks)),
+        reversed(trace.attention_gradients(last.stack, blocks)),
+        strict=True,
+    )
+    for weights, gradient in pairs:
+        row = _step(trace, row, (weights * gradient).clamp(min=0).mean(1), last)
+    return trace.patches(row, last)
+
+
+def _step(trace: Trace, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], hop: Hop) -> Float[Tensor, "k S"]:
+    return trace.through(row, matrix, hop.stack) if hop.kind == "self" else trace.chain(row, matrix, hop.stack)
 
 
 def _one(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
-    return {"vision": Reading(one_block("attention", options, structure, "vision")), **_readout(structure)}
+    path = whole_path(structure)
+    return {**entering(path), path[-1].stack: Reading(one_block("attention", options, structure, path[-1].stack))}
 
 
 @method("Attention", {"attention"}, reads=_one)
@@ -85,8 +121,10 @@ def raw_attention(trace: Trace, *, layer: int = -1, head: int | None = None) -> 
     Range: [0, 1]. Sign: never negative.
     Cost: the forward pass.
     """
-    [weights] = trace.attentions(blocks=slice(layer, layer + 1 or None))
-    return trace.patches(trace.chain(trace.pooling_row(), one_head("attention", weights, head)))
+    last = trace.path[-1]
+    [weights] = trace.attentions(last.stack, slice(layer, layer + 1 or None))
+    row = trace.chain(row_before(trace, last), one_head("attention", weights, head), last.stack)
+    return trace.patches(row, last)
 
 
 def one_block(name: str, options: Mapping[str, Any], structure: ModelStructure, stack: str) -> slice:
@@ -94,9 +132,10 @@ def one_block(name: str, options: Mapping[str, Any], structure: ModelStructure, 
 
     Raises LayerError with the valid range.
     """
-    if not structure.attention(stack):
+    attention = structure.stack(stack).attention
+    if not attention:
         return slice(None)
-    layer = index_of(options["layer"], len(structure.attention(stack)), f"{name}.layer")
+    layer = index_of(options["layer"], len(attention), f"{name}.layer")
     return slice(layer, layer + 1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grounding.adapter.structure import ModelStructure
+from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import OptionError
 from grounding.core.registry import did_you_mean
 from grounding.methods.options import THRESHOLD, Fraction, convert
@@ -26,13 +26,24 @@ class Reading:
     gradient: bool = False
 
 
-# From a method's options and the structure of a model: stack -> the attention that is read.
+class NoAttentionError(OptionError):
+    """The model has no attention of the kind that a method reads; the message is that kind."""
+
+
+# From a method's options and the structure of a model: stack -> the attention that is read. Raises NoAttentionError.
 Reads = Callable[[Mapping[str, Any], ModelStructure], Mapping[str, Reading]]
 
 
 def nothing(_options: Mapping[str, Any], _structure: ModelStructure) -> Mapping[str, Reading]:
     """The `reads` of methods that read no attention."""
     return {}
+
+
+def whole_path(structure: ModelStructure) -> tuple[Hop, ...]:
+    """Return the hops from the score to the patches. Raises NoAttentionError if no attention leads there."""
+    if not structure.path:
+        raise NoAttentionError("vision attention")
+    return structure.path
 
 
 @dataclass(frozen=True)

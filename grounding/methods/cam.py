@@ -20,7 +20,7 @@ from grounding.methods.options import NotNegative
 from grounding.methods.trace import Trace
 
 
-@method("Grad-CAM", {"activations", "shift"}, signed=True)
+@method("Grad-CAM", {"activations", "pooled_gradient"}, signed=True)
 def gradcam(trace: Trace, *, token_centred: bool = False, smooth: NotNegative = 0.0) -> Float[Tensor, "k rows columns"]:
     """Grad-CAM: sum_d w_d F_pd with w_d = mean_p g_pd.
 
@@ -33,7 +33,7 @@ def gradcam(trace: Trace, *, token_centred: bool = False, smooth: NotNegative = 
     return weighted_features(trace, token_centred, smooth)
 
 
-@method("Grad-CAM (LN-rule)", {"activations", "shift"}, signed=True, rule=LAYERNORM_RULE)
+@method("Grad-CAM (LN-rule)", {"activations", "pooled_gradient"}, signed=True, rule=LAYERNORM_RULE)
 def gradcam_ln(
     trace: Trace, *, token_centred: bool = False, smooth: NotNegative = 0.0
 ) -> Float[Tensor, "k rows columns"]:
@@ -115,10 +115,10 @@ def _of_patches(trace: Trace, cam: Callable[[Tensor, Tensor], Tensor]) -> Float[
 def weighted_features(trace: Trace, token_centred: bool, smooth: float) -> Float[Tensor, "k rows columns"]:
     """Return the Grad-CAM map sum_d w_d F_pd (k, rows, columns), w_d the mean over patches of the gradient."""
     patches = trace.grid[0] * trace.grid[1]
-    maps = trace.weighted(trace.shift() / patches, centred=token_centred)
+    maps = trace.weighted(trace.pooled_gradient() / patches, centred=token_centred)
     if trace.compares:
         # The score is a difference of two sequences' scores: the features of each with their own gradient.
-        maps = maps + trace.weighted(trace.shift(other=True) / patches, centred=token_centred, other=True)
+        maps = maps + trace.weighted(trace.pooled_gradient(other=True) / patches, centred=token_centred, other=True)
     return smoothed(maps, smooth)
 
 

@@ -2,97 +2,141 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from einops import einsum, rearrange
+import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import Targets
+from grounding.adapter.inputs import DETAIL, Inputs, Targets
+from grounding.adapter.patch_tokens import PatchTokens, fold
+from grounding.adapter.structure import Hop, ModelStructure
 
-SIGNALS = frozenset({"activations", "shift", "patch_gradient", "attention", "attention_gradient"})
-LAYER_SIGNALS = frozenset({"activations", "shift", "patch_gradient"})
-GRADIENT_SIGNALS = frozenset({"shift", "patch_gradient", "attention_gradient"})
+SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient", "attention", "attention_gradient"})
+LAYER_SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient"})
+GRADIENT_SIGNALS = frozenset({"pooled_gradient", "patch_gradient", "attention_gradient"})
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Signals of k targets at one layer. Reading a signal that the method does not declare raises RuntimeError.
+    """Signals of k targets at one layer, in one view of their images. Reading a signal that the method does not declare
+    raises RuntimeError.
 
     Parameters
     ----------
-    adapter, targets, grid: the adapter, the k targets, and the patch grid (rows, columns) at the layer.
+    adapter, structure, inputs, targets: the adapter, its structure for this kind of target, the inputs, the k targets.
     needs: the signals that may be read.
     outputs, gradients: layer -> output and d score / d output. The leading axis counts images, or text sequences on the
-        text side (`ModelStructure.axis`). Gradients require that no two targets of the trace share an item of it.
-    shifts: layer -> pooled gradient (k, D), at layers where a shortcut of the adapter computed it without `gradients`.
+        sequence side (`ModelStructure.items`). Gradients require that no two targets of the trace share an item of it.
+    pooled_gradients: layer -> pooled gradient (k, D), at layers where a shortcut of the adapter computed it without
+        `gradients`.
     weights, weight_gradients: attention module -> weights (B, H, Q, S) and d score / d weights, leading axis as above.
     layer: the layer at which a method is computed; None for methods that read attention.
+    view: the view in which maps are computed. All targets of a trace that a method gets have the same patch grid.
 
     The methods that read the layer return one item per target, those that read attention one matrix per image or text
     sequence; `chain` multiplies the row of each target by its matrix.
     """
 
     adapter: Adapter
+    structure: ModelStructure
+    inputs: Inputs
     targets: Targets
-    grid: tuple[int, int]
     needs: frozenset[str]
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    shifts: Mapping[str, Tensor]
+    pooled_gradients: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     weight_gradients: Mapping[str, Tensor]
     layer: str | None = None
+    view: str = DETAIL
 
-    def at(self, layer: str | None, needs: frozenset[str]) -> Trace:
-        """Return the trace for a method with these `needs` at one layer, with the patch grid of that layer."""
-        found = None if layer is None else self.adapter.layout(self.outputs[layer], self.grid, layer)
-        return replace(self, layer=layer, needs=needs, grid=(found.rows, found.columns) if found else self.grid)
+    def at(self, layer: str | None, needs: frozenset[str], view: str = DETAIL) -> Trace:
+        """Return the trace for a method with these `needs` at one layer, in one view."""
+        return replace(self, layer=layer, needs=needs, view=view)
 
     def of(self, members: Sequence[int], **signals: Any) -> Trace:
         """Return the trace of the targets at indices `members`, with the fields given in `signals` replaced."""
         return replace(self, targets=self.targets.select(members), **signals)
 
+    def by_grid(self) -> dict[tuple[int, int], list[int]]:
+        """(rows, columns) -> indices of the targets with this patch grid; targets without such a view are left out."""
+        found: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for k, place in enumerate(self._places(self._path, self._shape)):
+            if place is not None:
+                found[place.grid].append(k)
+        return dict(found)
+
+    def with_pooled(self, members: Sequence[int]) -> Trace:
+        """Return the trace of the targets at indices `members`, with their pooled gradients."""
+        if list(members) == list(range(len(self.targets))):
+            return self
+        return self.of(members, pooled_gradients={path: g[list(members)] for path, g in self.pooled_gradients.items()})
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches at the layer, or of those that the path of attention leads to."""
+        place = self._places(self._path, self._shape)[0]
+        assert place is not None
+        return place.grid
+
     def gradient_sizes(self) -> dict[str, float]:
         """Layer -> largest absolute gradient at a patch (or of the pooled gradient); 0 for dead layers."""
-        patches = {
-            layer: self.adapter.to_grid(gradient, self.grid, layer) for layer, gradient in self.gradients.items()
-        }
-        return {layer: float(gradient.abs().max()) for layer, gradient in (patches | dict(self.shifts)).items()}
+        patches = {path: self.folded(path, gradient) for path, gradient in self.gradients.items()}
+        sizes = {path: max(float(own.abs().max()) for own in found) for path, found in patches.items()}
+        return sizes | {path: float(gradient.abs().max()) for path, gradient in self.pooled_gradients.items()}
+
+    def folded(self, path: str, tensor: Tensor) -> list[Float[Tensor, "n rows columns D"]]:
+        """Return the patches of all images (or sequences) of the targets in a record of the module at `path`, one
+        tensor for each patch grid."""
+        units, _ = self._units(path, tuple(tensor.shape))
+        by_grid: dict[tuple[int, int], list[PatchTokens]] = defaultdict(list)
+        for place in units:
+            by_grid[place.grid].append(place)
+        return [fold(tensor, places) for places in by_grid.values()]
+
+    # ------------------------------------------------------------------ at a layer
 
     def activations(self, *, other: bool = False) -> Float[Tensor, "k rows columns D"]:
         """Return the patch features at the layer.
 
-        With `other`, those of the sequences whose scores are subtracted (see `Targets.other`); 0 where there is none.
+        With `other`, those of the sequences whose scores are subtracted (see `Targets.baseline_sequence`); 0 where
+        there is none.
         """
-        return self._folded(self._rows("activations", self.outputs, other))
+        return self._per_target("activations", self.outputs, other)
 
     def patch_gradient(self, *, other: bool = False) -> Float[Tensor, "k rows columns D"]:
         """Return d score / d features per patch; `other` as in `activations`."""
-        return self._folded(self._rows("patch_gradient", self.gradients, other))
+        return self._per_target("patch_gradient", self.gradients, other)
 
-    def shift(self, *, other: bool = False) -> Float[Tensor, "k D"]:
-        """Return the pooled gradient: the patch gradient summed over patches; `other` as in `activations`.
+    def pooled_gradient(self, *, other: bool = False) -> Float[Tensor, "k D"]:
+        """Return the patch gradient summed over patches; `other` as in `activations`.
 
         It equals d score / d v for one vector v added to all patches.
         """
-        self._declared("shift")
+        self._declared("pooled_gradient")
         assert self.layer is not None
-        if self.layer in self.shifts:
-            return precise(self.shifts[self.layer])
-        owner = self._owner(self.layer, other=other)
-        return self._folded(precise(self.gradients[self.layer])).sum((1, 2))[owner]
+        if self.layer in self.pooled_gradients:
+            return precise(self.pooled_gradients[self.layer])
+        gradient = self.gradients[self.layer]
+        units, owner = self._units(self.layer, tuple(gradient.shape), other=other)
+        if not units:
+            return precise(gradient).new_zeros(len(owner), gradient.shape[-1])
+        return fold(precise(gradient), units).sum((1, 2))[owner]
 
     @property
     def compares(self) -> bool:
         """Whether scores are differences of two sequences' scores at this layer (a layer with a sequence per text)."""
         return (
             self.layer is not None
-            and self.adapter.structure.axis(self.layer) == "text"
-            and self.targets.other is not None
+            and self.structure.items(self.layer) == "sequence"
+            and self.targets.baseline_sequence is not None
         )
 
     def weighted(
@@ -105,109 +149,172 @@ class Trace:
         """
         self._declared("activations")
         assert self.layer is not None
-        features = precise(self._folded(self.outputs[self.layer]))
+        output = self.outputs[self.layer]
+        units, owner = self._units(self.layer, tuple(output.shape), other=other)
+        maps = weights.new_zeros(len(weights), *self.grid)
+        if not units:
+            return maps
+        features = precise(fold(output, units))
         if centred:
             features = features - features.mean((1, 2), keepdim=True)
-        maps = weights.new_zeros(len(weights), *self.grid)
-        owner = self._owner(self.layer, other=other).to(weights.device)
+        owner = owner.to(weights.device)
         for b in owner[owner >= 0].unique().tolist():
             mine = owner == b
             maps[mine] = einsum(features[b], weights[mine], "r c d, k d -> k r c")
         return maps
 
-    def attentions(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
+    # ------------------------------------------------------------------ attention
+
+    @property
+    def path(self) -> tuple[Hop, ...]:
+        """The hops from the score to the patches."""
+        return self.structure.path
+
+    def attentions(self, stack: str, blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """Return the attention weights of the blocks of a stack, first to last, per image or text sequence."""
         self._declared("attention")
-        return [precise(self.weights[path]) for path in self.adapter.structure.stack(stack).attention[blocks]]
+        return [precise(self.weights[path]) for path in self.structure.stack(stack).attention[blocks]]
 
-    def attention_gradients(self, stack: str = "vision", blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
+    def attention_gradients(self, stack: str, blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
         """Return d score / d attention weights of the blocks of a stack, first to last.
 
         In a trace with attention gradients each image or text sequence (or each row of it) has one target.
         """
         self._declared("attention_gradient")
-        return [precise(self.weight_gradients[path]) for path in self.adapter.structure.stack(stack).attention[blocks]]
+        return [precise(self.weight_gradients[path]) for path in self.structure.stack(stack).attention[blocks]]
 
-    def chain(
-        self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str = "vision"
-    ) -> Float[Tensor, "k S"]:
+    def start(self) -> Float[Tensor, "k Q"]:
+        """Return the row in which chains of attention start: weights, summing to 1, of the queries of the first hop.
+
+        On the sequence side these are the target's positions, else the tokens that the vision stack's pooling reads.
+        """
+        first = self.path[0].stack
+        if self.structure.stack(first).items == "sequence":
+            assert self.targets.chain_start is not None
+            return self.targets.chain_start
+        return self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
+
+    def chain(self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k S"]:
         """Return each target's row times the matrix of its image or text sequence, without a copy per target."""
-        owner = self.owner(stack)
+        owner = self.owner(stack, len(matrix))
         made = matrix.new_empty(len(row), matrix.shape[-1])
         for b in owner.unique().tolist():
             mine = owner == b
             made[mine] = row[mine].to(matrix.dtype) @ matrix[b]
         return made
 
-    def owner(self, stack: str = "vision") -> Int[Tensor, "k"]:
-        """Return the index of each target's matrix in a stack: its image, or its text sequence."""
-        return self._owner(self.adapter.structure.stack(stack).blocks[0])
-
-    def has(self, stack: str) -> bool:
-        """Whether the model has a stack of this name."""
-        return stack in self.adapter.structure.stacks
-
-    def text_rows(self) -> Float[Tensor, "k Q"]:
-        """Return the start row of attention chains over the text side's sequence: weights that sum to 1."""
-        return self.adapter.chain_start(self.targets)
-
-    def image_part(self, row: Float[Tensor, "k Q"]) -> Float[Tensor, "k N"]:
-        """Return the part of a row over the `fusion` stack's sequence that belongs to the vision stack's tokens."""
-        before, _ = self.adapter.sequence(self.adapter.structure.stack("fusion").blocks[0])
-        first = before - self.adapter.structure.prefix
-        return row[:, first : first + self.tokens]
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of tokens of the vision stack, prefix included."""
-        return self.adapter.structure.prefix + self.grid[0] * self.grid[1]
-
-    def pooling_row(self) -> Float[Tensor, "k N"]:
-        """Return the start row of attention chains: the weight of each token of the vision stack in its pooling.
-
-        For the poolings `cross` and `fusion` it is computed from the attention of these stacks.
-        """
-        row = self.adapter.pooling_weights(len(self.targets), self.tokens)
-        if row is not None:
-            return row
-        if self.adapter.structure.pooling == "cross":
-            [weights] = self.attentions("cross", slice(-1, None))
-            return self.chain(self.text_rows(), weights.mean(1), "cross")
-        row = self.text_rows()
-        for weights in reversed(self.attentions("fusion")):
-            row = self.through(row, weights.mean(1), "fusion")
-        return self.image_part(row)
-
-    def through(
-        self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str = "vision"
-    ) -> Float[Tensor, "k N"]:
+    def through(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str) -> Float[Tensor, "k N"]:
         """Return row times rownorm(matrix + I) for a block of a stack, without computing that matrix."""
-        row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[self.owner(stack)]
+        row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[self.owner(stack, len(matrix))]
         return row + self.chain(row, matrix, stack)
 
-    def patches(self, row: Float[Tensor, "k N"]) -> Float[Tensor, "k rows columns"]:
-        """Return the patch map of a row over the vision stack's tokens, without the prefix. Raises LayerError."""
-        return rearrange(self.adapter.to_grid(row[..., None], self.grid), "k r c 1 -> k r c")
+    def owner(self, stack: str, count: int) -> Int[Tensor, "k"]:
+        """Return the index of each target's matrix among the `count` of a stack: its image, or its text sequence."""
+        if self.structure.stack(stack).items == "sequence":
+            return self.targets.sequences
+        # The tokens of all images in one packed sequence have one matrix.
+        return self.targets.image if count > 1 or len(self.inputs.images) == 1 else torch.zeros_like(self.targets.image)
 
-    def _folded(self, hidden: Tensor) -> Tensor:
-        assert self.layer is not None
-        return self.adapter.to_grid(hidden, self.grid, self.layer)
+    def carried(self, row: Float[Tensor, "k N"], hop: Hop) -> Float[Tensor, "k M"]:
+        """Return a row over the tokens that a hop leads to as a row over those of the next hop's stack.
 
-    def _owner(self, path: str, *, other: bool = False) -> Int[Tensor, "k"]:
-        if other:
-            assert self.targets.other is not None
-            return self.targets.other
-        return self.targets.units if self.adapter.structure.axis(path) == "text" else self.targets.image
+        The tokens of an image in a joint sequence with the text are those of its vision stack.
+        """
+        after = next((after for before, after in pairwise(self.path) if before is hop), None)
+        if after is None or hop.kind != "self":
+            return row
+        made = row.new_zeros(len(row), self._weights_shape(after.stack)[-2])
+        for k, (own, other) in enumerate(zip(self._hop_places(hop), self._hop_places(after), strict=True)):
+            made[k, other.positions] = row[k, own.positions]
+        return made
 
-    def _rows(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
-        """Return one item per target of a record per image or text; no copy where the two are the same."""
+    def patches(self, row: Float[Tensor, "k N"], hop: Hop) -> Float[Tensor, "k rows columns"]:
+        """Return the patch map of a row over the tokens that a hop leads to. Raises LayerError."""
+        places = [replace(place, item=k) for k, place in enumerate(self._hop_places(hop))]
+        return fold(row[..., None], places)[..., 0]
+
+    def _hop_places(self, hop: Hop) -> list[PatchTokens]:
+        found = self._places(self.structure.keys(hop), self._hop_shape(hop))
+        assert all(place is not None for place in found)
+        return [place for place in found if place is not None]
+
+    def _hop_shape(self, hop: Hop) -> tuple[int, ...]:
+        shape = self._weights_shape(hop.stack)
+        return (shape[0], shape[-1], 1)
+
+    def _weights_shape(self, stack: str) -> tuple[int, ...]:
+        """The shape (B, H, Q, S) of the weights of a block of a stack that was recorded."""
+        return next(
+            tuple(self.weights[path].shape)
+            for path in reversed(self.structure.stack(stack).attention)
+            if path in self.weights
+        )
+
+    # ------------------------------------------------------------------ places of patches
+
+    @property
+    def _path(self) -> str:
+        return self.structure.keys(self._recorded_hop) if self.layer is None else self.layer
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self._hop_shape(self._recorded_hop) if self.layer is None else tuple(self.outputs[self.layer].shape)
+
+    @property
+    def _recorded_hop(self) -> Hop:
+        """The last hop whose attention was recorded."""
+        return next(
+            hop
+            for hop in reversed(self.path)
+            if any(path in self.weights for path in self.structure.stack(hop.stack).attention)
+        )
+
+    def _places(self, path: str, shape: tuple[int, ...]) -> list[PatchTokens | None]:
+        """For each target the positions of its patches in an output of this shape; None without such a view."""
+        views = self.inputs.images.views
+        found = [
+            one for one in self.adapter.patch_tokens(path, self.inputs, shape) if views[one.view].name == self.view
+        ]
+        if self.structure.items(path) == "sequence":
+            by_text = {one.item: one for one in found}
+            return [by_text.get(text) for text in self.targets.text.tolist()]
+        by_image = {views[one.view].image: one for one in found}
+        return [by_image.get(image) for image in self.targets.image.tolist()]
+
+    def _units(
+        self, path: str, shape: tuple[int, ...], *, other: bool = False
+    ) -> tuple[list[PatchTokens], Int[Tensor, "k"]]:
+        """The images or sequences of the targets, each once, and the index of each target's among them (-1: none)."""
+        places = self._places(path, shape)
+        if self.structure.items(path) == "sequence":
+            sequences = self.targets.baseline_sequence if other else self.targets.sequences
+            assert sequences is not None
+            keys = sequences.tolist()
+        else:
+            keys = [place.view if place is not None else -1 for place in places]
+        known = sorted({key for key in keys if key >= 0})
+        place_of = dict(zip(keys, places, strict=True))
+        units = []
+        for key in known:
+            place = place_of[key]
+            assert place is not None
+            units.append(replace(place, item=key) if self.structure.items(path) == "sequence" else place)
+        order = {key: i for i, key in enumerate(known)}
+        return units, torch.tensor([order.get(key, -1) for key in keys])
+
+    def _per_target(self, signal: str, record: Mapping[str, Tensor], other: bool) -> Tensor:
+        """One item per target of a record per image or sequence; no copy where the two are the same."""
         self._declared(signal)
         assert self.layer is not None
-        tensor, owner = record[self.layer], self._owner(self.layer, other=other)
-        if owner.tolist() == list(range(len(tensor))):
-            return precise(tensor)
+        tensor = record[self.layer]
+        units, owner = self._units(self.layer, tuple(tensor.shape), other=other)
+        if not units:
+            return precise(tensor).new_zeros(len(owner), *self.grid, tensor.shape[-1])
+        patches = precise(fold(tensor, units))
+        if owner.tolist() == list(range(len(units))):
+            return patches
         owner = owner.to(tensor.device)
-        return precise(tensor[owner.clamp(min=0)] * (owner >= 0).reshape(-1, *[1] * (tensor.ndim - 1)))
+        return patches[owner.clamp(min=0)] * (owner >= 0).reshape(-1, 1, 1, 1)
 
     def _declared(self, signal: str) -> None:
         if signal not in self.needs:

@@ -201,12 +201,14 @@ def flava_model(seed=0, size=32, patch=8, heads=True, dtype=torch.float64):
 
 
 def flava_adapter(seed=0, kind="similarity", **model):
-    """A tiny FLAVA with its tokenizer and processor."""
+    """A tiny FLAVA with its tokenizer and processor; `kind` is its default target."""
     made = flava_model(seed, **model)
     size = made.config.image_config.image_size
     settings = {"size": {"height": size, "width": size}, "crop_size": {"height": size, "width": size}}
     processor = FlavaImageProcessor(**settings)
-    return FlavaAdapter(made, tokenizer=bert_tokenizer(), image_processor=processor).aimed(kind)
+    adapter = FlavaAdapter(made, tokenizer=bert_tokenizer(), image_processor=processor)
+    adapter.target_kinds = (kind, *(other for other in adapter.target_kinds if other != kind))
+    return adapter
 
 
 def mean_adapter():

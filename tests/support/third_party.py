@@ -1,7 +1,6 @@
 """A third-party architecture, written from the documented requirements of `Adapter` alone."""
 
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -10,8 +9,8 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Targets
-from grounding.adapter.structure import ModelStructure, Stack
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets, View
+from grounding.adapter.structure import Hop, ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
 from grounding.core.text import TokenizedText, word_spans
@@ -64,18 +63,18 @@ class MeanModel(nn.Module):
 
 
 class MeanAdapter(Adapter):
-    kinds = ("similarity", "norm")
+    target_kinds = ("similarity", "norm")
+    text_independent = ("norm",)
 
     def __init__(self):
         torch.manual_seed(1)
         self.model = MeanModel().double().eval()
         self.info = ModelInfo(id="mean", type="mean")
 
-    @cached_property
-    def structure(self):
+    def structure(self, kind):
         blocks = tuple(f"blocks.{i}" for i in range(2))
         stack = Stack(blocks, tuple(f"{b}.norm" for b in blocks), tuple(f"{b}.attend" for b in blocks))
-        return ModelStructure(stacks={"vision": stack}, layer="blocks.1", pooling="mean", prefix=0)
+        return ModelStructure({"vision": stack}, "blocks.1", "mean", path=(Hop("vision"),))
 
     def prepare_images(self, images):
         opened = tuple(open_image(image) for image in images)
@@ -83,44 +82,37 @@ class MeanAdapter(Adapter):
         pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
         geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in opened)
-        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
+        return ImageInputs(opened, tuple(View(b, own) for b, own in enumerate(geometry)), {"pixel_values": pixels})
 
-    def prepare_texts(self, inputs, texts):
-        tokens = []
-        for text in (text for own in texts for text in own):
+    def prepare_texts(self, images, queries):
+        texts = []
+        for text in (query.text for own in queries for query in own):
             spans = word_spans(text)
             ids = tuple(sum(map(ord, text[a:b].lower())) % 97 for a, b in spans)
-            tokens.append(TokenizedText(text, ids, spans, (False,) * len(ids)))
-        owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        return replace(inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(tokens))
+            texts.append(TokenizedText(text, ids, spans, (False,) * len(ids)))
+        return Inputs(images, tuple(texts), tuple(b for b, own in enumerate(queries) for _ in own))
 
-    def targets(self, inputs, spans, kind=None, token_target=None):
-        kind, token_target = self.check_kind(kind, token_target)
-        flat = [(t, span) for t, chosen in enumerate(spans) for span in chosen]
+    def targets(self, inputs, spans, kind, token_target=None):
+        kind, token_target = self.check_target(kind, token_target)
+        found = Targets.of_spans(inputs, spans, kind, token_target)
+        if kind == "norm":
+            return found
         seeds = []
-        for t, span in flat:
-            ids = inputs.tokens[t].ids
+        for t, span in found.flat:
+            ids = inputs.texts[t].ids
             rest = [ids[i] for i in range(len(ids)) if i not in span.positions]
             whole = self._embed(ids)
             alone = span.kind == "caption" or span.alone or token_target == "alone"
             seeds.append(self._embed([ids[i] for i in span.positions]) if alone else whole - self._embed(rest))
-        owner = torch.tensor([t for t, _ in flat])
-        return Targets(
-            kind,
-            torch.tensor(inputs.text_image)[owner],
-            owner,
-            tuple(s for _, s in flat),
-            {"seeds": torch.stack(seeds)},
-            token_target,
-        )
+        return replace(found, data={"seeds": torch.stack(seeds)})
 
-    def encode_images(self, inputs):
-        return self.model(inputs.tensors["pixel_values"])
+    def encode_images(self, images):
+        return self.model(images.tensors["pixel_values"])
 
-    def score(self, inputs, encoded, targets):
+    def score(self, inputs, features, targets):
         if targets.kind == "norm":
-            return encoded.norm(dim=-1)[targets.image]
-        return (F.normalize(encoded, dim=-1)[targets.image] * targets.data["seeds"]).sum(-1)
+            return features.norm(dim=-1)[targets.image]
+        return (F.normalize(features, dim=-1)[targets.image] * targets.data["seeds"]).sum(-1)
 
     def _embed(self, ids):
         with torch.no_grad():
