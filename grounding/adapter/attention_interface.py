@@ -163,11 +163,12 @@ class _Packed:
         self.calls = 0
 
     def end(self, *_: object) -> None:
-        if len(self.boundaries) > 2 and self.calls != len(self.boundaries) - 1:
+        if self.calls and self.calls != len(self.boundaries) - 1:
             raise self._mismatch()
 
     def take(self, weights: Tensor) -> Tensor:
-        if len(self.boundaries) <= 2:  # one sequence
+        # One sequence, or all of them in one call with a mask.
+        if len(self.boundaries) <= 2 or weights.shape[-2] == self.boundaries[-1]:
             return self.handle(self.module, weights)
         self.calls += 1
         if self.calls >= len(self.boundaries):

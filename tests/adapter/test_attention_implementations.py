@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+import types
 
 import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grounding.adapter.attention_interface import IMPLEMENTATION, _recorded_attention, refuse_foreign
 from grounding.adapter.recorder import Recorder
@@ -121,6 +123,28 @@ def test_a_second_pass_over_packed_sequences_is_refused():
     case = qwen2_5_vision()
     with pytest.raises(ModelError, match=r"'blocks.0.attn' computes weights a second time"):
         record(case.model, {"blocks.0.attn": False}, case.call, case.call)
+
+
+class OneCall(nn.Module):
+    """Attention to packed sequences by one call with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(_attn_implementation="eager")
+
+    def forward(self, x, cu_seqlens):
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        sequence = torch.bucketize(torch.arange(len(x)), cu_seqlens[1:], right=True)
+        mask = torch.where(sequence[:, None] == sequence, 0.0, -torch.inf).double()
+        return attend(self, x[None, None], x[None, None], x[None, None], mask)[0]
+
+
+def test_packed_sequences_in_one_call():
+    model = nn.ModuleDict({"a": OneCall()})
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    recorder = record(model, {"a": True}, lambda: model["a"](x, torch.tensor([0, 2, 5])))
+    expected = torch.block_diag(*((part @ part.T / 2).softmax(-1) for part in (x[:2], x[2:])))
+    assert close(recorder.weights["a"].detach()[0, 0], expected)
 
 
 class Mixer(nn.Module):

@@ -100,6 +100,30 @@ def blip_parts(is_decoder):
 
 
 @seeded
+def bridgetower(dtype=torch.float64, implementation=None):
+    """Its vision part uses `nn.MultiheadAttention` with the batch second, its text part the interface."""
+    wide = {"hidden_size": 64, "num_hidden_layers": 2}
+    text = wide | {"num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 20, "max_position_embeddings": 10}
+    config = hf.BridgeTowerConfig(
+        text_config=text | {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={"hidden_size": 128, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
+        hidden_size=128 // 2, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+    )  # fmt: skip
+    model = prepared(hf.BridgeTowerForImageAndTextRetrieval(config), dtype)
+    pixels = images(dtype)
+    mask = torch.ones(2, 16, 16, dtype=torch.long)
+    return Case(
+        model,
+        lambda: model(input_ids=WORDS, attention_mask=MASK, pixel_values=pixels, pixel_mask=mask).logits[:, 1],
+        (
+            "bridgetower.vision_model.visual.transformer.resblocks.0.attn",
+            "bridgetower.vision_model.visual.transformer.resblocks.1.attn",
+            "bridgetower.cross_modal_text_layers.0.crossattention.self",
+        ),
+    )
+
+
+@seeded
 def blip_matching(dtype=torch.float64, implementation=None):
     model = prepared(hf.BlipForImageTextRetrieval(blip_parts(True)), dtype)
     pixels = images(dtype)
@@ -225,6 +249,7 @@ def qwen2_5_vision(dtype=torch.float64, implementation="sdpa", images=((1, 4, 6)
 FAMILIES = {
     "siglip": siglip,
     "siglip2": siglip2,
+    "bridgetower": bridgetower,
     "blip_matching": blip_matching,
     "blip_caption": blip_caption,
     "git": git,
