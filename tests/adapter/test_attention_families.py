@@ -14,7 +14,7 @@ from tests.support.model_state import disturb, snapshot, unchanged
 from tests.support.tolerances import SINGLE, close
 
 # The eager functions of these compute the softmax in float32, also of a float64 model.
-EAGER_IN_SINGLE = {"gemma2"}
+EAGER_IN_SINGLE = {"gemma2", "git"}
 
 
 def recorded(case, gradient=True):
@@ -154,7 +154,7 @@ def test_packed_sequences_give_one_block_diagonal_tensor(images, monkeypatch):
     scores, weights, gradients = recorded(qwen2_5_vision(images=images))
     case = qwen2_5_vision(images=images, implementation="eager")
     with torch.no_grad():
-        assert close(scores, case.call())
+        assert close(scores, case.call(), SINGLE)
     slow = blocks_of_eager(case, monkeypatch)
     assert [calls for *_, calls in slow] == ([3, 2] if len(images) == 2 else [4, 1])
     for found, gradient, (expected, slope, _) in zip(weights, gradients, slow, strict=True):

@@ -35,7 +35,7 @@ def register(monkeypatch):
 def refused(model, path, name):
     before = snapshot(model)
     with pytest.raises(ModelError, match=FOREIGN.format(name)) as caught:
-        Recorder(model, attention={path: True}).__enter__()
+        record(model, {path: True})
     assert "set_attn_implementation('eager')" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert unchanged(before, snapshot(model))

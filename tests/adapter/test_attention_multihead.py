@@ -170,7 +170,7 @@ def test_nested_tensors_are_refused():
 def test_keys_of_no_token_are_refused(settings):
     model = nn.ModuleDict({"a": attention(**settings)})
     with pytest.raises(ModelError, match="bias_k and add_zero_attn add keys of no token"):
-        Recorder(model, attention={"a": False}).__enter__()
+        record(model, {"a": False})
     assert "forward" not in vars(model["a"])
 
 
@@ -178,7 +178,7 @@ def test_replaced_forward_is_refused_and_kept():
     module = attention()
     own = module.forward = lambda *args, **keywords: None
     with pytest.raises(ModelError, match="its forward method was replaced"):
-        Recorder(nn.ModuleDict({"a": module}), attention={"a": False}).__enter__()
+        record(nn.ModuleDict({"a": module}), {"a": False})
     assert vars(module)["forward"] is own
 
 
@@ -188,7 +188,7 @@ def test_subclass_with_a_forward_of_its_own_is_refused():
             return super().forward(*args, **keywords)
 
     with pytest.raises(ModelError, match="the attention of Other cannot be recorded"):
-        Recorder(nn.ModuleDict({"a": Other(D, H)}), attention={"a": False}).__enter__()
+        record(nn.ModuleDict({"a": Other(D, H)}), {"a": False})
 
 
 @pytest.mark.parametrize(
