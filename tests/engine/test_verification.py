@@ -44,7 +44,7 @@ def switched(factor):
 
 def test_a_pass_that_scores_something_else_is_refused():
     adapter = switched(3.0)
-    with pytest.raises(ModelError, match=r"mean scores \S+, but \S+ while its attention is recorded: .* gradcam"):
+    with pytest.raises(ModelError, match=r"mean scores \S+, but \S+ while its attention is recorded: .*gradcam"):
         grounding.explain(adapter, noise(), "a dog", methods="rollout")
 
 
