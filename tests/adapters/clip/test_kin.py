@@ -148,8 +148,9 @@ def test_a_modified_text_block_is_run_and_not_recomputed(adapter, caption, image
     """Where the causal prefix is shared, a hook of the user must still have its effect."""
     before = explain(adapter, image, caption, methods=["rollout"])
     names = [name for name, _ in adapter.model.text_model.named_modules()]
-    [last] = [name for name in names if name.endswith(("1.mlp.fc1", "1.intermediate.dense"))]
-    adapter.model.text_model.get_submodule(last).register_forward_hook(lambda module, args, out: 0.3 * out)
+    [last] = [name for name in names if name.endswith(("1.self_attn", "1.attention.self"))]
+    attention = adapter.model.text_model.get_submodule(last)
+    attention.register_forward_hook(lambda module, args, out: (0.3 * out[0], *out[1:]))
     after = explain(adapter, image, caption, methods=["rollout"])
     with torch.no_grad():
         embedded = adapter.model.get_image_features(pixel_values(adapter, image)).pooler_output[0]
