@@ -9,6 +9,9 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "MetaClip2Model": "adapters.clip.adapter:ClipAdapter",
+        "ChineseCLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "AltCLIPModel": "adapters.clip.adapter:ClipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr.adapter:TrOcrAdapter",
@@ -23,4 +26,11 @@ ENDINGS = {
     "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
 }
 # model_type -> architecture, for checkpoints without `config.architectures`.
-MODEL_TYPES = {"clip": "CLIPModel", "flava": "FlavaModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}
+MODEL_TYPES = {
+    "clip": "CLIPModel",
+    "metaclip_2": "MetaClip2Model",
+    "chinese_clip": "ChineseCLIPModel",
+    "altclip": "AltCLIPModel",
+    "flava": "FlavaModel",
+    "vision-encoder-decoder": "VisionEncoderDecoderModel",
+}

@@ -32,8 +32,8 @@ METHODS = [
     "attention", "attention_gradcam", "cross_attention", "gradient_x_cross_attention",
 ]  # fmt: skip
 ARCHITECTURES = [
-    "CLIPModel", "FlavaForPreTraining", "FlavaModel", "VisionEncoderDecoderModel", "AutoModelForImageClassification",
-    "nn.Module",
+    "CLIPModel", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel", "FlavaForPreTraining", "FlavaModel",
+    "VisionEncoderDecoderModel", "AutoModelForImageClassification", "nn.Module",
 ]  # fmt: skip
 PARAMETERS = {
     grounding.explain: "adapter images texts methods select target token_target layers average_layers options "

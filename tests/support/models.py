@@ -40,6 +40,7 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.flava.adapter import FlavaAdapter
 from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
+from tests.support.clip_kin import KIN, kin_adapter
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -318,6 +319,7 @@ def module_adapter(seed=0, layer=None, **options):
 # One per architecture in `adapters.ADAPTERS`, and one from outside.
 FACTORIES = {
     "CLIPModel": clip_adapter,
+    **{kind: partial(kin_adapter, kind) for kind in KIN},
     "FlavaForPreTraining": flava_adapter,
     "FlavaForPreTraining matching": partial(flava_adapter, kind="matching"),
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
