@@ -7,6 +7,8 @@ import torch
 from grounding import Selection, explain
 from grounding.core.errors import LayerError, OptionError, TargetError
 from grounding.engine.layers import list_layers
+from grounding.engine.queries import prepare
+from grounding.engine.signals import attentions
 from grounding.methods.trace import Trace
 from tests.support import models
 from tests.support.images import noise
@@ -107,8 +109,8 @@ def test_one_layer_and_one_head_of_the_attention(flava):
 def test_attention_is_attention(stack):
     """Rows sum to 1 over what is not masked; averaged over the keys, as the tutorial does, it would be constant."""
     adapter = models.flava_adapter(kind="matching")
-    inputs = adapter.prepare([noise(50, 40)], [["two dogs", TEXT]])
-    for weights in adapter.attentions(inputs, stack):
+    inputs = prepare(adapter, [noise(50, 40)], [["two dogs", TEXT]])
+    for weights in attentions(adapter, inputs, stack):
         assert weights.sum(-1).numpy() == pytest.approx(1)
         assert weights.std() > 0.001
         assert weights.mean(-1).std() < 1e-12
@@ -184,7 +186,7 @@ def test_one_image_pass_for_tokens_left_out(flava):
 
 
 def test_options_of_the_norm(flava):
-    pixels = flava.prepare([noise(50, 40)], [[TEXT]]).tensors["pixel_values"]
+    pixels = prepare(flava, [noise(50, 40)], [[TEXT]]).images.tensors["pixel_values"]
     states = flava.model.flava.get_image_features(pixels).pooler_output
     for tokens, expected in (("all", states.norm()), ("cls", states[:, 0].norm())):
         options = {"norm.tokens": tokens}

@@ -1,5 +1,6 @@
 """Slow reference pass for image classifiers: hooks on the bare model and a full backward pass for each image."""
 
+from tests.support.contract import structure
 from tests.support.oracles import vision
 
 ASKED = [2, "crane, BIRD", "two dogs"]
@@ -9,7 +10,7 @@ INDICES = [2, 8, 1]
 def tutorial(adapter, image, index, path):
     """Logits, features and gradient of one image by a full backward with hooks on the bare model, and attention."""
     model, kept = adapter.model, {}
-    if adapter.structure.attention("vision"):
+    if structure(adapter).attention("vision"):
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
     pixels = adapter.image_processor(image, return_tensors="pt")["pixel_values"].to(adapter.dtype)
