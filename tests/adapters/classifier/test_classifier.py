@@ -156,7 +156,7 @@ def test_classes_have_no_parts_and_texts_no_classes(clip):
         explain(adapter, IMAGES[0], select=Selection(caption=False))
     with pytest.raises(TargetError, match="given twice"):
         explain(adapter, IMAGES[0], "two dogs", target=2)
-    with pytest.raises(TargetError, match="targets similarity and no classes, got 2"):
+    with pytest.raises(TargetError, match="targets similarity, logits, norm and no classes, got 2"):
         explain(clip, IMAGES[0], "two dogs", target=2)
 
 
@@ -272,8 +272,8 @@ def test_as_many_names_as_scores(monkeypatch):
 
 
 def test_available_methods_follow_the_family():
-    assert "rollout" in available(models.classifier_adapter("dinov2"))
-    assert not {"rollout", "relevance", "attention"} & set(available(models.classifier_adapter("swin")))
+    assert "rollout" in available(structure(models.classifier_adapter("dinov2")))
+    assert not {"rollout", "relevance", "attention"} & set(available(structure(models.classifier_adapter("swin"))))
 
 
 def small(config, size=64):
@@ -312,4 +312,4 @@ def test_images_with_other_channels_than_the_processor_gives():
 def test_the_last_stage_is_the_one_that_ends_last():
     """A list of the stem's layers stands as deep in a SwiftFormer as that of its stages."""
     config = SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], num_labels=3)
-    assert small(config).structure.layer == "swiftformer.encoder.network.6"
+    assert default_layer(small(config)) == "swiftformer.encoder.network.6"

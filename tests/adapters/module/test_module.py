@@ -256,7 +256,7 @@ def test_a_model_that_changes_its_input_and_has_no_parameters():
     adapter = ModuleAdapter(InPlaceInput(), preprocess=lambda p: models.to_pixels()(p).float())
     inputs = prepare(adapter, [IMAGES[0]], [["class 1"]])
     before = inputs.images.tensors["pixel_values"].clone()
-    targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts])
+    targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts], "class")
     assert scores(adapter, inputs, targets).tolist() == scores(adapter, inputs, targets).tolist()
     assert torch.equal(before, inputs.images.tensors["pixel_values"])
     found = explain(adapter, IMAGES[0], target=1, methods=["hirescam"])

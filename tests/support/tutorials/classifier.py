@@ -10,7 +10,7 @@ INDICES = [2, 8, 1]
 def tutorial(adapter, image, index, path):
     """Logits, features and gradient of one image by a full backward with hooks on the bare model, and attention."""
     model, kept = adapter.model, {}
-    if structure(adapter).attention("vision"):
+    if structure(adapter).stacks["vision"].attention:
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
     pixels = adapter.image_processor(image, return_tensors="pt")["pixel_values"].to(adapter.dtype)
