@@ -30,10 +30,10 @@ def check_query(adapter: Adapter, value: Any, kind: str) -> Query:
     return Query(_checked_text(adapter, value, kind))
 
 
-def needs_text(adapter: Adapter, kind: str | None) -> bool:
-    """Whether a text must be given for a kind of target (None: the default)."""
+def needs_text(adapter: Adapter, target: Any) -> bool:
+    """Whether a text must be given for a target, as `explain` takes it (None: the default)."""
     return not (
-        isinstance(adapter, Classifies | Generates) or (kind or adapter.target_kinds[0]) in adapter.text_independent
+        isinstance(adapter, Classifies | Generates) or (target or adapter.target_kinds[0]) in adapter.text_independent
     )
 
 
