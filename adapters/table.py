@@ -9,6 +9,7 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "BlipForImageTextRetrieval": "adapters.blip.adapter:BlipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr.adapter:TrOcrAdapter",
@@ -23,4 +24,9 @@ ENDINGS = {
     "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
 }
 # model_type -> architecture, for checkpoints without `config.architectures`.
-MODEL_TYPES = {"clip": "CLIPModel", "flava": "FlavaModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}
+MODEL_TYPES = {
+    "blip": "BlipForImageTextRetrieval",
+    "clip": "CLIPModel",
+    "flava": "FlavaModel",
+    "vision-encoder-decoder": "VisionEncoderDecoderModel",
+}
