@@ -9,6 +9,7 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "AlignModel": "adapters.align.adapter:AlignAdapter",
         "BlipForImageTextRetrieval": "adapters.blip.adapter:BlipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
@@ -25,6 +26,7 @@ ENDINGS = {
 }
 # model_type -> architecture, for checkpoints without `config.architectures`.
 MODEL_TYPES = {
+    "align": "AlignModel",
     "blip": "BlipForImageTextRetrieval",
     "clip": "CLIPModel",
     "flava": "FlavaModel",

@@ -40,7 +40,7 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.flava.adapter import FlavaAdapter
 from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
-from tests.support import blip
+from tests.support import align, blip
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -217,6 +217,11 @@ def blip_adapter(seed=0, **model):
     return blip.blip_adapter(bert_tokenizer(), seed, **model)
 
 
+def align_adapter(seed=0, **model):
+    """A tiny ALIGN with its tokenizer and processor; its feature maps are 4 x 6."""
+    return align.align_adapter(bert_tokenizer(), seed, **model)
+
+
 def mean_adapter():
     """An architecture from outside: no CLS token, mean pooling, a grid that is not square."""
     return MeanAdapter()
@@ -328,6 +333,7 @@ FACTORIES = {
     "FlavaForPreTraining matching": partial(flava_adapter, kind="matching"),
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
     "FlavaModel": partial(flava_adapter, heads=False),
+    "AlignModel": align_adapter,
     "BlipForImageTextRetrieval": blip_adapter,
     "BlipForImageTextRetrieval similarity": partial(blip_adapter, kind="similarity"),
     "VisionEncoderDecoderModel": trocr_adapter,
