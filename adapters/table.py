@@ -12,6 +12,8 @@ ADAPTERS = Registry(
         "MetaClip2Model": "adapters.clip.adapter:ClipAdapter",
         "ChineseCLIPModel": "adapters.clip.adapter:ClipAdapter",
         "AltCLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "AlignModel": "adapters.align.adapter:AlignAdapter",
+        "BlipForImageTextRetrieval": "adapters.blip.adapter:BlipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr.adapter:TrOcrAdapter",
@@ -31,6 +33,8 @@ MODEL_TYPES = {
     "metaclip_2": "MetaClip2Model",
     "chinese_clip": "ChineseCLIPModel",
     "altclip": "AltCLIPModel",
+    "align": "AlignModel",
+    "blip": "BlipForImageTextRetrieval",
     "flava": "FlavaModel",
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
 }
