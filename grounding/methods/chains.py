@@ -27,7 +27,7 @@ def normalised_relevance_row(
     sums = torch.zeros_like(blocks[0][..., 0])  # of the rows of R - I: R 1 - 1, one column through the blocks
     for matrix in blocks:
         sums = sums + torch.einsum("bqs,bs->bq", matrix, sums + 1)
-    scaled = row * _inverse(sums)[trace.owner(stack, len(sums))]
+    scaled = row * trace.per_target(_inverse(sums), stack)
     return row + relevance_row(trace, scaled, blocks, stack) - scaled
 
 
