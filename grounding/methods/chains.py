@@ -12,7 +12,7 @@ from grounding.methods.trace import Trace
 
 
 def relevance_row(
-    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B Q Q"]], stack: str
 ) -> Float[Tensor, "k N"]:
     """Return row times R (k, N), where R <- R + Abar R from R = I over the matrices Abar of `blocks`, first to last."""
     for matrix in reversed(blocks):
@@ -21,7 +21,7 @@ def relevance_row(
 
 
 def normalised_relevance_row(
-    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B Q Q"]], stack: str
 ) -> Float[Tensor, "k N"]:
     """Return row times N(R) (k, N), N(R) = rownorm(R - I) + I with 0/0 = 0, and R as in `relevance_row`."""
     sums = torch.zeros_like(blocks[0][..., 0])  # of the rows of R - I: R 1 - 1, one column through the blocks

@@ -186,7 +186,7 @@ class Trace:
         self._declared("attention_gradient")
         return [precise(self.weight_gradients[path]) for path in self.structure.stack(stack).attention[blocks]]
 
-    def start(self) -> Float[Tensor, "k Q"]:
+    def start(self) -> Float[Tensor, "k N"]:
         """Return the row in which chains of attention start: weights, summing to 1, of the queries of the first hop.
 
         On the sequence side these are the target's positions, else the tokens that the vision stack's pooling reads.
@@ -199,7 +199,7 @@ class Trace:
             return self._packed_start(self.path[0])
         return self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
 
-    def chain(self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k S"]:
+    def chain(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k M"]:
         """Return each target's row times the matrix of its image or text sequence, without a copy per target.
 
         Packed tokens (of tiles, or of several images) have one row over all of them: the matrices are the blocks of
@@ -215,7 +215,7 @@ class Trace:
             made[mine] = row[mine].to(matrix.dtype) @ matrix[b]
         return made
 
-    def through(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str) -> Float[Tensor, "k N"]:
+    def through(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q Q"], stack: str) -> Float[Tensor, "k N"]:
         """Return row times rownorm(matrix + I) for a block of a stack, without computing that matrix."""
         row = row.to(matrix.dtype) / self.per_target(matrix.sum(-1) + 1, stack)
         return row + self.chain(row, matrix, stack)
