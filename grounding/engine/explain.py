@@ -102,6 +102,7 @@ def explain(
     texts: for one image a text or a list of texts; for a list of images one item of that kind per image. A model that
         generates text is forced to generate the given text; with None or `Generate(...)` it generates its own. A
         classifier takes names of classes, each of which gets an Explanation of its own; prefer `target` for them.
+        For a target that no text can change (`norm`) it is None, and a text is not read.
     methods: names in `grounding.METHODS`; default `adapter.default_methods`, which the name "default" stands for.
     select: entries of a text that are explained; default the caption and each token. One `Selection` for all texts, or
         one list per image with a Selection per text.
@@ -263,7 +264,7 @@ def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
                 methods=made,
                 geometry=inputs.images.geometry(image),
                 target=targets.kind,
-                token_target=targets.token_target,
+                token_target=None if targets.kind in adapter.text_independent else targets.token_target,
                 model={"id": adapter.info.id, "type": adapter.info.type},
                 warnings=warnings,
                 provenance=provenance,

@@ -172,6 +172,12 @@ class Explanation:
         return {DETAIL: self.geometry} | ({} if self.overview is None else {OVERVIEW: self.overview})
 
     @property
+    def separate(self) -> tuple[str, ...]:
+        """Keys of the methods with a map of its own for each entry; an image as the only entry has all maps alone."""
+        alone = all(entry.kind == "image" for entry in self.entries)
+        return tuple(key for key, method in self.methods.items() if alone or not method.shared)
+
+    @property
     def score(self) -> float | None:
         """The score of the entry of the caption or image, or of the only class; else None."""
         scores = [e.score for e in self.entries if e.kind in ("caption", "image", "class")]

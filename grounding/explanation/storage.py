@@ -17,7 +17,7 @@ from PIL import Image
 from grounding.core import files
 from grounding.core.errors import GroundingError, OptionError, OutputError
 from grounding.core.files import slug
-from grounding.core.geometry import OVERVIEW, Geometry
+from grounding.core.geometry import DETAIL, OVERVIEW, Geometry
 from grounding.core.images import ADDRESS, ImageError, Picture, open_image
 from grounding.core.printable import escape
 from grounding.core.registry import did_you_mean
@@ -38,7 +38,8 @@ NAMES = (FIGURE, STRIP, INSPECTION, MAPS, PICTURE, JSON)
 WRITE = ("png", "npz", "json")
 # Kinds of files: key in the result of `save` -> key in the JSON.
 IN_JSON = {"png": "figure", "strip": "strip", "inspect": "inspect", "npz": "maps", "picture": "picture", "json": "json"}
-OVERLAY = "overlay"
+# Kinds of overlays: beginning of the key in the result of `save` -> the view; in the JSON their plural.
+OVERLAYS = {"overlay": DETAIL, "overview": OVERVIEW}
 
 
 def check_output(directory: str | Path) -> Path:
@@ -71,14 +72,19 @@ def save(
 
     With png, a generated or forced text also gets strip.png. With json, an image that has no file of its own is saved
     beside it. The keys of the result are those of `write`, `strip`, `inspect` and, for entry 3 by gradcam,
-    `overlay:3:gradcam`. An earlier result in the folder is replaced; its files that are not written again are removed,
-    so that a folder never holds parts of two results. Raises OutputError, OptionError.
+    `overlay:3:gradcam`, in the second view of an image `overview:3:gradcam`. An earlier result in the folder is
+    replaced; its files that are not written again are removed, so that a folder never holds parts of two results.
+    Raises OutputError, OptionError.
     """
     chosen = _chosen(write)
     folder = check_output(directory)
-    overlays = png.overlay_names(explanation) if per_token and "png" in chosen else {}
-    png.check_overlays(folder, overlays)
-    named = {f"{OVERLAY}:{entry}:{key}": name for (entry, key), name in overlays.items()}
+    overlays = OVERLAYS if per_token and "png" in chosen else {}
+    named = {
+        f"{kind}:{entry}:{key}": name
+        for kind, view in overlays.items()
+        for (entry, key), name in png.overlay_names(explanation, view).items()
+    }
+    png.check_overlays(folder, named.values())
     contents: dict[str, bytes] = {}
     if "png" in chosen:
         from grounding.explanation.figures.options import FigureOptions  # imports matplotlib
@@ -89,7 +95,7 @@ def save(
             contents[STRIP] = png.strip_png(explanation, options)
         if inspections:
             contents[INSPECTION] = png.inspection_png(inspections, channels, options)
-        if overlays:
+        if named:
             contents.update(png.overlay_pngs(explanation, options))
     if "npz" in chosen:
         contents[MAPS] = _npz(explanation)
@@ -110,18 +116,19 @@ def save(
 def listed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Files by kind, as `save` returns them, in the form of the JSON.
 
-    `overlays` maps the index of an entry to a file, or to {method key: file} if there are several methods.
+    `overlays` maps the index of an entry to a file, or to {method key: file} if there are several methods; `overviews`
+    likewise.
     """
     listing: dict[str, Any] = {IN_JSON[kind]: str(name) for kind, name in saved.items() if kind in IN_JSON}
-    found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(OVERLAY)]
-    if found:
-        listing["overlays"] = {}
+    for one in OVERLAYS:
+        found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(f"{one}:")]
         several = len({key for _, key, _ in found}) > 1
         for entry, key, name in found:
+            own = listing.setdefault(f"{one}s", {})
             if several:
-                listing["overlays"].setdefault(entry, {})[key] = name
+                own.setdefault(entry, {})[key] = name
             else:
-                listing["overlays"][entry] = name
+                own[entry] = name
     return listing
 
 
