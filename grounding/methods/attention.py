@@ -29,7 +29,7 @@ def entering(path: tuple[Hop, ...]) -> dict[str, Reading]:
     return {hop.stack: Reading(_blocks(hop)) for hop in path[:-1]}
 
 
-def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k Q"]:
+def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k N"]:
     """Return the row that enters a hop: the rollout from the score through the hops before it.
 
     A hop of kind `self` takes the mean over heads of all blocks, one of kind `cross` or `pool` that of one block: the
@@ -105,7 +105,7 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     return trace.patches(row, last)
 
 
-def _step(trace: Trace, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], hop: Hop) -> Float[Tensor, "k S"]:
+def _step(trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q S"], hop: Hop) -> Float[Tensor, "k M"]:
     return trace.through(row, matrix, hop.stack) if hop.kind == "self" else trace.chain(row, matrix, hop.stack)
 
 
