@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.recorder import Recorder
 from grounding.adapter.replicate import one_image_per_target
 from grounding.core.errors import ModelError
-from grounding.engine.signals import scores
 
 # Largest difference of the two scores, as a fraction of the score or of 1: attention implementations round differently.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
@@ -33,7 +33,7 @@ class RecordedScore:
         self._done = _checked.setdefault(adapter.model, set())
         self._plain: float | None = None
         if self._key[1] and self._key not in self._done:
-            self._plain = float(scores(adapter, *one_image_per_target(inputs, targets.select([0])))[0])
+            self._plain = _plain_score(adapter, *one_image_per_target(inputs, targets.select([0])))
 
     def check(self, recorded: Float[Tensor, "K"]) -> None:
         """Raise ModelError if the scores differ: the recorded weights would not be those of the model."""
@@ -48,3 +48,10 @@ class RecordedScore:
                 "attention (gradcam)"
             )
         self._done.add(self._key)
+
+
+def _plain_score(adapter: Adapter, inputs: Inputs, targets: Targets) -> float | None:
+    """The score of one target without recording; None for scores of another shape, which the pass itself refuses."""
+    with Recorder(adapter.model):
+        found = adapter.score(inputs, adapter.encode_images(inputs.images), targets)
+    return float(found[0]) if found.shape == (1,) else None

@@ -217,14 +217,15 @@ def test_alone_is_a_text_of_its_own(blip, kind):
 
 
 def test_one_image_pass_and_two_backwards_for_all_tokens_left_out(blip, monkeypatch):
+    asked = {"methods": ["gradient_x_cross_attention", "rollout"], "options": {"gradient_x_cross_attention.layer": -2}}
+    explain(blip, noise(50, 40), TEXT, **asked)  # the first recorded pass is compared with a plain one
     passes, texts, backwards, plain = [], [], [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
     handles = [
         blip.model.vision_model.encoder.register_forward_hook(lambda *_: passes.append(1)),
         blip.model.text_encoder.register_forward_hook(lambda _m, _a, out: texts.append(len(out[0]))),
     ]
-    found = explain(blip, noise(50, 40), TEXT, methods=["gradient_x_cross_attention", "rollout"],
-                    options={"gradient_x_cross_attention.layer": -2})  # fmt: skip
+    found = explain(blip, noise(50, 40), TEXT, **asked)
     for handle in handles:
         handle.remove()
     assert len(passes) == 1
