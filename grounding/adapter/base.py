@@ -88,6 +88,7 @@ FORMER = (
 )
 
 
+@runtime_checkable
 class Shortcut(Protocol):
     """A closed form of the pooled gradient at some layers; it needs no graph through the model.
 
