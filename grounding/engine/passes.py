@@ -272,7 +272,7 @@ def _orthogonal_fast(record: Trace, shortcut: Shortcut, layer: str) -> bool:
     """As `_orthogonal`, for a layer with a shortcut, for one target per image."""
     leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
-        features = shortcut.features(layer, leaf)
+        features = shortcut.features(layer, leaf, record.inputs.images)
         if features is None:
             return False
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]
