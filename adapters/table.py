@@ -11,6 +11,7 @@ ADAPTERS = Registry(
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
+        "SiglipModel": "adapters.siglip.adapter:SiglipAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr.adapter:TrOcrAdapter",
         "AutoModelForImageClassification": "adapters.classifier.adapter:ClassifierAdapter",
         "nn.Module": "adapters.module.adapter:ModuleAdapter",
@@ -23,4 +24,9 @@ ENDINGS = {
     "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
 }
 # model_type -> architecture, for checkpoints without `config.architectures`.
-MODEL_TYPES = {"clip": "CLIPModel", "flava": "FlavaModel", "vision-encoder-decoder": "VisionEncoderDecoderModel"}
+MODEL_TYPES = {
+    "clip": "CLIPModel",
+    "flava": "FlavaModel",
+    "siglip": "SiglipModel",
+    "vision-encoder-decoder": "VisionEncoderDecoderModel",
+}

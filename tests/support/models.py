@@ -40,6 +40,7 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.flava.adapter import FlavaAdapter
 from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
+from tests.support.siglip import siglip_adapter
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -322,6 +323,7 @@ FACTORIES = {
     "FlavaForPreTraining matching": partial(flava_adapter, kind="matching"),
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
     "FlavaModel": partial(flava_adapter, heads=False),
+    "SiglipModel": siglip_adapter,
     "VisionEncoderDecoderModel": trocr_adapter,
     "AutoModelForImageClassification": classifier_adapter,
     **{

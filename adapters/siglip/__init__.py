@@ -1,0 +1,5 @@
+"""Adapter for SigLIP (`SiglipModel`)."""
+
+from adapters.siglip.adapter import SiglipAdapter
+
+__all__ = ["SiglipAdapter"]
