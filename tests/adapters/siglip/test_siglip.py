@@ -250,6 +250,16 @@ def test_a_batch_of_unequal_images_equals_single_ones(adapter):
                 assert close(found.methods[name].maps, single.methods[name].maps)
 
 
+def test_the_head_is_read_by_its_output_and_its_weights_in_one_pass(adapter):
+    """Grad-CAM reads the output of the pooling attention, rollout its weights: both of the same module."""
+    image = noise(90, 60)
+    for targets in ("similarity", "norm"):
+        both = explain(adapter, image, CAPTION, methods=["gradcam", "rollout"], target=targets)
+        for name in ("gradcam", "rollout"):
+            single = explain(adapter, image, CAPTION, methods=[name], target=targets)
+            assert close(both.methods[name].maps, single.methods[name].maps)
+
+
 def test_a_model_without_its_head_is_refused():
     config = siglip.configuration(SiglipConfig, {"image_size": 32, "patch_size": 8, "vision_use_head": False}, 1)
     parts = siglip.siglip_adapter()
