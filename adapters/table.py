@@ -11,6 +11,7 @@ ADAPTERS = Registry(
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
+        "Siglip2Model": "adapters.siglip.naflex:Siglip2Adapter",
         "SiglipModel": "adapters.siglip.adapter:SiglipAdapter",
         "VisionEncoderDecoderModel": "adapters.trocr.adapter:TrOcrAdapter",
         "AutoModelForImageClassification": "adapters.classifier.adapter:ClassifierAdapter",
@@ -28,5 +29,6 @@ MODEL_TYPES = {
     "clip": "CLIPModel",
     "flava": "FlavaModel",
     "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
 }

@@ -40,7 +40,7 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.flava.adapter import FlavaAdapter
 from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
-from tests.support.siglip import siglip_adapter
+from tests.support.siglip import naflex_adapter, siglip_adapter
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -324,6 +324,7 @@ FACTORIES = {
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
     "FlavaModel": partial(flava_adapter, heads=False),
     "SiglipModel": siglip_adapter,
+    "Siglip2Model": naflex_adapter,
     "VisionEncoderDecoderModel": trocr_adapter,
     "AutoModelForImageClassification": classifier_adapter,
     **{

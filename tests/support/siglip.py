@@ -1,10 +1,22 @@
-"""Tiny random models of SigLIP, with a tokenizer in its manner, and its text embeddings computed by the model."""
+"""Tiny random models of SigLIP and SigLIP 2 NaFlex, tokenizers in their manner, and text embeddings by the model."""
+
+import json
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 from adapters.siglip.adapter import SiglipAdapter
+from adapters.siglip.naflex import Siglip2Adapter
 
 CORPUS = [
     "a man in a red jacket and a blue car",
@@ -32,6 +44,21 @@ def tokenizer(side="right", limit=LENGTH):
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=limit,
         padding_side=side,
+    )  # fmt: skip
+
+
+def gemma_tokenizer(side="left", limit=LENGTH):
+    """The tokenizer of SigLIP 2, with a small vocabulary: lower case, pieces that begin with their blank, an end token;
+    by default it pads on the left."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    made.train_from_iterator([line.replace(" ", " \u2581") for line in CORPUS], trainer)
+    trained = json.loads(made.to_str())["model"]
+    return Siglip2Tokenizer(
+        vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]], model_max_length=limit,
+        padding_side=side, add_bos_token=False, add_eos_token=True,
     )  # fmt: skip
 
 
@@ -66,6 +93,21 @@ def siglip_adapter(seed=0, side="right", dtype=torch.float64, pixels=None, **mod
     height, width = pixels or [made.config.vision_config.image_size] * 2
     processor = SiglipImageProcessor(size={"height": height, "width": width})
     return SiglipAdapter(made, tokenizer=tokenizer(side), image_processor=processor)
+
+
+def naflex_model(seed=0, patch=8, positions=16, layers=3, dtype=torch.float64, attention="sdpa", **vision):
+    """A random SigLIP 2 NaFlex; its position embeddings are a square of `positions`."""
+    torch.manual_seed(seed)
+    config = configuration(Siglip2Config, {"patch_size": patch, "num_patches": positions} | vision, layers)
+    return randomised(Siglip2Model._from_config(config, attn_implementation=attention), dtype)
+
+
+def naflex_adapter(seed=0, side="left", dtype=torch.float64, patches=23, **model):
+    """A tiny SigLIP 2 NaFlex with its tokenizer, which pads on the left, and image processor: at most `patches`. An
+    image of 90 x 60 pixels has a grid of 3 x 5."""
+    made = naflex_model(seed, dtype=dtype, **model)
+    processor = Siglip2ImageProcessor(patch_size=made.config.vision_config.patch_size, max_num_patches=patches)
+    return Siglip2Adapter(made, tokenizer=gemma_tokenizer(side), image_processor=processor)
 
 
 def text_embedding(adapter, text, hidden=()):
