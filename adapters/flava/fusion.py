@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.text_sequences import SequenceBatch, sequence_targets
 from grounding.adapter.base import Features
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 
 # The multimodal sequence: its own CLS, the image CLS, patches, text.
 BEFORE = 2
@@ -123,7 +123,7 @@ class FusionShortcut:
         patch = patch_mask(hidden, BEFORE, geometry.rows * geometry.columns)
         return self.fusion.pooled_gradients(self.blocks(rule), hidden, targets, patch, before_norm=layer == before)
 
-    def features(self, layer: str, output: Tensor) -> Features | None:  # noqa: ARG002
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
         """None: an attention block follows these layers."""
         return None
 

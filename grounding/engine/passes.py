@@ -65,14 +65,13 @@ def encode(
 
     The vision stack runs unless the cache of the images contains all of them. Raises NumericError for NaN or Inf.
     """
-    found = images.cache.get([*layers, *attention])
-    if found is None:
+    if not images.cache.has(layers, attention):
         with Recorder(adapter.model, dict.fromkeys(layers, False), dict.fromkeys(attention, False)) as recorder:
             features = adapter.encode_images(images)
             recorder.check()
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
-        images.cache.put(features, recorder.outputs | recorder.weights)
+        images.cache.put(features, recorder.outputs, recorder.weights)
     assert images.cache.features is not None
     return images.cache.features
 
@@ -113,10 +112,10 @@ def _one_pass(
     own = _of_images(plan, {**starts, **layers}), _of_images(plan, attention)
     here = ({**starts, **layers}, attention)
     cached: Features | None = None
-    seen: Mapping[str, Tensor] = {}
+    seen: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
     if not any([*own[0].values(), *own[1].values()]):
         cached = encode(adapter, inputs.images, *own)
-        seen = inputs.images.cache.signals
+        seen = inputs.images.cache.outputs, inputs.images.cache.weights
         here = _without(here[0], own[0]), _without(here[1], own[1])
     verified = RecordedScore(adapter, inputs, targets, attention)
     with Recorder(adapter.model, *here, rule) as recorder:
@@ -140,10 +139,10 @@ def _one_pass(
             inputs=inputs,
             targets=targets,
             needs=frozenset(),
-            outputs={**{path: seen[path] for path in own[0] if path in seen}, **recorder.outputs},
+            outputs={**{path: seen[0][path] for path in own[0] if path in seen[0]}, **recorder.outputs},
             gradients={},
             pooled_gradients={},
-            weights={**{path: seen[path] for path in own[1] if path in seen}, **recorder.weights},
+            weights={**{path: seen[1][path] for path in own[1] if path in seen[1]}, **recorder.weights},
             weight_gradients={},
         )
         if slow:
@@ -275,7 +274,7 @@ def _orthogonal_fast(record: Trace, shortcut: Shortcut, layer: str) -> bool:
     """As `_orthogonal`, for a layer with a shortcut, for one target per image."""
     leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
-        features = shortcut.features(layer, leaf)
+        features = shortcut.features(layer, leaf, record.inputs.images)
         if features is None:
             return False
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]

@@ -165,14 +165,17 @@ def deletion_curves_area(
 
     Areas are above the score of the image without any seen patch. They are divided by (full - empty), both summed over
     all cases, so that 0 means that the score drops at once and 1 that it never drops; a quotient for each case would
-    have denominators near zero. Raises ModelError for a model without `pixel_values`, NumericError for NaN or Inf.
+    have denominators near zero. Raises ModelError for a model without `pixel_values` (B, C, H, W), NumericError for
+    NaN or Inf.
     """
     with torch.inference_mode(False), torch.no_grad(), random_state(adapter.model):
         torch.manual_seed(seed)
         kind, _ = adapter.check_target(target)
         inputs = prepare(adapter, [str(case.image)], [list(case.texts)], kind)
-        if "pixel_values" not in inputs.images.tensors:
-            raise ModelError(f"{adapter.info.type} has no input pixel_values: faithfulness cannot be measured")
+        if (pixels := inputs.images.tensors.get("pixel_values")) is None or pixels.ndim != 4:
+            raise ModelError(
+                f"{adapter.info.type} has no input pixel_values (B, C, height, width): faithfulness cannot be measured"
+            )
         targets = adapter.targets(inputs, [[text.caption()] for text in inputs.texts], kind)
         replacement = baseline_pixels(adapter, inputs, baseline)
         # One pair of forward passes per order: many texts may share a map.

@@ -42,6 +42,7 @@ from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
 from tests.support import align, blip
 from tests.support.clip_kin import KIN, kin_adapter
+from tests.support.siglip import naflex_adapter, siglip_adapter
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -338,6 +339,8 @@ FACTORIES = {
     "AlignModel": align_adapter,
     "BlipForImageTextRetrieval": blip_adapter,
     "BlipForImageTextRetrieval similarity": partial(blip_adapter, kind="similarity"),
+    "SiglipModel": siglip_adapter,
+    "Siglip2Model": naflex_adapter,
     "VisionEncoderDecoderModel": trocr_adapter,
     "AutoModelForImageClassification": classifier_adapter,
     **{
