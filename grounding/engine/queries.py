@@ -45,8 +45,8 @@ def split_target(adapter: Adapter, target: Any, texts: Any) -> tuple[str | None,
     """
     if not isinstance(adapter, Classifies):
         if target is not None and not isinstance(target, str):
-            kinds = ", ".join(adapter.target_kinds)
-            raise TargetError(f"{adapter.info.type} has targets {kinds} and no classes, got {target!r}")
+            known = ", ".join(adapter.target_kinds)
+            raise TargetError(f"{adapter.info.type} has targets {known} and no classes, got {target!r}")
         return target, texts
     kinds, names = adapter.target_kinds, adapter.class_names
     if isinstance(target, str) and target in kinds and texts is None and names.contains(target):
