@@ -24,6 +24,7 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, no_progress, print_progress, ratio
 from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.patch_tokens import fold
 from grounding.engine.explain import compute_maps
 from grounding.engine.plan import Plan, plan_methods
 from grounding.engine.queries import prepare
@@ -155,10 +156,11 @@ def _tutorial(adapter: FlavaAdapter, inputs: Inputs, path: str, row: int) -> np.
     states = adapter.model.flava(**_tensors(inputs)).multimodal_embeddings
     handle.remove()
     adapter.model.zero_grad()
-    (rows, across), place = grid(inputs), inputs.texts[0].visible[row]
+    place = inputs.texts[0].visible[row]
     ahead = states.shape[1] - inputs.tensors["input_ids"].shape[1]
     logits = adapter.model.mmm_text_head(states[0, ahead + place])
     logits[inputs.tensors["input_ids"][0, place]].backward()
-    first = adapter.sequence(path)[0]
-    features, gradient = (t[0, first : first + rows * across].detach() for t in (kept[0], kept[0].grad))
-    return (features @ gradient.mean(0)).reshape(rows, across).numpy()
+    assert kept[0].grad is not None
+    places = adapter.patch_tokens(path, inputs, tuple(kept[0].shape))
+    features, gradient = (fold(t.detach(), places)[0] for t in (kept[0], kept[0].grad))
+    return (features @ gradient.mean((0, 1))).numpy()
