@@ -14,7 +14,7 @@ from grounding.adapter.patch_tokens import PatchTokens, row_major
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.errors import LayerError
 from grounding.core.geometry import Geometry
-from grounding.core.images import open_image
+from grounding.core.images import Picture, open_image
 from tests.support.third_party import COLUMNS, HEADS, PATCH, ROWS, WIDTH, MeanAdapter, MeanModel
 
 TILE = ROWS * COLUMNS
@@ -40,7 +40,7 @@ class TiledAdapter(MeanAdapter):
     """
 
     def prepare_images(self, images):
-        opened = tuple(open_image(image) for image in images)
+        opened = tuple(map(_opened, images))
         views, tiles, counts = [], [], []
         for b, picture in enumerate(opened):
             down, across = tiling(picture.pil)
@@ -159,7 +159,7 @@ class PackedAdapter(MeanAdapter):
         self.model = PackedModel().double().eval()
 
     def prepare_images(self, images):
-        opened = tuple(open_image(image) for image in images)
+        opened = tuple(map(_opened, images))
         grids = [(max(1, p.height // 12), max(1, p.width // 12)) for p in opened]
         patches = [
             rearrange(pixels_of(p.pil, c, r), "n (r h) (c w) -> (r c) (n h w)", r=r, c=c)
@@ -184,6 +184,10 @@ class PackedAdapter(MeanAdapter):
         counts = images.packed["patches"]
         states = self.model(images.tensors["patches"], counts)
         return torch.stack([own.mean(0) for own in states.split(counts)])
+
+
+def _opened(image):
+    return image if isinstance(image, Picture) else open_image(image)
 
 
 def _squashed(picture, rows, columns):

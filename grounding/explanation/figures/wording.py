@@ -124,7 +124,7 @@ def legend(explanation: Explanation, options: FigureOptions) -> str:
         *([f"□ largest region above half the range{outside}"] if options.box else []),
         *(["one colour per patch, no interpolation"] if options.cells else []),
         *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
-        *(["overview: the model's second view, at low resolution, without marks"] if explanation.overview else []),
+        *(["overview: the model's low-resolution view, unmarked"] if explanation.overview else []),
     ]
     others = [one.label for e in explanation.entries for one in e.alternatives]
     texts = [explanation.caption, *(e.label for e in explanation.entries), *others, *explanation.warnings]
