@@ -1,65 +1,29 @@
 """Record attention weights during a forward pass, for any attention implementation, optionally with gradients.
 
-Two kinds of modules are supported. Modules that call the attention interface of transformers call a recording
-implementation during the pass. Modules with an argument `output_attentions` are called with it set, and the weights are
-removed from their output unless the caller requested them.
+Four kinds of modules are supported:
+
+- modules that call the attention interface of transformers (`grounding.adapter.attention_interface`);
+- `nn.MultiheadAttention` (`grounding.adapter.multihead_attention`);
+- modules with an argument `output_attentions`: they are called with it set, and the weights are removed from their
+  output unless the caller requested them;
+- modules that compute weights always and pass them through an `nn.Dropout` of their own (BLIP, GIT): a hook on the
+  dropout, which does nothing in eval mode.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from grounding.core.errors import ModelError
+from grounding.adapter.attention_interface import calls_interface, imports_interface, record_interface
+from grounding.adapter.multihead_attention import AttentionHandler, record_multihead
 
-IMPLEMENTATION = "grounding_recorded"
-# Options of attention functions that the recording implementation does not support.
-OTHER_ATTENTION = ("position_bias", "softcap", "s_aux")
 SWITCH = "output_attentions"
-# Called with a module and its weights; returns the weights with which the pass continues.
-AttentionHandler = Callable[[nn.Module, Tensor], Tensor]
-_handler: ContextVar[AttentionHandler | None] = ContextVar("attention_handler", default=None)
-
-
-def _recorded_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Eager attention with the same operations as in transformers; the weights pass through the active handler."""
-    if unknown := [name for name in OTHER_ATTENTION if options.get(name) is not None]:
-        raise ModelError(f"attention with {', '.join(unknown)} cannot be recorded in {type(module).__name__}")
-    groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    # In float32 at least, as transformers does; float64 stays what it is.
-    weights = logits.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    handle = _handler.get()
-    if handle is not None:
-        weights = handle(module, weights)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register(IMPLEMENTATION, _recorded_attention)
-# Without a mask function of its own, causal and padding masks would be left out silently.
-AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
 
 
 @contextlib.contextmanager
@@ -68,26 +32,52 @@ def record_attention(
 ) -> Iterator[None]:
     """Inside the block `handle` is called with the weights of `modules` (module -> whether their gradient is recorded).
 
-    The weights of a module with an argument `output_attentions` cannot be replaced, so that its graph has to begin at
-    its input: `begin` is called with the module and that input, if its gradient is recorded. The model is restored
-    afterwards.
+    The pass continues with the weights that `handle` returns. Only those of a module with an argument
+    `output_attentions` cannot be replaced, so that its graph has to begin at its input: `begin` is called with the
+    module and that input, if its gradient is recorded. The model is restored afterwards. Raises ModelError for
+    attention that cannot be recorded, as far as it is known before the pass.
     """
     with contextlib.ExitStack() as stack:
-        switched = {module for module in modules if _has_switch(module)}
-        for module in switched:
-            stack.enter_context(_switched_on(module, handle, begin if modules[module] else None))
-        if switched != modules.keys():
-            stack.enter_context(_implementation(model))
-            token = _handler.set(handle)
-            stack.callback(_handler.reset, token)
+        by_interface: dict[nn.Module, bool] = {}
+        for module, gradient in modules.items():
+            kind = type(module)
+            dropouts = [child for child in module.children() if isinstance(child, nn.Dropout)]
+            if isinstance(module, nn.MultiheadAttention):
+                stack.enter_context(record_multihead(module, handle))
+            elif calls_interface(kind):
+                by_interface[module] = gradient
+            elif SWITCH in inspect.signature(inspect.unwrap(kind.forward)).parameters:
+                stack.enter_context(_switched_on(module, handle, begin if gradient else None))
+            else:
+                for dropout in dropouts:
+                    stack.enter_context(_through_dropout(module, dropout, handle))
+                if imports_interface(kind) or not dropouts:
+                    by_interface[module] = gradient
+        if by_interface:
+            stack.enter_context(record_interface(model, by_interface, handle))
         yield
 
 
-def _has_switch(module: nn.Module) -> bool:
-    """Whether a module computes its weights without the interface and has an argument to return them."""
-    own = inspect.unwrap(type(module).forward)
-    calls_interface = "ALL_ATTENTION_FUNCTIONS" in own.__globals__
-    return SWITCH in inspect.signature(own).parameters and not calls_interface
+@contextlib.contextmanager
+def _through_dropout(module: nn.Module, dropout: nn.Dropout, handle: AttentionHandler) -> Iterator[None]:
+    """Inside the block attention weights that the module passes through its dropout pass through `handle`."""
+
+    def after(_dropout: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return handle(module, output) if _are_weights(output) else output
+
+    hook = dropout.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _are_weights(x: Tensor) -> bool:
+    """Whether a tensor (B, H, Q, S) contains attention weights: the sum over keys is 1, NaN left to its own error."""
+    if x.ndim != 4:
+        return False
+    # In half precision a sum of many rounded weights is off by 1e-2.
+    return not bool(((x.sum(-1, dtype=torch.float32) - 1).abs() > 0.1).any())
 
 
 @contextlib.contextmanager
@@ -127,19 +117,3 @@ def _index_of_weights(output: Any) -> int | None:
 def _without(output: tuple[Any, ...], index: int) -> tuple[Any, ...]:
     """The output with None in place of the weights, as most families return it without `output_attentions`."""
     return output[:index] if index == len(output) - 1 and index > 1 else (*output[:index], None, *output[index + 1 :])
-
-
-@contextlib.contextmanager
-def _implementation(model: nn.Module) -> Iterator[None]:
-    """Inside the block all configurations of the model select the recording implementation; then they are restored."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    # Parents come first in modules(), and setting a parent may set its parts: restoring in the same order is exact.
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = IMPLEMENTATION
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation

@@ -37,8 +37,11 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
     rule: None or the backward rule `layernorm` (`grounding.adapter.layernorm`): the standard deviation of every
         LayerNorm is a constant in the backward pass. The values of the forward pass are bit for bit the same.
 
-    After the pass `outputs[path]` is the output of a layer and `weights[path]` are attention weights (B, H, Q, S).
-    Raises ValueError for an unknown rule, ModelError for parameters that no gradient can pass.
+    After the pass `outputs[path]` is the output of a layer and `weights[path]` are attention weights (B, H, Q, S); for
+    packed sequences of N tokens together a block-diagonal tensor (1, H, N, N), zero between sequences. Those whose
+    gradient is wanted are on the graph: `torch.autograd.grad` of a score gives it.
+    Raises ValueError for an unknown rule, ModelError for parameters that no gradient can pass and for attention that
+    cannot be recorded.
     """
 
     def __init__(
@@ -104,7 +107,9 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if path is None:
             return weights
         if path in self.weights:
-            raise ModelError(f"attention module {path!r} ran twice in one pass: its weights would be ambiguous")
+            raise ModelError(
+                f"attention module {path!r} computes weights a second time in one pass: they would be ambiguous"
+            )
         self.weights[path] = weights = _cut(weights) if self.attention[path] else weights
         return weights
 

@@ -3,6 +3,8 @@
 Nothing here uses the project's engine.
 """
 
+import copy
+
 import numpy as np
 import torch
 
@@ -13,9 +15,10 @@ class Tutorial:
     """One image and one sequence (start token first): everything a well-made tutorial records for one token."""
 
     def __init__(self, model, pixels, sequence):
-        self.model, self.pixels, self.sequence = model, pixels, torch.tensor([sequence])
+        # A copy: no weights are recorded from a model whose attention is not of transformers.
+        self.model, self.pixels, self.sequence = copy.deepcopy(model), pixels, torch.tensor([sequence])
         # Parts of such a model keep configurations of their own, which setting the model's would not reach.
-        for part in model.modules():
+        for part in self.model.modules():
             if hasattr(part, "config"):
                 part.config._attn_implementation = "textbook"
 

@@ -3,6 +3,8 @@
 Nothing here uses the project's engine: own forward, own hooks, one full backward per target.
 """
 
+import copy
+
 import numpy as np
 import torch
 from transformers import AttentionInterface
@@ -27,8 +29,9 @@ class Tutorial:
     """What a well-made tutorial does for one image: a full forward and backward per target, hooks on a live model."""
 
     def __init__(self, model, pixels):
-        self.model, self.pixels = model, pixels
-        model.set_attn_implementation("textbook")
+        # A copy: no weights are recorded from a model whose attention is not of transformers.
+        self.model, self.pixels = copy.deepcopy(model), pixels
+        self.model.set_attn_implementation("textbook")
 
     def run(self, seed, layer):
         """(features, gradient) (N, D) at `layer`, [(attention, gradient)] (H, N, N) per block, for one target."""

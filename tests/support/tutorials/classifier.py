@@ -1,5 +1,7 @@
 """Slow reference pass for image classifiers: hooks on the bare model and a full backward pass for each image."""
 
+import copy
+
 from tests.support.oracles import vision
 
 ASKED = [2, "crane, BIRD", "two dogs"]
@@ -8,7 +10,8 @@ INDICES = [2, 8, 1]
 
 def tutorial(adapter, image, index, path):
     """Logits, features and gradient of one image by a full backward with hooks on the bare model, and attention."""
-    model, kept = adapter.model, {}
+    # A copy: no weights are recorded from a model whose attention is not of transformers.
+    model, kept = copy.deepcopy(adapter.model), {}
     if adapter.structure.attention("vision"):
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
