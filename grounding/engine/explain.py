@@ -279,7 +279,7 @@ def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: lis
     Raises NumericError where a method gave NaN.
     """
     method, maps = call.method, batch.raw.maps[call.key]
-    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_gradient)
+    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_score)
     chosen = np.stack([maps[k] for k in (members if conditioned else [image])])
     if not np.isfinite(chosen).all():
         raise NumericError(f"{method.title} gives NaN or Inf: the model's numbers cannot be explained")
@@ -315,7 +315,7 @@ class RawMaps:
 
 def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -> RawMaps:
     """Compute the raw maps of all targets. Raises LayerError for a dead layer, NumericError for NaN or Inf."""
-    static = [c for c in plan.calls if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+    static = [c for c in plan.calls if not adapter.text_conditioned(targets.kind, c.method.reads_score)]
     views = [name for name in (DETAIL, OVERVIEW) if any(view.name == name for view in inputs.images.views)]
     made: dict[tuple[str, str], list[Any]] = {}
     sizes: dict[str, float] = defaultdict(float)
