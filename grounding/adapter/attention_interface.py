@@ -134,9 +134,7 @@ def record_interface(model: nn.Module, modules: Mapping[nn.Module, bool], handle
                 stack.callback(module.register_forward_pre_hook(packed[module].begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(packed[module].end).remove)
 
-        def take(
-            module: nn.Module, weights: Tensor, query: Tensor | None = None, key: Tensor | None = None
-        ) -> Tensor:
+        def take(module: nn.Module, weights: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
             return packed[module].take(weights) if module in packed else handle(module, weights, query, key)
 
         stack.enter_context(_implementation(model))

@@ -51,13 +51,13 @@ def ending_in(model: nn.Module, outputs: Mapping[str, Any], hidden: Tensor) -> I
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """Inside the block the module returns `output`."""
     own = vars(module).get("forward")  # of a library that replaces it (offloading)
-    module.forward = lambda *_args, **_keywords: output  # type: ignore[method-assign]
+    module.forward = lambda *_args, **_keywords: output
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -163,7 +163,7 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
         if not found or len(found[0][0]) != len(self.weights[path]) or found[0][0].shape[-1] != found[0][1].shape[-1]:
             return None
         query, key = found[0] if found[0][0] is not found[0][1] else found[0][0].chunk(3, -1)[:2]
-        return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # type: ignore[return-value]
+        return query.unflatten(-1, (heads, -1)).transpose(1, 2), key.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _take_output(self, path: str, output: Any, gradient: bool) -> Any:
         tensor = output[0] if isinstance(output, tuple) else output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import cv2
 import numpy as np
@@ -63,9 +64,14 @@ def masker(adapter: Adapter, images: ImageInputs, masks: Sequence[Masks]) -> Mas
     """
     if not reads_pixels(images):
         opened = [_MaskedImage(images, b, one) for b, one in enumerate(masks)]
-        return lambda keep: adapter.prepare_images(
-            [image.under(mask) for version in zip(*keep, strict=True) for image, mask in zip(opened, version, strict=True)]
-        )
+
+        def prepared(keep: Sequence[Float[Tensor, "n H W"]]) -> ImageInputs:
+            versions = zip(*keep, strict=True)
+            return adapter.prepare_images(
+                [image.under(mask) for masks in versions for image, mask in zip(opened, masks, strict=True)]
+            )
+
+        return prepared
     pixels = images.tensors[PIXELS]
     baselines = torch.stack([baseline_pixels(adapter, images, b, one.baseline) for b, one in enumerate(masks)])
 
@@ -98,7 +104,7 @@ def _encoded(
         if _counts(features, len(altered)):
             for number, part in enumerate(parts):
                 own = slice(number * images, (number + 1) * images)
-                yield part, map_features(features, lambda tensor, own=own: tensor[own])
+                yield part, map_features(features, itemgetter(own))
             return
     for part in parts:
         yield part, adapter.encode_images(part)
@@ -129,7 +135,7 @@ def baseline_pixels(adapter: Adapter, images: ImageInputs, image: int, kind: Bas
 
 
 class _MaskedImage:
-    """An image as opened, under masks over the input of its detail view. Pixels that the view does not show are kept."""
+    """An image as opened, under masks over the input of its detail view; pixels that the view does not show stay."""
 
     def __init__(self, images: ImageInputs, image: int, masks: Masks) -> None:
         geometry = images.geometry(image)

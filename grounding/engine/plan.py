@@ -82,7 +82,9 @@ class Plan:
 
     def readout(self, call: MethodCall) -> str:
         """Return how single blocks are read out for a method call (`Reading.readout`); "" if they are not."""
-        return next((one.readout for one in call.method.reads(call.options, self.structure).values() if one.readout), "")
+        return next(
+            (one.readout for one in call.method.reads(call.options, self.structure).values() if one.readout), ""
+        )
 
     def query_keys(self, calls: Sequence[MethodCall]) -> set[str]:
         """Return the attention modules whose queries and keys the method calls read."""

@@ -1,4 +1,4 @@
-"""Scores of single blocks: the score that the output of each block of the image encoder would have in place of the last.
+"""Scores of single blocks: the score with the output of a block of the image encoder in place of that of the last.
 
 One forward pass in which the graph is cut at every block: the gradient of the sum of all these scores with respect to
 the attention of a block is that of the block's own score, so that one backward pass serves all blocks.
@@ -33,7 +33,7 @@ class BlockScores:
     """Scores of single blocks.
 
     `features` of the images, off the graph; `leaves`: block -> attention weights (B, H, Q, S) on whose graph its scores
-    are; `weights`: attention module -> weights of the pass; `totals` (K,): the scores of each target summed over blocks.
+    are; `weights`: attention module -> weights of the pass; `totals` (K,): scores of each target summed over blocks.
     """
 
     features: Features

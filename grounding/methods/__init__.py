@@ -28,4 +28,5 @@ METHODS = Registry(
         "rise": "grounding.methods.perturbation:rise",
     },
     group="grounding.methods",
+    aliases={"gae": "relevance"},
 )

@@ -29,9 +29,7 @@ def _reads(_options: Mapping[str, Any], structure: ModelStructure) -> Mapping[st
 
 
 @method("Grad-ECLIP", {"attention_gradient", "query_key"}, signed=True, reads=_reads)
-def grad_eclip(
-    trace: Trace, *, form: Literal["model", "heads", "plain"] = "model"
-) -> Float[Tensor, "k rows columns"]:
+def grad_eclip(trace: Trace, *, form: Literal["model", "heads", "plain"] = "model") -> Float[Tensor, "k rows columns"]:
     """Grad-ECLIP: lambda_p sum_c g_c v_pc at the attention that the pooling reads, g = d score / d (its output before
     the output projection), v the values, lambda_p the cosine of the pooling token's query and key p, scaled to 0..1
     over the patches (1 where all are equal).

@@ -41,8 +41,8 @@ def legrad(
     pooling: Literal["mean", "own"] = "mean",  # noqa: ARG001 - read by `_reads`
     start_layer: int = 0,
 ) -> Float[Tensor, "k rows columns"]:
-    """LeGrad: mean over blocks l, heads and queries of (G^l)+, G^l = d s^l / d A^l, A^l the attention of block l and s^l
-    the score with the output of block l in place of the last.
+    """LeGrad: mean over blocks l, heads and queries of (G^l)+, G^l = d s^l / d A^l, with A^l the attention of block l
+    and s^l the score with the output of block l in place of the last.
 
     With an attention pooling head, A^l is the attention of that head on the output of block l (norm included).
     Source: Bousselham et al. 2024, arXiv:2404.03214.

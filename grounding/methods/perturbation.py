@@ -76,8 +76,8 @@ def rise(
     input and cuts it out at a random shift, so that E[M] = p at every pixel. The seed of the request draws them, the
     same for every image of a size and every target.
     Source: Petsiuk et al. 2018, arXiv:1806.07421, eq. 6 (4000 or 8000 masks, 7 x 7 cells, p = 0.5).
-    Departures: fewer `masks` by default; beyond the outer cells their value (published code: mirrored). `baseline` as in
-    `occlusion`. `centred` subtracts the mean over masks from the scores: constant in expectation, but a score that
+    Departures: fewer `masks` by default; beyond the outer cells their value (published code: mirrored). `baseline` as
+    in `occlusion`. `centred` subtracts the mean over masks from the scores: constant in expectation, but a score that
     varies little around a large value, like a cosine, otherwise drowns in the noise of sum M_i; recommended for
     `similarity`.
     Range: unbounded. Sign: signed as the score.

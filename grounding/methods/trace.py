@@ -303,10 +303,8 @@ class Trace:
         assert self.masked is not None
         return self.masked
 
-    def weighted_masks(
-        self, weights: Float[Tensor, "k n"], *, hidden: bool = False
-    ) -> Float[Tensor, "k rows columns"]:
-        """Return sum_n weights_kn M_n for every target, M_n the mean of mask n over each patch (`hidden`: of 1 - M_n)."""
+    def weighted_masks(self, weights: Float[Tensor, "k n"], *, hidden: bool = False) -> Float[Tensor, "k rows columns"]:
+        """Return sum_n weights_kn M_n for every target, M_n the mean over each patch of mask n, or of what it hides."""
         self._declared("rescoring")
         maps = weights.new_zeros(len(weights), *self.grid)
         for image in self.targets.image.unique().tolist():
