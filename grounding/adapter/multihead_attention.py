@@ -7,23 +7,16 @@ torch computes these weights in fused kernels, or returns them as a by-product t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from grounding.core.errors import ModelError
 
-
-class AttentionHandler(Protocol):
-    """Called with a module, its weights (B, H, Q, S), and where they are known the query (B, H, Q, d) and key
-    (B, H, S, d); returns the weights with which the pass continues."""
-
-    def __call__(
-        self, module: nn.Module, weights: Tensor, query: Tensor | None = None, key: Tensor | None = None
-    ) -> Tensor:
-        """Return the weights with which the pass continues."""
+# Called with a module, its weights (B, H, Q, S) and, where they are known, its query (B, H, Q, d) and key (B, H, S, d);
+# returns the weights with which the pass continues.
+AttentionHandler = Callable[..., Tensor]
 
 
 @contextlib.contextmanager
