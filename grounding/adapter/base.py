@@ -88,6 +88,7 @@ FORMER = (
 )
 
 
+@runtime_checkable
 class Shortcut(Protocol):
     """A closed form of the pooled gradient at some layers; it needs no graph through the model.
 
@@ -328,10 +329,6 @@ class Adapter(ABC):
 
     def check_target(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
         """Return target kind and token target (None: the default). Raises TargetError listing the supported ones."""
-        if kind is not None and not isinstance(kind, str):
-            raise TargetError(
-                f"{self.info.type} has targets {', '.join(self.target_kinds)} and no classes, got {kind!r}"
-            )
         kind, token_target = kind or self.target_kinds[0], token_target or next(iter(self.token_targets), None)
         for what, name, known in (
             ("target", kind, self.target_kinds),

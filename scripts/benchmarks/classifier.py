@@ -66,7 +66,7 @@ def _cases(
             if adapter.looks_first(asked):
                 look(adapter, inputs, plan)
             inputs = adapter.prepare_texts(inputs, asked)
-            targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
+            targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts])
             return compute_maps(adapter, inputs, targets, plan).maps
 
         works.append((case, method, max(1, classes), maps))
@@ -110,20 +110,20 @@ def _noise(seed: int) -> Image.Image:
 
 @torch.no_grad()
 def _forward(adapter: ClassifierAdapter, inputs: Any) -> torch.Tensor:
-    return adapter.model(pixel_values=inputs.tensors["pixel_values"]).logits
+    return adapter.model(pixel_values=inputs.images.tensors["pixel_values"]).logits
 
 
 def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -> list[torch.Tensor]:
     """Return Grad-CAM of one image after the other, by full passes with gradients of every parameter."""
     made = []
-    for pixels, index in zip(inputs.tensors["pixel_values"], classes, strict=True):
+    for pixels, index in zip(inputs.images.tensors["pixel_values"], classes, strict=True):
         kept: list[torch.Tensor] = []
 
         def keep(_module: object, _args: object, out: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
             out.retain_grad()
             kept.append(out)
 
-        handle = adapter.model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
+        handle = adapter.model.get_submodule(default_layer(adapter)).register_forward_hook(keep)
         adapter.model.zero_grad()
         adapter.model(pixel_values=pixels[None]).logits[0, index].backward()
         handle.remove()

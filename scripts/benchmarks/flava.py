@@ -25,6 +25,7 @@ from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, no_progress, print_progress, ratio
 from grounding.engine.explain import compute_maps
 from grounding.engine.plan import plan_methods
+from grounding.engine.queries import prepare
 from grounding.engine.request import Request
 
 SIZES = "words"
@@ -52,11 +53,11 @@ def measure(words: Sequence[int], repeats: int, *, quiet: bool = False) -> list[
 
 
 def _cases(adapter: FlavaAdapter, count: int, repeats: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    inputs = adapter.prepare([_noise()], [[sentence(count)]])
+    inputs = prepare(adapter, [_noise()], [[sentence(count)]])
     forward = functools.partial(_forward, adapter, inputs)
     for target, stack, layer, method in CASES:
         target_adapter = adapter.aimed(target)
-        targets = target_adapter.targets(inputs, [inputs.tokens[0].tokens()])
+        targets = target_adapter.targets(inputs, [inputs.texts[0].tokens()])
         assert len(targets) == count
         plan = plan_methods(target_adapter, Request([method], layers=[layer] if layer else []))
 
@@ -67,7 +68,14 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, report: Callable[[st
         found = ratio(maps, forward, repeats, maps)
         loop, difference = None, None
         if target == "logit" and layer is not None:
-            loop, difference = _loop(target_adapter, inputs, target_adapter.resolve(layer), maps(), repeats, forward)
+            loop, difference = _loop(
+                target_adapter,
+                inputs,
+                structure(target_adapter).find_layer(target_adapter.model, layer),
+                maps(),
+                repeats,
+                forward,
+            )
             loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
         report(f"{count} words: {target} at {layer}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
         yield {
@@ -144,7 +152,7 @@ def _tutorial(adapter: FlavaAdapter, inputs: Any, path: str, row: int) -> np.nda
     states = adapter.model.flava(**tensors).multimodal_embeddings
     handle.remove()
     adapter.model.zero_grad()
-    (rows, across), place = adapter.grid(inputs), inputs.tokens[0].visible[row]
+    (rows, across), place = grid(inputs), inputs.texts[0].visible[row]
     ahead = states.shape[1] - inputs.tensors["input_ids"].shape[1]
     logits = adapter.model.mmm_text_head(states[0, ahead + place])
     logits[inputs.tensors["input_ids"][0, place]].backward()

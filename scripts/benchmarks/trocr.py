@@ -73,7 +73,7 @@ def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 def _cases(adapter: TrOcrAdapter, count: int, repeats: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     image = open_image(_noise())
     inputs = adapter.prepare_texts(adapter.prepare_images([image]), [[sentence(count)]])
-    targets = adapter.targets(inputs, [inputs.tokens[0].tokens(special=True)])
+    targets = adapter.targets(inputs, [inputs.texts[0].tokens(special=True)])
     assert len(targets) == count
     measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
 
@@ -164,14 +164,18 @@ def _noise() -> Image.Image:
 
 @torch.no_grad()
 def _forward(model: VisionEncoderDecoderModel, inputs: Any) -> torch.Tensor:
-    ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
+    ids, pixels = inputs.tensors["input_ids"], inputs.images.tensors["pixel_values"]
     return model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
 
 
 def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: int = 1) -> torch.Tensor:
     """Generate exactly `size` tokens."""
     made = model.generate(
-        inputs.tensors["pixel_values"], max_new_tokens=size, min_new_tokens=size, num_beams=beams, do_sample=False
+        inputs.images.tensors["pixel_values"],
+        max_new_tokens=size,
+        min_new_tokens=size,
+        num_beams=beams,
+        do_sample=False,
     )
     assert made.shape[1] == size + 1
     return made
@@ -179,17 +183,17 @@ def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: i
 
 def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
     """Return the map of one token by a full forward and backward pass with gradients of every parameter."""
-    model, kept, (rows, across) = adapter.model, [], adapter.grid(inputs)
+    model, kept, (rows, across) = adapter.model, [], grid(inputs)
 
     def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:
         kept.append(out[0] if isinstance(out, tuple) else out)
         kept[0].retain_grad()
 
-    handle = model.get_submodule(adapter.structure.layer).register_forward_hook(keep)
-    ids, pixels = inputs.tensors["input_ids"], inputs.tensors["pixel_values"]
+    handle = model.get_submodule(default_layer(adapter)).register_forward_hook(keep)
+    ids, pixels = inputs.tensors["input_ids"], inputs.images.tensors["pixel_values"]
     logits = model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
     handle.remove()
     model.zero_grad()
     logits[0, row, inputs.tensors["target_ids"][0, row]].backward()
-    features, gradient = (t[0, adapter.structure.prefix :].detach() for t in (kept[0], kept[0].grad))
+    features, gradient = (t[0, structure(adapter).prefix :].detach() for t in (kept[0], kept[0].grad))
     return (features @ gradient.mean(0)).reshape(rows, across).numpy()

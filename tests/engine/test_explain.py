@@ -13,6 +13,7 @@ from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import GroundingError, LayerError, ModelError, OptionError
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import disjoint_groups
+from grounding.engine.queries import prepare
 from grounding.explanation.figures.overlays import overlay
 from grounding.methods.base import Method
 from tests.support import models
@@ -24,8 +25,8 @@ ENERGY = None
 
 
 def prepared(adapter, captions=(CAPTION,)):
-    inputs = adapter.prepare([noise(90, 60)], [list(captions)])
-    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.tokens]
+    inputs = prepare(adapter, [noise(90, 60)], [list(captions)])
+    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.texts]
     return inputs, adapter.targets(inputs, spans)
 
 
