@@ -82,7 +82,9 @@ class MeanAdapter(Adapter):
         size = (self.columns * PATCH, self.rows * PATCH)
         pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
-        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(self.rows, self.columns) for p in opened)
+        geometry = tuple(
+            Geometry.from_steps(p.width, p.height, resized=size).with_grid(self.rows, self.columns) for p in opened
+        )
         return ImageInputs(opened, tuple(View(b, own) for b, own in enumerate(geometry)), {"pixel_values": pixels})
 
     def prepare_texts(self, images, queries):
