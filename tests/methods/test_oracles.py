@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from tests.support import models
 from tests.support.oracles import perturbation, towers
 from tests.support.pooled import siglip_model
