@@ -163,6 +163,6 @@ class PoolShortcut:
         [gradient] = torch.autograd.grad(total, embedded)
         return gradient
 
-    def features(self, layer: str, output: Tensor) -> Float[Tensor, "B E"]:  # noqa: ARG002
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Float[Tensor, "B E"]:  # noqa: ARG002
         """The image embeddings."""
         return self.adapter.model.vision_model.pooler(output).flatten(1)

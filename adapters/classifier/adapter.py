@@ -29,7 +29,8 @@ from grounding.core.errors import LayerError, ModelError
 USUAL_SIDE = 224
 # Pooling of the transformers: the prefix tokens that the logits are computed from, and whether the mean over patches is
 # added to them.
-POOLINGS = {"vit": ((0,), False), "deit": ((0,), False), "dinov2": ((0,), True), "dinov2_with_registers": ((0,), True)}
+CLS = ((0,), False)
+POOLINGS = {"vit": CLS, "deit": CLS, "dinov2": ((0,), True), "dinov2_with_registers": ((0,), True)}
 NO_ATTENTION = "it has none whose weights span the image"
 WINDOWS = "it attends within windows, whose weights cannot be chained over the whole image"
 
@@ -76,7 +77,8 @@ class ClassifierAdapter(ClassAdapter):
             stack = find_stack(self.model, self._base)
             registers = getattr(self._config, "num_register_tokens", 0) if "registers" in self._type else 0
             prefix = (2 if self._type == "deit" else 1) + registers
-            return ModelStructure({"vision": stack}, stack.inputs[-1], "tokens", path=(Hop("vision"),), prefix=prefix)
+            pooling = "cls" if self._pooling == CLS else "tokens"
+            return ModelStructure({"vision": stack}, stack.inputs[-1], pooling, path=(Hop("vision"),), prefix=prefix)
         outputs = {one.path: one for one in self._outputs}
         blocks, layer = self._stages(outputs)
         why = WINDOWS if hasattr(self._config, "window_size") else NO_ATTENTION

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ from grounding.adapter.attention_interface import calls_interface, imports_inter
 from grounding.adapter.multihead_attention import AttentionHandler, record_multihead
 
 SWITCH = "output_attentions"
+# Called with a module and its input; returns the input with which the pass continues.
+Begin = Callable[[nn.Module, Tensor], Tensor]
 
 
 @contextlib.contextmanager
 def record_attention(
-    model: nn.Module, modules: Mapping[nn.Module, bool], handle: AttentionHandler, begin: AttentionHandler
+    model: nn.Module, modules: Mapping[nn.Module, bool], handle: AttentionHandler, begin: Begin
 ) -> Iterator[None]:
     """Inside the block `handle` is called with the weights of `modules` (module -> whether their gradient is recorded).
 
@@ -81,7 +83,7 @@ def _are_weights(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _switched_on(module: nn.Module, handle: AttentionHandler, begin: AttentionHandler | None) -> Iterator[None]:
+def _switched_on(module: nn.Module, handle: AttentionHandler, begin: Begin | None) -> Iterator[None]:
     """Inside the block the module returns its weights to `handle`; its caller gets the output that it requested."""
     requested: list[bool] = []
 

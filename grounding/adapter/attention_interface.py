@@ -82,7 +82,7 @@ def _recorded_attention(
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     handle = _handler.get()
     if handle is not None:
-        weights = handle(module, weights)
+        weights = handle(module, weights, query, key)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -134,8 +134,8 @@ def record_interface(model: nn.Module, modules: Mapping[nn.Module, bool], handle
                 stack.callback(module.register_forward_pre_hook(packed[module].begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(packed[module].end).remove)
 
-        def take(module: nn.Module, weights: Tensor) -> Tensor:
-            return packed[module].take(weights) if module in packed else handle(module, weights)
+        def take(module: nn.Module, weights: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+            return packed[module].take(weights) if module in packed else handle(module, weights, query, key)
 
         stack.enter_context(_implementation(model))
         token = _handler.set(take)

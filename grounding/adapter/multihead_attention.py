@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from grounding.core.errors import ModelError
 
-# Called with a module and its weights; returns the weights with which the pass continues.
-AttentionHandler = Callable[[nn.Module, Tensor], Tensor]
+# Called with a module, its weights (B, H, Q, S) and, where they are known, its query (B, H, Q, d) and key (B, H, S, d);
+# returns the weights with which the pass continues.
+AttentionHandler = Callable[..., Tensor]
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ def _attention(
     if padding is not None:
         logits = logits + _added(padding, logits.dtype).view(batch, 1, 1, length)
     weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
-    weights = handle(module, weights)
+    weights = handle(module, weights, q, k)
     # As torch does, with the parameters of the output projection: its own forward is never called.
     projection = module.out_proj
     mixed = (weights @ v).transpose(1, 2).flatten(2)

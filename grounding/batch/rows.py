@@ -120,7 +120,7 @@ class RunMetadata:
                 "layer": call.layer,
                 "options": to_builtin(call.options),
                 "signed": call.method.signed,
-                "text_conditioned": adapter.text_conditioned(target, call.method.reads_gradient),
+                "text_conditioned": adapter.text_conditioned(target, call.method.reads_score),
             }
             for call in calls
         }

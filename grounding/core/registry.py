@@ -29,12 +29,20 @@ class Registry(Mapping[str, Any]):
     what: the noun for an entry in messages, in the singular ("method").
     table: name -> "module:object".
     group: the entry point group of other distributions; None if they cannot add to it.
+    aliases: further name -> name; iterating does not list them.
 
     Raises UnknownNameError, a KeyError, for names that it does not contain.
     """
 
-    def __init__(self, what: str, table: Mapping[str, str], group: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        table: Mapping[str, str],
+        group: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         self.what = what
+        self._aliases = dict(aliases or {})
         self.group = group
         self._own = dict(table)
 
@@ -44,8 +52,13 @@ class Registry(Mapping[str, Any]):
         foreign = {point.name: point.value for point in points}
         return foreign | self._own
 
+    def canonical(self, name: str) -> str:
+        """Return the listed name that an alias stands for, any other name as it is."""
+        return name if name in self._table else self._aliases.get(name, name)
+
     def target(self, name: str) -> str:
         """Return the "module:object" of a name without importing it. Raises UnknownNameError."""
+        name = self.canonical(name)
         if name not in self._table:
             known = list(self._table)
             raise UnknownNameError(
@@ -64,4 +77,4 @@ class Registry(Mapping[str, Any]):
         return len(self._table)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._table
+        return isinstance(name, str) and self.canonical(name) in self._table

@@ -282,7 +282,7 @@ def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: lis
     Raises NumericError where a method gave NaN.
     """
     method, raw = call.method, batch.raw
-    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_gradient)
+    conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_score)
     places = members if conditioned else [image]
     maps, status = _diagnosed(batch, call, raw.maps[call.key], places, batch.inputs.images.geometry(image))
     made = MethodMaps(
@@ -336,7 +336,7 @@ class RawMaps:
 
 def compute_maps(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -> RawMaps:
     """Compute the raw maps of all targets. Raises LayerError for a dead layer, NumericError for NaN or Inf."""
-    static = [c for c in plan.calls if not adapter.text_conditioned(targets.kind, c.method.reads_gradient)]
+    static = [c for c in plan.calls if not adapter.text_conditioned(targets.kind, c.method.reads_score)]
     views = [name for name in (DETAIL, OVERVIEW) if any(view.name == name for view in inputs.images.views)]
     made: dict[tuple[str, str], list[Any]] = {}
     sizes: dict[str, float] = defaultdict(float)

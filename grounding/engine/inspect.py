@@ -135,7 +135,7 @@ def _inspection(batch: ComputedBatch, call: MethodCall, k: int) -> Inspection:
     adapter, inputs, targets = batch.adapter, batch.inputs, batch.targets
     kept = batch.raw.maps[call.key]
     # Where no text can enter, all entries share what the image has.
-    own = kept[k if adapter.text_conditioned(targets.kind, call.method.reads_gradient) else 0]
+    own = kept[k if adapter.text_conditioned(targets.kind, call.method.reads_score) else 0]
     on_sequences = batch.plan.structure.items(call.paths[0]) == "sequence"
     other = targets.baseline_sequence if on_sequences else None
     compared = other is not None and int(other[k]) >= 0

@@ -3,13 +3,13 @@
 The vision stack runs once for everything that needs no gradient inside it; its features are cached for later texts.
 Methods at a layer with a shortcut (`Adapter.shortcut`) need no graph through the model. All other cases use the general
 path: one graph, one backward pass per group of targets whose gradients do not overlap. A backward rule needs a general
-pass of its own.
+pass of its own, and so do scores of single blocks (`readout_pass`) and of masked images (`grounding.engine.masking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from grounding.adapter.base import Adapter, Features, Shortcut
 from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import Recorder
 from grounding.core.errors import ModelError, NumericError
+from grounding.engine.masking import masked_scores
 from grounding.engine.plan import MethodCall, Plan
+from grounding.engine.readouts import block_scores
 from grounding.engine.verification import RecordedScore
 from grounding.methods.trace import Trace, precise
 
@@ -83,11 +85,18 @@ def run_passes(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -
     """
     shortcut = plan.shortcut
     fast = [call for call in plan.calls if shortcut is not None and is_fast(shortcut, targets, call)]
-    rules = dict.fromkeys(call.rule for call in plan.calls if call not in fast)
-    for rule in dict.fromkeys([None, *rules]):
-        slow = [call for call in plan.calls if call not in fast and call.rule == rule]
+    masked = [call for call in plan.calls if "rescoring" in call.method.needs]
+    blocks = [call for call in plan.calls if plan.readout(call)]
+    general = [call for call in plan.calls if call not in [*fast, *masked, *blocks]]
+    for rule in dict.fromkeys([None, *(call.rule for call in general)]):
+        slow = [call for call in general if call.rule == rule]
         if slow or (fast and rule is None):
             yield from _one_pass(adapter, inputs, targets, plan, slow, fast if rule is None else [], rule)
+    for rule, readout in dict.fromkeys((call.rule, plan.readout(call)) for call in blocks):
+        own = [call for call in blocks if (call.rule, plan.readout(call)) == (rule, readout)]
+        yield from _block_pass(adapter, inputs, targets, plan, own, rule)
+    if masked:
+        yield from _masked_pass(adapter, inputs, targets, plan, masked)
 
 
 def is_fast(shortcut: Shortcut, targets: Targets, call: MethodCall) -> bool:
@@ -118,7 +127,7 @@ def _one_pass(
         seen = inputs.images.cache.outputs, inputs.images.cache.weights
         here = _without(here[0], own[0]), _without(here[1], own[1])
     verified = RecordedScore(adapter, inputs, targets, attention)
-    with Recorder(adapter.model, *here, rule) as recorder:
+    with Recorder(adapter.model, *here, rule, plan.query_keys(slow)) as recorder:
         features = adapter.encode_images(inputs.images) if cached is None else cached
         scores = adapter.score(inputs, features, targets)
         recorder.check()
@@ -126,24 +135,13 @@ def _one_pass(
             inputs.images.cache.put(features)
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
-        if scores.shape != (len(targets),):
-            raise ModelError(
-                f"{type(adapter).__name__}.score returned shape {tuple(scores.shape)}, expected ({len(targets)},): one "
-                "score per target"
-            )
-        finite(scores, "scores")
+        _check_scores(adapter, scores, targets)
         verified.check(scores)
-        record = Trace(
-            adapter=adapter,
-            structure=plan.structure,
-            inputs=inputs,
-            targets=targets,
-            needs=frozenset(),
+        record = replace(
+            _blank(adapter, inputs, targets, plan),
             outputs={**{path: seen[0][path] for path in own[0] if path in seen[0]}, **recorder.outputs},
-            gradients={},
-            pooled_gradients={},
             weights={**{path: seen[1][path] for path in own[1] if path in seen[1]}, **recorder.weights},
-            weight_gradients={},
+            query_keys=recorder.query_keys,
         )
         if slow:
             yield from _slow_chunks(record, slow, layers, attention, scores, rule)
@@ -152,6 +150,73 @@ def _one_pass(
             calls = tuple(c for c in fast if c.paths == (layer,) and c.rule == wanted_rule)
             assert plan.shortcut is not None
             yield from _fast_chunks(record, calls, plan.shortcut, scores)
+
+
+def _check_scores(adapter: Adapter, scores: Tensor, targets: Targets) -> None:
+    """Raises ModelError for another number of scores than targets, NumericError for NaN or Inf."""
+    if scores.shape != (len(targets),):
+        raise ModelError(
+            f"{type(adapter).__name__}.score returned shape {tuple(scores.shape)}, expected ({len(targets)},): one "
+            "score per target"
+        )
+    finite(scores, "scores")
+
+
+def _blank(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -> Trace:
+    """A trace without signals."""
+    return Trace(adapter, plan.structure, inputs, targets, frozenset(), {}, {}, {}, {}, {})
+
+
+def _block_pass(
+    adapter: Adapter,
+    inputs: Inputs,
+    targets: Targets,
+    plan: Plan,
+    calls: Sequence[MethodCall],
+    rule: str | None,
+) -> Iterator[TraceChunk]:
+    """Gradients of the scores of single blocks, one backward pass per group of targets of different images."""
+    found = block_scores(adapter, inputs, targets, plan, calls, rule)
+    inputs.images.cache.put(found.features)
+    with Recorder(adapter.model):
+        scores = adapter.score(inputs, found.features, targets)
+    _check_scores(adapter, scores, targets)
+    finite(found.totals, "scores of single blocks")
+    record = replace(_blank(adapter, inputs, targets, plan), weights=found.weights)
+    groups = disjoint_groups([{b} for b in targets.image.tolist()])
+    if not adapter.text_conditioned(targets.kind, gradient=True):
+        groups = groups[:1]
+    for number, members in enumerate(groups):
+        total = found.totals[members].sum()
+        gradients = _gradients(total, list(found.leaves.values()), last=number == len(groups) - 1)
+        named = dict(zip(found.leaves, gradients, strict=True))
+        for path, gradient in named.items():
+            finite(gradient, f"gradient at {path}")
+        yield TraceChunk(tuple(calls), record.of(members, readouts=named), members, scores)
+
+
+def _masked_pass(
+    adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan, calls: Sequence[MethodCall]
+) -> Iterator[TraceChunk]:
+    """Scores of masked images, of all targets together; each method call has masks of its own."""
+    features = encode(adapter, inputs.images)
+    with Recorder(adapter.model):
+        scores = adapter.score(inputs, features, targets)
+    _check_scores(adapter, scores, targets)
+    members = list(range(len(targets)))
+    if not adapter.text_conditioned(targets.kind, gradient=True):
+        members = disjoint_groups([{b} for b in targets.image.tolist()])[0]
+    chosen = targets.select(members)
+    for call in calls:
+        assert call.method.masks is not None
+        masks = [
+            call.method.masks(call.options, inputs.images.geometry(b), plan.seed, precise(scores).dtype)
+            for b in range(len(inputs.images))
+        ]
+        masked = masked_scores(adapter, inputs, features, chosen, masks)
+        blank = _blank(adapter, inputs, chosen, plan)
+        trace = replace(blank, masks=masks, whole=precise(scores[members]), masked=precise(masked))
+        yield TraceChunk((call,), trace, members, scores)
 
 
 def _starts(shortcut: Shortcut | None, fast: Sequence[MethodCall]) -> dict[str, bool]:

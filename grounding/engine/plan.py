@@ -13,7 +13,7 @@ from grounding.adapter.base import Adapter, Shortcut
 from grounding.adapter.inputs import DETAIL
 from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import LayerError, OptionError, UnknownNameError
-from grounding.engine.request import DEFAULT, Request
+from grounding.engine.request import DEFAULT, SEED, Request
 from grounding.methods import METHODS
 from grounding.methods.base import Method, NoAttentionError
 from grounding.methods.trace import LAYER_SIGNALS, Trace
@@ -33,7 +33,7 @@ class MethodCall:
     @property
     def rule(self) -> str | None:
         """The backward rule of the gradients that are read."""
-        return self.method.rule
+        return self.method.backward_rule(self.options)
 
     def maps(self, trace: Trace, view: str = DETAIL) -> list[Float[np.ndarray, "rows columns"] | None]:
         """One raw map per target of a chunk, in one view of its image; None where the image has no such view.
@@ -70,7 +70,7 @@ class Plan:
     """The method calls of a request on one adapter, and what they read of its model.
 
     `kind` is the kind of target, `structure` that of the model for it, `shortcut` its closed form if it has one,
-    `target_options` the options of this kind of target.
+    `target_options` the options of this kind of target, `seed` that of everything that is drawn at random.
     """
 
     calls: tuple[MethodCall, ...]
@@ -78,6 +78,17 @@ class Plan:
     structure: ModelStructure
     shortcut: Shortcut | None
     target_options: Mapping[str, str] = field(default_factory=dict)
+    seed: int = SEED
+
+    def readout(self, call: MethodCall) -> str:
+        """Return how single blocks are read out for a method call (`Reading.readout`); "" if they are not."""
+        return next(
+            (one.readout for one in call.method.reads(call.options, self.structure).values() if one.readout), ""
+        )
+
+    def query_keys(self, calls: Sequence[MethodCall]) -> set[str]:
+        """Return the attention modules whose queries and keys the method calls read."""
+        return set(self.signals([call for call in calls if "query_key" in call.method.needs])[1])
 
     def signals(self, calls: Sequence[MethodCall]) -> tuple[dict[str, bool], dict[str, bool]]:
         """Layers and attention modules to record -> whether their gradient is needed: the union over method calls."""
@@ -135,7 +146,7 @@ def plan_methods(adapter: Adapter, request: Request) -> Plan:
             key = f"{name}@{layer}" if len(paths) > 1 else name
             made.append(MethodCall(key, name, method, chosen, path, (path,)))
     _check_attention(adapter, structure, made)
-    return Plan(tuple(made), kind, structure, adapter.shortcut(kind), target_options)
+    return Plan(tuple(made), kind, structure, adapter.shortcut(kind), target_options, request.seed)
 
 
 def _paths_of(adapter: Adapter, structure: ModelStructure, layers: Sequence[str | int]) -> dict[str, str]:

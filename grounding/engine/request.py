@@ -47,10 +47,11 @@ class Request:
         set_field = object.__setattr__  # the dataclass is frozen
         # A name alone means a list of one; an empty list of methods means the default.
         methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods or ())
+        methods = tuple(map(METHODS.canonical, methods))
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         set_field(self, "methods", methods or None)
         set_field(self, "layers", tuple(map(str, layers)))
-        set_field(self, "options", dict(self.options))
+        set_field(self, "options", {_canonical(key): value for key, value in self.options.items()})
         for name in self.methods or ():
             if name != DEFAULT:
                 METHODS.target(name)
@@ -66,3 +67,9 @@ class Request:
             name, _, option = key.partition(".")
             split.setdefault(name, {})[option] = value
         return split
+
+
+def _canonical(key: str) -> str:
+    """An option "method.option" with the listed name of its method."""
+    name, dot, option = str(key).partition(".")
+    return f"{METHODS.canonical(name)}{dot}{option}"

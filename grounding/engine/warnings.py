@@ -18,7 +18,7 @@ def orthogonal_warnings(calls: Sequence[MethodCall], orthogonal: Collection[str]
     """Warnings about class activation maps at layers whose gradient is orthogonal to their features."""
     for call in calls:
         paths = [path for path in call.paths if path in orthogonal]
-        if paths and call.method.rule is None:
+        if paths and call.rule is None:
             what = (
                 "ranks rounding: the layer is read through a LayerNorm alone, so its map, <activation, gradient>, is 0 "
                 "at every patch (zero to rounding) and shows nothing; use gradcam_ln"
@@ -33,7 +33,7 @@ def text_independent_warnings(calls: Sequence[MethodCall], entries: Sequence[Ent
     """Warnings about maps that are the same for every token at a position, where other tokens are in question."""
     if any(entry.kind in ("where", "contrast") for entry in entries):
         for call in calls:
-            if not call.method.reads_gradient:
+            if not call.method.reads_score:
                 yield (
                     f"{call.method.title} shows where the model attended at this position of the text: the map is the "
                     "same for any other token there"

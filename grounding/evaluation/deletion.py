@@ -9,31 +9,37 @@ Departures: the area is normalised over all cases together, since a cosine has n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
-from torch import Tensor
 
 from grounding.adapter.base import Adapter
 from grounding.adapter.inputs import Inputs, Targets
 from grounding.adapter.recorder import random_state
-from grounding.adapter.replicate import repeat_image
-from grounding.core.errors import ModelError, NumericError
-from grounding.core.geometry import Geometry
+from grounding.engine.masking import BLUR, masked_scores
+from grounding.engine.passes import encode
 from grounding.engine.queries import prepare
-from grounding.engine.signals import scores
 from grounding.explanation.explanation import Explanation
+from grounding.methods.masks import Baseline, cell_numbers, patch_masks
 
-Baseline = Literal["blur", "black", "mean"]
+__all__ = [
+    "BLUR",
+    "CONTROL",
+    "STEPS",
+    "Baseline",
+    "CurveAreas",
+    "Curves",
+    "FaithfulnessCase",
+    "cell_numbers",
+    "curves",
+    "deletion_curves_area",
+    "deletion_order",
+]
+
 STEPS = 20
-# Standard deviation of the blur, as a fraction of the short side of the model input.
-BLUR = 1 / 16
 CONTROL = "random"
 
 
@@ -78,70 +84,28 @@ def curves(
     inputs: Inputs,
     targets: Targets,
     order: Int[np.ndarray, "n"],
-    baseline: Float[Tensor, "C H W"],
+    baseline: Baseline,
     steps: int = STEPS,
 ) -> Curves:
-    """Compute deletion and insertion of one image for all targets, in two forward passes of steps + 1 versions each.
+    """Compute deletion and insertion of one image for all targets, from steps + 1 versions of it each.
 
-    `order`: cells (row-major indices) in the order of removal. `baseline`: pixels that replace a removed patch. Pixels
-    outside of all seen patches stay.
+    `order`: cells (row-major indices) in the order of removal. `baseline`: what replaces a removed patch. Pixels
+    outside of all seen patches stay. Raises NumericError for NaN or Inf.
     """
-    pixels = inputs.images.tensors["pixel_values"][0]
     counts = np.round(np.linspace(0, len(order), steps + 1)).astype(int)
     geometry = inputs.images.geometry(0)
-    rank = np.full(geometry.rows * geometry.columns + 1, len(order))  # the last: outside of patches
+    rank = np.full(geometry.rows * geometry.columns, len(order))  # an unseen patch: never removed
     rank[order] = np.arange(len(order))
-    ranks = torch.from_numpy(rank[cell_numbers(geometry, *pixels.shape[-2:])]).to(pixels.device)
-    removed = ranks[None] < torch.from_numpy(counts).to(pixels.device)[:, None, None]  # (S, H, W)
-    fixed = ranks == len(order)
-    deleted = torch.where(removed[:, None], baseline, pixels)
-    inserted = torch.where((removed | fixed)[:, None], pixels, baseline)
-    return Curves(
-        counts / len(order),
-        perturbed_scores(adapter, inputs, targets, deleted),
-        perturbed_scores(adapter, inputs, targets, inserted),
+    ranks = rank.reshape(geometry.rows, geometry.columns)
+    removed = ranks[None] < counts[:, None, None]
+    missing = ~removed & (ranks < len(order))
+    features = encode(adapter, inputs.images)
+    dtype = torch.promote_types(adapter.dtype, torch.float32)
+    deletion, insertion = (
+        masked_scores(adapter, inputs, features, targets, [patch_masks(geometry, hidden, baseline, dtype)])
+        for hidden in (removed, missing)
     )
-
-
-def perturbed_scores(
-    adapter: Adapter, inputs: Inputs, targets: Targets, pixels: Float[Tensor, "S C H W"]
-) -> Float[np.ndarray, "K S"]:
-    """Compute the scores of all targets of one image on S versions of its pixels, in one forward pass.
-
-    Raises NumericError for NaN or Inf.
-    """
-    count = len(pixels)
-    repeated, repeated_targets = repeat_image(inputs, targets, count)
-    images = replace(repeated.images, tensors={**repeated.images.tensors, "pixel_values": pixels})
-    found = scores(adapter, replace(repeated, images=images), repeated_targets)
-    if not torch.isfinite(found).all():
-        raise NumericError("scores of an image with removed patches are NaN or Inf")
-    return found.detach().cpu().double().numpy().reshape(len(targets), count)
-
-
-def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray, "height width"]:
-    """Return the row-major index of the patch that each input pixel belongs to; rows * columns outside of patches."""
-    cell_width, cell_height = geometry.cell_size
-    rows = np.floor((np.arange(height) + 0.5) / cell_height).astype(int)
-    columns = np.floor((np.arange(width) + 0.5) / cell_width).astype(int)
-    numbers = rows[:, None] * geometry.columns + columns[None]
-    numbers[(rows >= geometry.rows)[:, None] | (columns >= geometry.columns)[None]] = geometry.rows * geometry.columns
-    return numbers
-
-
-def baseline_pixels(adapter: Adapter, inputs: Inputs, kind: Baseline) -> Float[Tensor, "C H W"]:
-    """Return the pixels that replace removed patches: the image blurred, black (preprocessed), or its mean colour."""
-    pixels = inputs.images.tensors["pixel_values"][0]
-    if kind == "mean":
-        geometry = inputs.images.geometry(0)
-        seen = np.append(geometry.seen_cells.ravel(), False)[cell_numbers(geometry, *pixels.shape[-2:])]
-        return pixels[:, torch.from_numpy(seen).to(pixels.device)].mean(1)[:, None, None].expand_as(pixels)
-    if kind == "black":
-        image = inputs.images.images[0]
-        return adapter.prepare_images([Image.new("RGB", (image.width, image.height))]).tensors["pixel_values"][0]
-    array = pixels.detach().cpu().float().movedim(0, -1).contiguous().numpy()
-    blurred = cv2.GaussianBlur(array, (0, 0), BLUR * min(array.shape[:2]))
-    return torch.from_numpy(blurred.reshape(array.shape)).movedim(-1, 0).to(pixels)
+    return Curves(counts / len(order), *(one.cpu().double().numpy() for one in (deletion, insertion)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,19 +129,13 @@ def deletion_curves_area(
 
     Areas are above the score of the image without any seen patch. They are divided by (full - empty), both summed over
     all cases, so that 0 means that the score drops at once and 1 that it never drops; a quotient for each case would
-    have denominators near zero. Raises ModelError for a model without `pixel_values` (B, C, H, W), NumericError for
-    NaN or Inf.
+    have denominators near zero. Raises NumericError for NaN or Inf.
     """
     with torch.inference_mode(False), torch.no_grad(), random_state(adapter.model):
         torch.manual_seed(seed)
         kind, _ = adapter.check_target(target)
         inputs = prepare(adapter, [str(case.image)], [list(case.texts)], kind)
-        if (pixels := inputs.images.tensors.get("pixel_values")) is None or pixels.ndim != 4:
-            raise ModelError(
-                f"{adapter.info.type} has no input pixel_values (B, C, height, width): faithfulness cannot be measured"
-            )
         targets = adapter.targets(inputs, [[text.caption()] for text in inputs.texts], kind)
-        replacement = baseline_pixels(adapter, inputs, baseline)
         # One pair of forward passes per order: many texts may share a map.
         orders: dict[bytes, np.ndarray] = {}
         members: dict[bytes, list[tuple[str, int]]] = {}
@@ -188,7 +146,7 @@ def deletion_curves_area(
         full = empty = 0.0
         for name, sharing in members.items():
             texts = sorted({text for _, text in sharing})
-            found = curves(adapter, inputs, targets.select(texts), orders[name], replacement)
+            found = curves(adapter, inputs, targets.select(texts), orders[name], baseline)
             for key, text in sharing:
                 row = texts.index(text)
                 empty_score = found.insertion[row, 0]

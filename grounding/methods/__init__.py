@@ -22,6 +22,11 @@ METHODS = Registry(
         "attention_gradcam": "grounding.methods.cross_attention:attention_gradcam",
         "cross_attention": "grounding.methods.cross_attention:cross_attention",
         "gradient_x_cross_attention": "grounding.methods.cross_attention:gradient_x_cross_attention",
+        "legrad": "grounding.methods.legrad:legrad",
+        "grad_eclip": "grounding.methods.grad_eclip:grad_eclip",
+        "occlusion": "grounding.methods.perturbation:occlusion",
+        "rise": "grounding.methods.perturbation:rise",
     },
     group="grounding.methods",
+    aliases={"gae": "relevance"},
 )

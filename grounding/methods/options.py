@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 # Option of signed methods: the view shows values above this fraction of the map's maximum. 0 is the ReLU of the papers.
 THRESHOLD = "threshold"
+# Option of methods that read a gradient: the backward rule of LayerNorm and RMSNorm (`grounding.adapter.layernorm`).
+NORM_RULE = "norm_rule"
+NormRule = Literal["none", "detach"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Interval:
 
 Fraction = Annotated[float, Interval(0, 1)]
 NotNegative = Annotated[float, Interval(0)]
+Probability = Annotated[float, Interval(0.01, 1)]
+Count = Annotated[int, Interval(1)]
 
 
 def convert(value: Any, hint: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +18,13 @@ from grounding.adapter.inputs import DETAIL, OVERVIEW, Inputs, Targets
 from grounding.adapter.patch_tokens import PatchTokens, fold
 from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import ModelError
+from grounding.methods.masks import Masks
 
-SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient", "attention", "attention_gradient"})
 LAYER_SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient"})
-GRADIENT_SIGNALS = frozenset({"pooled_gradient", "patch_gradient", "attention_gradient"})
+GRADIENT_SIGNALS = frozenset({"pooled_gradient", "patch_gradient", "attention_gradient", "readout_gradient"})
+# Those that depend on the score.
+SCORE_SIGNALS = GRADIENT_SIGNALS | {"rescoring"}
+SIGNALS = LAYER_SIGNALS | SCORE_SIGNALS | {"attention", "query_key"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,11 @@ class Trace:
         `gradients`.
     weights, weight_gradients: attention module -> weights (B, H, Q, S) and d score / d weights, leading axis as above.
     layer: the layer at which a method is computed; None for methods that read attention.
+    readouts: block -> gradient (B, H, Q, S) of the score with the output of this block in place of the last, with
+        respect to the attention of the block (or of the pooling head on its output).
+    query_keys: attention module -> query (B, H, Q, d) and key (B, H, S, d).
+    masks: for each image what was hidden from the model, in the detail view.
+    whole, masked: scores (k,) of the images, and (k, n) of the masked images.
     view: the view in which maps are computed. All targets of a trace that a method gets have the same patch grid.
 
     The methods that read the layer return one item per target, those that read attention one matrix per image or text
@@ -57,6 +65,11 @@ class Trace:
     pooled_gradients: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     weight_gradients: Mapping[str, Tensor]
+    readouts: Mapping[str, Tensor] = field(default_factory=dict)
+    query_keys: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: Sequence[Masks] = ()
+    whole: Float[Tensor, "k"] | None = None
+    masked: Float[Tensor, "k n"] | None = None
     layer: str | None = None
     view: str = DETAIL
 
@@ -71,23 +84,35 @@ class Trace:
     def by_grid(self) -> dict[tuple[int, int], list[int]]:
         """(rows, columns) -> indices of the targets with this patch grid; targets without such a view are left out."""
         found: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, place in enumerate(self._places(self._path, self._shape)):
-            if place is not None:
-                found[place.grid].append(k)
+        for k, grid in enumerate(self._grids()):
+            if grid is not None:
+                found[grid].append(k)
         return dict(found)
 
+    def _grids(self) -> list[tuple[int, int] | None]:
+        if self.masks:
+            own = (self.masks[image].geometry for image in self.targets.image.tolist())
+            return [(one.rows, one.columns) if self.view == DETAIL else None for one in own]
+        return [None if place is None else place.grid for place in self._places(self._path, self._shape)]
+
     def with_pooled(self, members: Sequence[int]) -> Trace:
-        """Return the trace of the targets at indices `members`, with their pooled gradients."""
+        """Return the trace of the targets at indices `members`, with what there is of each target by itself."""
         if list(members) == list(range(len(self.targets))):
             return self
-        return self.of(members, pooled_gradients={path: g[list(members)] for path, g in self.pooled_gradients.items()})
+        own = list(members)
+        return self.of(
+            own,
+            pooled_gradients={path: gradient[own] for path, gradient in self.pooled_gradients.items()},
+            whole=None if self.whole is None else self.whole[own],
+            masked=None if self.masked is None else self.masked[own],
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches at the layer, or of those that the path of attention leads to."""
-        place = self._places(self._path, self._shape)[0]
-        assert place is not None
-        return place.grid
+        grid = self._grids()[0]
+        assert grid is not None
+        return grid
 
     def gradient_sizes(self) -> dict[str, float]:
         """Layer -> largest absolute gradient at a patch (or of the pooled gradient); 0 for dead layers."""
@@ -185,6 +210,19 @@ class Trace:
         """
         self._declared("attention_gradient")
         return [precise(self.weight_gradients[path]) for path in self.structure.stack(stack).attention[blocks]]
+
+    def readout_gradients(self, stack: str, blocks: slice = slice(None)) -> list[Float[Tensor, "B H Q S"]]:
+        """Return for blocks of a stack, first to last, the gradient of the score with the output of that block in place
+        of the last, with respect to the attention of the block, or of the pooling head on its output."""
+        self._declared("readout_gradient")
+        return [precise(self.readouts[path]) for path in self.structure.stack(stack).blocks[blocks]]
+
+    def queries_and_keys(self, stack: str, blocks: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
+        """Return query (B, H, Q, d) and key (B, H, S, d) of the blocks of a stack, first to last, as they enter the
+        product of the attention weights."""
+        self._declared("query_key")
+        pairs = (self.query_keys[path] for path in self.structure.stack(stack).attention[blocks])
+        return [(precise(query), precise(key)) for query, key in pairs]
 
     def start(self) -> Float[Tensor, "k N"]:
         """Return the row in which chains of attention start: weights, summing to 1, of the queries of the first hop.
@@ -291,6 +329,31 @@ class Trace:
 
     def _recorded(self, stack: str) -> str:
         return next(path for path in reversed(self.structure.stack(stack).attention) if path in self.weights)
+
+    # ------------------------------------------------------------------ scores of masked images
+
+    def whole_scores(self) -> Float[Tensor, "k"]:
+        """Return the score of each target."""
+        self._declared("rescoring")
+        assert self.whole is not None
+        return self.whole
+
+    def masked_scores(self) -> Float[Tensor, "k n"]:
+        """Return the scores of each target on its image under n masks. Of an image with fewer masks the last columns
+        repeat the last one; `weighted_masks` leaves them out."""
+        self._declared("rescoring")
+        assert self.masked is not None
+        return self.masked
+
+    def weighted_masks(self, weights: Float[Tensor, "k n"], *, hidden: bool = False) -> Float[Tensor, "k rows columns"]:
+        """Return sum_n weights_kn M_n for every target, M_n the mean over each patch of mask n, or of what it hides."""
+        self._declared("rescoring")
+        maps = weights.new_zeros(len(weights), *self.grid)
+        for image in self.targets.image.unique().tolist():
+            mine = self.targets.image == image
+            masks = self.masks[image].patches.to(weights)
+            maps[mine] = einsum(weights[mine][:, : len(masks)], 1 - masks if hidden else masks, "k n, n r c -> k r c")
+        return maps
 
     # ------------------------------------------------------------------ places of patches
 

@@ -32,7 +32,7 @@ def on_one_graph(case):
     modules = {find_module(case.model, path): path for path in case.attention}
     weights, zeros = {}, {}
 
-    def add(module, found):
+    def add(module, found, *_):
         if module not in modules:
             return found
         zeros[modules[module]] = torch.zeros_like(found, requires_grad=True)

@@ -202,7 +202,7 @@ def test_wrong_masks_are_refused_as_torch_does(arguments, message):
     module, x = attention(batch_first=True), random(B, L, D).requires_grad_()  # no fast path, which ignores the hint
     with pytest.raises((RuntimeError, AssertionError)):
         module(x, x, x, need_weights=False, **arguments)
-    with pytest.raises(ModelError, match=message), record_multihead(module, lambda _module, weights: weights):
+    with pytest.raises(ModelError, match=message), record_multihead(module, lambda _module, weights, *_: weights):
         module(x, x, x, **arguments)
     assert "forward" not in vars(module)
 

@@ -151,14 +151,15 @@ def test_every_method_runs_on_every_architecture(any_adapter, name):
         return
     images = [noise(70, 50, 1), noise(40, 90, 2)]
     texts = [["two dogs", "a red bus"], ["man in red jacket on a horse"]]
-    together = explain(any_adapter, images, texts, methods=[name])
+    options = {"rise.masks": 10} if name == "rise" else {}
+    together = explain(any_adapter, images, texts, methods=[name], options=options)
     # Rounding differs from run to run: compare at a layer where <features, gradient> is larger than that.
     layers = ["-1.in"] if any("ranks rounding" in w for w in together[0][0].warnings) else []
     together = explain(any_adapter, images, texts, methods=[name], layers=layers) if layers else together
     assert [len(found) for found in together] == [2, 1]
     for b, explanations in enumerate(together):
         for explanation, text in zip(explanations, texts[b], strict=True):
-            alone = explain(any_adapter, images[b], text, methods=[name], layers=layers)
+            alone = explain(any_adapter, images[b], text, methods=[name], layers=layers, options=options)
             found = explanation.methods[name]
             assert found.maps.shape[1:] == grid(prepare(any_adapter, [images[b]], [[text]]))
             assert close(found.maps, alone.methods[name].maps)
@@ -172,7 +173,8 @@ def test_a_method_reads_only_what_it_declares(clip, trocr, image, name):
     inputs = prepare(clip, [image], [[CAPTION]])
     targets = clip.targets(inputs, [[inputs.texts[0].caption()]], clip.target_kinds[0])
     for signal in method.needs:
-        [chunk] = list(run_passes(clip, inputs, targets, plan_methods(clip, Request([name]))))
+        options = {"rise.masks": 10} if name == "rise" else {}
+        [chunk] = list(run_passes(clip, inputs, targets, plan_methods(clip, Request([name], options=options))))
         less = replace(method, needs=method.needs - {signal})
         path = default_layer(clip) if method.reads_layer else None
         with pytest.raises(RuntimeError, match=f"reads '{signal}'"):

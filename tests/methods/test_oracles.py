@@ -6,29 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import SiglipConfig, SiglipModel
 
 from tests.support import models
 from tests.support.oracles import perturbation, towers
+from tests.support.pooled import siglip_model
 from tests.support.tolerances import ORACLE, SLOPE, close
 
 SIDE, PATCH = 16, 8
-
-
-def siglip_model(layers=3):
-    """A random SigLIP: vision blocks of width 32 with 4 heads, 2 x 2 patches."""
-    torch.manual_seed(7)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    made = SiglipModel(
-        SiglipConfig(
-            text_config=tower | {"num_hidden_layers": 1, "vocab_size": 40, "max_position_embeddings": 8},
-            vision_config=tower | {"num_hidden_layers": layers, "image_size": SIDE, "patch_size": PATCH},
-        )
-    )
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter += 0.15 * torch.randn_like(parameter)
-    return made.double().eval()
 
 
 def made(kind, layers=3, detach=False):

@@ -65,6 +65,7 @@ class MeanModel(nn.Module):
 class MeanAdapter(Adapter):
     target_kinds = ("similarity", "norm")
     text_independent = ("norm",)
+    rows, columns = ROWS, COLUMNS
 
     def __init__(self):
         torch.manual_seed(1)
@@ -78,10 +79,12 @@ class MeanAdapter(Adapter):
 
     def prepare_images(self, images):
         opened = tuple(open_image(image) for image in images)
-        size = (COLUMNS * PATCH, ROWS * PATCH)
+        size = (self.columns * PATCH, self.rows * PATCH)
         pixels = [torch.frombuffer(bytearray(p.pil.resize(size).tobytes()), dtype=torch.uint8) for p in opened]
         pixels = torch.stack(pixels).reshape(-1, size[1], size[0], 3).movedim(-1, 1).double() / 255
-        geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size).with_grid(ROWS, COLUMNS) for p in opened)
+        geometry = tuple(
+            Geometry.from_steps(p.width, p.height, resized=size).with_grid(self.rows, self.columns) for p in opened
+        )
         return ImageInputs(opened, tuple(View(b, own) for b, own in enumerate(geometry)), {"pixel_values": pixels})
 
     def prepare_texts(self, images, queries):
