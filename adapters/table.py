@@ -9,6 +9,11 @@ ADAPTERS = Registry(
     "architecture",
     {
         "CLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "MetaClip2Model": "adapters.clip.adapter:ClipAdapter",
+        "ChineseCLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "AltCLIPModel": "adapters.clip.adapter:ClipAdapter",
+        "AlignModel": "adapters.align.adapter:AlignAdapter",
+        "BlipForImageTextRetrieval": "adapters.blip.adapter:BlipAdapter",
         "FlavaForPreTraining": "adapters.flava.adapter:FlavaAdapter",
         "FlavaModel": "adapters.flava.adapter:FlavaAdapter",
         "Siglip2Model": "adapters.siglip.naflex:Siglip2Adapter",
@@ -27,6 +32,11 @@ ENDINGS = {
 # model_type -> architecture, for checkpoints without `config.architectures`.
 MODEL_TYPES = {
     "clip": "CLIPModel",
+    "metaclip_2": "MetaClip2Model",
+    "chinese_clip": "ChineseCLIPModel",
+    "altclip": "AltCLIPModel",
+    "align": "AlignModel",
+    "blip": "BlipForImageTextRetrieval",
     "flava": "FlavaModel",
     "siglip": "SiglipModel",
     "siglip2": "Siglip2Model",

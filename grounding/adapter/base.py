@@ -291,7 +291,9 @@ class Adapter(ABC):
         elif structure.pooling == "attention_pool":
             row[:, 0] = 1  # the one learned query
         else:
-            raise ModelError(f"{type(self).__name__} has pooling {structure.pooling!r} and must override this method")
+            raise ModelError(
+                f"{type(self).__name__} has pooling {structure.pooling!r} and must override pooling_weights"
+            )
         return row
 
     def probabilities(
@@ -329,10 +331,6 @@ class Adapter(ABC):
 
     def check_target(self, kind: str | None, token_target: str | None = None) -> tuple[str, str | None]:
         """Return target kind and token target (None: the default). Raises TargetError listing the supported ones."""
-        if kind is not None and not isinstance(kind, str):
-            raise TargetError(
-                f"{self.info.type} has targets {', '.join(self.target_kinds)} and no classes, got {kind!r}"
-            )
         kind, token_target = kind or self.target_kinds[0], token_target or next(iter(self.token_targets), None)
         for what, name, known in (
             ("target", kind, self.target_kinds),

@@ -19,6 +19,7 @@ from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import Recorder
 from grounding.core.errors import ModelError, NumericError
 from grounding.engine.plan import MethodCall, Plan
+from grounding.engine.verification import RecordedScore
 from grounding.methods.trace import Trace, precise
 
 # Numbers that a shortcut may hold at once, over all targets of a chunk; about 0.25 GB.
@@ -116,6 +117,7 @@ def _one_pass(
         cached = encode(adapter, inputs.images, *own)
         seen = inputs.images.cache.outputs, inputs.images.cache.weights
         here = _without(here[0], own[0]), _without(here[1], own[1])
+    verified = RecordedScore(adapter, inputs, targets, attention)
     with Recorder(adapter.model, *here, rule) as recorder:
         features = adapter.encode_images(inputs.images) if cached is None else cached
         scores = adapter.score(inputs, features, targets)
@@ -130,6 +132,7 @@ def _one_pass(
                 "score per target"
             )
         finite(scores, "scores")
+        verified.check(scores)
         record = Trace(
             adapter=adapter,
             structure=plan.structure,

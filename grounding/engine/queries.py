@@ -25,22 +25,15 @@ def check_query(adapter: Adapter, value: Any, kind: str) -> Query:
     `Classes`, or None for the predicted class; None for a target that no text can change. Raises TextError,
     TargetError.
     """
-    query = value if isinstance(value, Query) else Query(value)
-    if isinstance(adapter, Classifies):
-        return replace(query, text=_checked_classes(adapter, query.text))
-    if kind in adapter.text_independent:
-        return replace(query, text=None)
-    if isinstance(adapter, Generates) and (query.text is None or isinstance(query.text, Generate)):
-        return replace(query, text=query.text or Generate())
-    if query.text is None:
-        raise TextError("no text was given, and this model generates no text: give one")
-    return replace(query, text=check_text(query.text))
+    if isinstance(value, Query):
+        return replace(value, text=_checked_text(adapter, value.text, kind))
+    return Query(_checked_text(adapter, value, kind))
 
 
-def needs_text(adapter: Adapter, kind: str | None) -> bool:
-    """Whether a text must be given for a kind of target (None: the default)."""
+def needs_text(adapter: Adapter, target: Any) -> bool:
+    """Whether a text must be given for a target, as `explain` takes it (None: the default)."""
     return not (
-        isinstance(adapter, Classifies | Generates) or (kind or adapter.target_kinds[0]) in adapter.text_independent
+        isinstance(adapter, Classifies | Generates) or (target or adapter.target_kinds[0]) in adapter.text_independent
     )
 
 
@@ -50,9 +43,17 @@ def split_target(adapter: Adapter, target: Any, texts: Any) -> tuple[str | None,
     A classifier takes classes as targets: by name, index, or several of them. Raises TargetError for a name that is
     neither class nor kind, and for one that is both.
     """
-    if not isinstance(adapter, Classifies):
-        return target, texts
-    kinds, names = adapter.target_kinds, adapter.class_names
+    if isinstance(adapter, Classifies):
+        return _split_classes(adapter, adapter.target_kinds, target, texts)
+    if target is not None and not isinstance(target, str):
+        kinds = ", ".join(adapter.target_kinds)
+        raise TargetError(f"{adapter.info.type} has targets {kinds} and no classes, got {target!r}")
+    return target, texts
+
+
+def _split_classes(adapter: Classifies, kinds: Sequence[str], target: Any, texts: Any) -> tuple[str | None, Any]:
+    """`split_target` for a model that scores classes, with these kinds of targets."""
+    names = adapter.class_names
     if isinstance(target, str) and target in kinds and texts is None and names.contains(target):
         raise TargetError(
             f"{target!r} is this model's kind of target and the name of a class: ask for the class by its index "
@@ -123,6 +124,18 @@ def _completed(
         ]
     rest = iter(done)
     return [[next(rest) for _ in own] for own in queries]
+
+
+def _checked_text(adapter: Adapter, text: Any, kind: str) -> str | Generate | Classes | None:
+    if isinstance(adapter, Classifies):
+        return _checked_classes(adapter, text)
+    if kind in adapter.text_independent:
+        return None
+    if isinstance(adapter, Generates) and (text is None or isinstance(text, Generate)):
+        return text or Generate()
+    if text is None:
+        raise TextError("no text was given, and this model generates no text: give one")
+    return check_text(text)
 
 
 def _checked_classes(adapter: Classifies, text: Any) -> Classes:

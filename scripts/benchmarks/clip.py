@@ -24,6 +24,7 @@ from benchmarks.meter import Cost, cost, no_progress, print_progress
 from grounding.core.images import open_image
 from grounding.engine.explain import compute_maps, explain
 from grounding.engine.plan import plan_methods
+from grounding.engine.queries import prepare
 from grounding.engine.request import Request
 
 SIZES = "pictures"
@@ -50,9 +51,9 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
     cases = []
     for count in counts:
         images = [open_image(_noise(seed)) for seed in range(count)]
-        inputs = adapter.prepare(images, [captions()] * count)
-        targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.tokens])
-        pixels = inputs.tensors["pixel_values"]
+        inputs = prepare(adapter, images, [captions()] * count)
+        targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.texts], "similarity")
+        pixels = inputs.images.tensors["pixel_values"]
         report(f"{count} images, {len(targets)} targets: bare forward")
         bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
         loops = {m: _naive(adapter, inputs, targets, m) / bare.seconds for m in ("gradcam", "relevance")}
@@ -64,7 +65,8 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
             plan = plan_methods(adapter, Request([method], options=options))
             # Every run gets an empty cache, or only the first would run the vision stack.
             found = cost(
-                lambda p=plan, i=inputs, t=targets: compute_maps(adapter, replace(i, memory={}), t, p), repeats
+                lambda p=plan, i=inputs, t=targets: compute_maps(adapter, replace(i, images=replace(i.images)), t, p),
+                repeats,
             )
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
             if method != "relevance":
@@ -122,7 +124,7 @@ def _forward(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 
 def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> float:
     """Return CPU seconds of the tutorial loop over all targets, measured on a few and scaled."""
-    model, pixels = adapter.model, inputs.tensors["pixel_values"]
+    model, pixels = adapter.model, inputs.images.tensors["pixel_values"]
     eager = method == "relevance"
     before = model.config._attn_implementation
     if eager:
@@ -141,7 +143,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
     """Return the map of one target by a full forward and backward pass with gradients of every parameter."""
     model, kept = adapter.model, []
-    layer = model.get_submodule(adapter.structure.layer)
+    layer = model.get_submodule(adapter.structure("similarity").default_layer)
 
     def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
         out.retain_grad()

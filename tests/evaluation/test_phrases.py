@@ -12,6 +12,7 @@ from PIL import Image
 
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError, TargetError, UnknownNameError
 from grounding.datasets.open import open_dataset
+from grounding.engine.queries import prepare
 from grounding.engine.request import Request
 from grounding.evaluation import faithfulness as believing
 from grounding.evaluation import phrases as evaluation
@@ -27,6 +28,7 @@ from grounding.evaluation.phrases import PhraseConfig, evaluate
 from grounding.evaluation.report import as_json, phrase_markdown, warnings_of
 from tests.support import models
 from tests.support.annotations import IMAGES, write_data
+from tests.support.contract import structure
 from tests.support.explanations import column, explanation, whole
 from tests.support.linear import COLUMNS, ROWS, LinearAdapter
 
@@ -218,7 +220,7 @@ def white(tmp_path):
 
 
 def linear_case(path, maps, adapter, captions=("a",)):
-    seen = adapter.prepare([str(path)], [["a"]]).geometry[0].seen_cells
+    seen = prepare(adapter, [str(path)], [["a"]]).images.geometry(0).seen_cells
     texts = tuple(dict.fromkeys(text for own in maps.values() for text in own))
     return FaithfulnessCase(
         path, texts, {key: {t: np.asarray(m) for t, m in own.items()} for key, own in maps.items()}, seen, captions
@@ -339,7 +341,7 @@ def test_the_cascade_redraws_from_the_top_and_leaves_the_users_model(clip):
     for name, redrawn in cascade(clip, seed=0):
         state = redrawn.model.state_dict()
         changed.append((name, {key for key, value in state.items() if not torch.equal(value, before[key])}))
-    blocks = clip.structure.stacks["vision"].blocks
+    blocks = structure(clip).stacks["vision"].blocks
     assert [name for name, _ in changed] == [*reversed(blocks), ALL_PARAMETERS]
     assert all(key.startswith(blocks[-1]) for key in changed[0][1])
     assert {key.startswith(tuple(blocks[-2:])) for key in changed[1][1]} == {True}

@@ -440,7 +440,7 @@ def test_invalid_configurations_raise():
 def test_a_run_scores_as_the_model_does(tmp_path, several):
     """The same phrases explained by the engine, stored as float16, and scored by `evaluate`; a tokenizer of words."""
     clip = load(None, device="cpu")
-    plan = plan_methods(clip, Request(["gradcam", "rollout"]))
+    plan = plan_methods(clip, Request(["gradcam", "rollout"])).calls
     rows = {}
     for name in several.ids:
         record = several.read(name)

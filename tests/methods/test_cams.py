@@ -9,6 +9,7 @@ from adapters.module.adapter import ModuleAdapter
 from grounding import Selection, explain
 from grounding.core.errors import OptionError
 from tests.support import models, nets
+from tests.support.contract import default_layer, structure
 from tests.support.convolutional import CLASSES, COLUMNS, ROWS, ClassAdapter, Quadrants, one_by_one, quadrant
 from tests.support.images import noise
 from tests.support.oracles import vision
@@ -42,7 +43,7 @@ def test_all_cams_of_a_convolutional_network(layer):
 def test_all_cams_of_image_classifiers(kind, layer):
     """Three images in one batch, each with its own class, at the default layer and at the first stage or block."""
     adapter = models.classifier_adapter(kind)
-    path, prefix = adapter.resolve(layer), adapter.structure.prefix
+    path, prefix = structure(adapter).find_layer(adapter.model, layer), structure(adapter).prefix
     found = explain(adapter, IMAGES, classifier.ASKED, methods=CAMS, layers=[path])
     for image, index, one in zip(IMAGES, classifier.INDICES, found, strict=True):
         _, *kept, _ = classifier.tutorial(adapter, image, index, path)
@@ -59,7 +60,7 @@ def test_all_cams_of_any_module(net, layer):
     adapter = module.made(net(), layer, width=64, height=48 if net is nets.ViT else 96)
     found = explain(adapter, IMAGES, [3, 0, 4], methods=CAMS)
     for image, index, one in zip(IMAGES, (3, 0, 4), found, strict=True):
-        kept = module.tutorial(adapter.model, adapter.preprocess(image), index, adapter.structure.layer)
+        kept = module.tutorial(adapter.model, adapter.preprocess(image), index, default_layer(adapter))
         pair = [classifier.as_patches(tensor, 2 if net is nets.ViT else 0) for tensor in kept]
         for name in CAMS:
             assert close(one.map(0, name).raw.ravel(), vision.CAMS[name](*pair))

@@ -10,8 +10,11 @@ from grounding import METHODS, Selection, explain
 from grounding.core.errors import LayerError, OptionError
 from grounding.engine.passes import run_passes
 from grounding.engine.plan import available, plan_methods
+from grounding.engine.queries import prepare
 from grounding.engine.request import Request
+from grounding.engine.signals import attentions
 from tests.support import models
+from tests.support.contract import default_layer, grid, structure
 from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import ORACLE, TUTORIAL, close
@@ -91,8 +94,8 @@ def test_rollout_options(clip, image, fusion, reduce, discard):
 
 def test_rollout_rows_sum_to_one(clip, image):
     """The map and the part that stays on the CLS token make one."""
-    inputs = clip.prepare([image], [[CAPTION]])
-    weights = [w[0].numpy() for w in clip.attentions(inputs)]
+    inputs = prepare(clip, [image], [[CAPTION]])
+    weights = [w[0].numpy() for w in attentions(clip, inputs)]
     for fusion in ("mean", "max", "min"):
         found = explain(clip, image, CAPTION, methods=["rollout"], options={"rollout.fusion": fusion})[0].raw
         on_cls = vision.rollout(weights, getattr(np, fusion))[0, 0]
@@ -142,7 +145,7 @@ def test_unknown_method_names_the_nearest(clip, image):
 def test_every_method_runs_on_every_architecture(any_adapter, name):
     """Finite maps of the grid's shape for a batch of images with ragged texts, equal to one by one; where the
     architecture has not the attention for it, an error that says so."""
-    if name not in available(any_adapter):
+    if name not in available(structure(any_adapter)):
         with pytest.raises(OptionError, match=f"'{name}' reads .* attention, which .* does not have"):
             explain(any_adapter, noise(70, 50, 1), CAPTION, methods=[name])
         return
@@ -157,7 +160,7 @@ def test_every_method_runs_on_every_architecture(any_adapter, name):
         for explanation, text in zip(explanations, texts[b], strict=True):
             alone = explain(any_adapter, images[b], text, methods=[name], layers=layers)
             found = explanation.methods[name]
-            assert found.maps.shape[1:] == any_adapter.grid(any_adapter.prepare([images[b]], [[text]]))
+            assert found.maps.shape[1:] == grid(prepare(any_adapter, [images[b]], [[text]]))
             assert close(found.maps, alone.methods[name].maps)
             assert [e.score for e in explanation.entries] == pytest.approx([e.score for e in alone.entries], abs=1e-9)
 
@@ -165,13 +168,13 @@ def test_every_method_runs_on_every_architecture(any_adapter, name):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_method_reads_only_what_it_declares(clip, trocr, image, name):
     method = METHODS[name]
-    clip = next(a for a in (clip, trocr, models.flava_adapter(kind="logit")) if name in available(a))
-    inputs = clip.prepare([image], [[CAPTION]])
-    targets = clip.targets(inputs, [[inputs.tokens[0].caption()]])
+    clip = next(a for a in (clip, trocr, models.flava_adapter(kind="logit")) if name in available(structure(a)))
+    inputs = prepare(clip, [image], [[CAPTION]])
+    targets = clip.targets(inputs, [[inputs.texts[0].caption()]], clip.target_kinds[0])
     for signal in method.needs:
         [chunk] = list(run_passes(clip, inputs, targets, plan_methods(clip, Request([name]))))
         less = replace(method, needs=method.needs - {signal})
-        path = clip.structure.layer if method.reads_layer else None
+        path = default_layer(clip) if method.reads_layer else None
         with pytest.raises(RuntimeError, match=f"reads '{signal}'"):
             less(chunk.trace.at(path, less.needs))
 

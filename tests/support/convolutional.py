@@ -1,14 +1,13 @@
 """A third-party convolutional network: features behind an in-place ReLU, one score per class."""
 
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from PIL import Image
 from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets, View
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import open_image
@@ -62,7 +61,7 @@ def quadrant(number):
 class ClassAdapter(Adapter):
     """A text is the number of a class; its score the class's own."""
 
-    kinds = ("class",)
+    target_kinds = ("class",)
     token_targets = ()
     default_methods = ("gradcam",)
 
@@ -72,9 +71,8 @@ class ClassAdapter(Adapter):
         self.info = ModelInfo(id="classes", type="classes")
         self.layer = layer
 
-    @cached_property
-    def structure(self):
-        return ModelStructure(stacks={"vision": Stack((self.layer,))}, layer=self.layer, pooling="mean", prefix=0)
+    def structure(self, kind):
+        return ModelStructure({"vision": Stack((self.layer,))}, self.layer, "mean")
 
     def pixels(self, image):
         """Of a PIL image: (3, 16, 24), from 0 to 1."""
@@ -88,26 +86,26 @@ class ClassAdapter(Adapter):
         grid = (ROWS, COLUMNS)
         geometry = tuple(Geometry.from_steps(p.width, p.height, resized=size, grid=grid) for p in opened)
         pixels = torch.stack([self.pixels(p.pil) for p in opened])
-        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
+        views = tuple(View(b, own) for b, own in enumerate(geometry))
+        return ImageInputs(opened, views, {"pixel_values": pixels})
 
-    def prepare_texts(self, inputs, texts):
-        flat = [text for own in texts for text in own]
-        owner = tuple(b for b, own in enumerate(texts) for _ in own)
+    def prepare_texts(self, images, queries):
+        flat = [query.text for own in queries for query in own]
+        owner = tuple(b for b, own in enumerate(queries) for _ in own)
         tokens = tuple(TokenizedText(text, (int(text),), ((0, len(text)),), (False,)) for text in flat)
-        return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
+        return Inputs(images, tokens, owner)
 
-    def targets(self, inputs, spans, kind=None, token_target=None):
-        kind, token_target = self.check_kind(kind, token_target)
-        owner = torch.tensor([t for t, own in enumerate(spans) for _ in own])
-        number = torch.tensor([inputs.tokens[t].ids[0] for t in owner.tolist()])
-        image = torch.tensor(inputs.text_image)[owner]
-        return Targets(kind, image, owner, tuple(s for own in spans for s in own), {"class": number}, token_target)
+    def targets(self, inputs, spans, kind, token_target=None):
+        kind, token_target = self.check_target(kind, token_target)
+        found = Targets.of_spans(inputs, spans, kind, token_target)
+        number = torch.tensor([inputs.texts[t].ids[0] for t in found.text.tolist()])
+        return replace(found, data={"class": number})
 
-    def encode_images(self, inputs):
-        return self.model(inputs.tensors["pixel_values"])
+    def encode_images(self, images):
+        return self.model(images.tensors["pixel_values"])
 
-    def score(self, inputs, encoded, targets):
-        return encoded[targets.image, targets.data["class"]]
+    def score(self, inputs, features, targets):
+        return features[targets.image, targets.data["class"]]
 
 
 def one_by_one(adapter, image, number, layer):

@@ -1,14 +1,13 @@
 """A model with known maps: the score is linear in the pixels, with one weight per patch and text."""
 
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets, View
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture, open_image
@@ -23,7 +22,7 @@ class LinearAdapter(Adapter):
     `shown` columns of the grid show the image, the others are white padding.
     """
 
-    kinds = ("similarity",)
+    target_kinds = ("similarity",)
 
     def __init__(self, weights, shown=COLUMNS):
         self.model = nn.Identity()
@@ -31,9 +30,8 @@ class LinearAdapter(Adapter):
         self.weights, self.shown = weights, shown
         self.info = ModelInfo(id="linear", type="linear")
 
-    @cached_property
-    def structure(self):
-        return ModelStructure(stacks={"vision": Stack(("layer",))}, layer="layer", pooling="mean", prefix=0)
+    def structure(self, kind):
+        return ModelStructure({"vision": Stack(("layer",))}, "layer", "mean")
 
     def prepare_images(self, images):
         opened = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
@@ -47,28 +45,25 @@ class LinearAdapter(Adapter):
             )
             for p in opened
         )
-        tensors = {"pixel_values": torch.from_numpy(pixels)}
-        return Inputs(opened, geometry, tensors, ((),) * len(opened))
+        views = tuple(View(b, own) for b, own in enumerate(geometry))
+        return ImageInputs(opened, views, {"pixel_values": torch.from_numpy(pixels)})
 
-    def prepare_texts(self, inputs, texts):
-        flat = [text for own in texts for text in own]
+    def prepare_texts(self, images, queries):
+        flat = [query.text for own in queries for query in own]
         tokens = tuple(
             TokenizedText(t, tuple(range(len(word_spans(t)))), word_spans(t), (False,) * len(word_spans(t)))
             for t in flat
         )
-        owner = tuple(b for b, own in enumerate(texts) for _ in own)
-        return replace(inputs, tokens=tokens, text_image=owner, text_warnings=((),) * len(flat))
+        return Inputs(images, tokens, tuple(b for b, own in enumerate(queries) for _ in own))
 
-    def targets(self, inputs, spans, kind=None, token_target=None):
-        kind, token_target = self.check_kind(kind, token_target)
-        owner = torch.arange(len(inputs.tokens))
-        seeds = torch.stack([torch.from_numpy(np.asarray(self.weights[t.text], float)) for t in inputs.tokens])
-        image = torch.tensor(inputs.text_image)
-        return Targets(kind, image, owner, tuple(s for own in spans for s in own), {"seeds": seeds}, token_target)
+    def targets(self, inputs, spans, kind, token_target=None):
+        kind, token_target = self.check_target(kind, token_target)
+        seeds = torch.stack([torch.from_numpy(np.asarray(self.weights[t.text], float)) for t in inputs.texts])
+        return replace(Targets.of_spans(inputs, spans, kind, token_target), data={"seeds": seeds})
 
-    def encode_images(self, inputs):
-        pixels = inputs.tensors["pixel_values"][:, 0]
+    def encode_images(self, images):
+        pixels = images.tensors["pixel_values"][:, 0]
         return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2))  # (B, rows, columns)
 
-    def score(self, inputs, encoded, targets):
-        return (encoded[targets.image] * targets.data["seeds"]).sum((1, 2))
+    def score(self, inputs, features, targets):
+        return (features[targets.image] * targets.data["seeds"]).sum((1, 2))

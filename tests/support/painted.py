@@ -1,7 +1,6 @@
 """A model with known maps: every character is a grey level, and its Grad-CAM is where that level is."""
 
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from grounding.adapter.base import Adapter, ModelInfo
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets, View
 from grounding.adapter.structure import ModelStructure, Stack
 from grounding.core.geometry import Geometry
 from grounding.core.images import Picture, open_image
@@ -42,9 +41,8 @@ class PaintedAdapter(Adapter):
     Its gradient is the same at every cell, so Grad-CAM is the channel itself and peaks where it first stands.
     """
 
-    kinds = ("logit",)
+    target_kinds = ("logit",)
     token_targets = ()
-    generates = True
     default_methods = ("gradcam",)
 
     def __init__(self):
@@ -54,9 +52,8 @@ class PaintedAdapter(Adapter):
         self.info = ModelInfo(id="painted", type="painted")
         self.calls = 0
 
-    @cached_property
-    def structure(self):
-        return ModelStructure(stacks={"vision": Stack(("layer",))}, layer="layer", pooling="mean", prefix=0)
+    def structure(self, kind):
+        return ModelStructure({"vision": Stack(("layer",))}, "layer", "mean")
 
     def prepare_images(self, images):
         self.calls += 1
@@ -66,36 +63,39 @@ class PaintedAdapter(Adapter):
             for p in opened
         )
         pixels = torch.stack([torch.from_numpy(np.array(p.pil.convert("L"))) for p in opened])
-        return Inputs(opened, geometry, {"pixel_values": pixels}, ((),) * len(opened))
+        views = tuple(View(b, own) for b, own in enumerate(geometry))
+        return ImageInputs(opened, views, {"pixel_values": pixels})
 
-    def prepare_texts(self, inputs, texts):
-        levels = inputs.tensors["pixel_values"][:, CELL // 2, CELL // 2 :: CELL].double() / STEP
-        tokens = []
-        for own, codes in zip(texts, levels.round().long().tolist(), strict=True):
-            assert own == [Generate()]
+    def generate(self, images, features, queries):
+        levels = images.tensors["pixel_values"][:, CELL // 2, CELL // 2 :: CELL].double() / STEP
+        codes_of = levels.round().long().tolist()
+        made = []
+        for b, query in queries:
+            assert query.text == Generate()
+            codes = codes_of[b]
             text = "".join(MISREAD.get(CHARACTERS[code], CHARACTERS[code]) for code in codes).rstrip()
             places = (*((i, i + 1) for i in range(len(text))), (len(text), len(text)))
             ids = (*(CHARACTERS.index(sign) for sign in text), END)
-            tokens.append(TokenizedText(text, ids, places, (*(False for _ in text), True)))
-        owner = tuple(range(len(texts)))
-        origins = ("generated",) * len(texts)
-        return replace(
-            inputs, tokens=tuple(tokens), text_image=owner, text_warnings=((),) * len(texts), origins=origins
-        )
+            special = (*(False for _ in text), True)
+            made.append(TokenizedText(text, ids, places, special, origin="generated"))
+        return made
 
-    def targets(self, inputs, spans, kind=None, token_target=None):
-        kind, token_target = self.check_kind(kind, token_target)
-        owner = torch.tensor([t for t, own in enumerate(spans) for _ in own])
-        flat = tuple(span for own in spans for span in own)
-        channel = torch.tensor([CHARACTERS.index(span.token) if span.token else span.token_id for span in flat])
-        return Targets(kind, owner, owner, flat, {"channel": channel}, token_target)
+    def prepare_texts(self, images, queries):
+        texts = tuple(query.text for own in queries for query in own)
+        return Inputs(images, texts, tuple(b for b, own in enumerate(queries) for _ in own))
 
-    def encode_images(self, inputs):
-        pixels = inputs.tensors["pixel_values"].double()
+    def targets(self, inputs, spans, kind, token_target=None):
+        kind, token_target = self.check_target(kind, token_target)
+        found = Targets.of_spans(inputs, spans, kind, token_target)
+        channel = [CHARACTERS.index(span.token) if span.token else span.token_id for span in found.spans]
+        return replace(found, data={"channel": torch.tensor(channel)})
+
+    def encode_images(self, images):
+        pixels = images.tensors["pixel_values"].double()
         cells = pixels.unfold(1, CELL, CELL).unfold(2, CELL, CELL).mean((-1, -2)).flatten(1) / STEP
         shown = (cells[..., None] - torch.arange(END)).abs() < 0.5
         shown[..., CHARACTERS.index(UNFOUNDED)] = False
         return self.model.layer(shown.double())
 
-    def score(self, inputs, encoded, targets):
-        return encoded[targets.image, :, targets.data["channel"]].sum(1)
+    def score(self, inputs, features, targets):
+        return features[targets.image, :, targets.data["channel"]].sum(1)

@@ -8,13 +8,14 @@ from transformers import AutoModelForImageClassification, ResNetConfig, SwiftFor
 import adapters
 from adapters.classifier.adapter import ClassifierAdapter
 from grounding import Explanation, Selection, explain
-from grounding.adapter.classification import ClassNames
+from grounding.adapter.class_names import ClassNames
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.text import Classes
 from grounding.engine.layers import list_layers
 from grounding.engine.plan import available
 from grounding.explanation.text_table import explanation_table, headline
 from tests.support import models
+from tests.support.contract import default_layer, shortcut, structure
 from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import TUTORIAL, close
@@ -28,11 +29,11 @@ IMAGES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 def test_gradcam_equals_the_oracle(kind, layer):
     """Three images, each with a class of its own, in one batch, at the default layer and the first stage or block."""
     adapter = models.classifier_adapter(kind)
-    path = adapter.resolve(layer)
+    path = structure(adapter).find_layer(adapter.model, layer)
     found = explain(adapter, IMAGES, ASKED, methods=["gradcam"], layers=[layer] if layer else [])
     for image, index, explanation in zip(IMAGES, INDICES, found, strict=True):
         logits, features, gradient, _ = tutorial(adapter, image, index, path)
-        expected = vision.gradcam(*(as_patches(t, adapter.structure.prefix) for t in (features, gradient)))
+        expected = vision.gradcam(*(as_patches(t, structure(adapter).prefix) for t in (features, gradient)))
         [entry] = explanation.entries
         assert (entry.kind, entry.token_id, entry.label) == ("class", index, models.CLASSES[index])
         assert close(explanation[0].raw.ravel(), expected)
@@ -59,8 +60,8 @@ def test_attention_methods_equal_the_oracle(kind, read):
     methods = ["rollout", "relevance", "gradient_rollout"]
     found = explain(adapter, IMAGES, ASKED, methods=methods)
     for image, index, explanation in zip(IMAGES, INDICES, found, strict=True):
-        *_, pairs = tutorial(adapter, image, index, adapter.structure.layer)
-        row, prefix = read(pairs[0][0].shape[-1]), adapter.structure.prefix
+        *_, pairs = tutorial(adapter, image, index, default_layer(adapter))
+        row, prefix = read(pairs[0][0].shape[-1]), structure(adapter).prefix
         for name, matrix in zip(
             methods,
             (vision.rollout([a for a, _ in pairs]), vision.relevance(pairs), vision.gradient_rollout(pairs)),
@@ -84,7 +85,7 @@ def test_attention_that_cannot_be_chained_is_refused_with_the_reason(kind, why, 
 def test_the_predicted_class_is_explained_and_named(tmp_path):
     adapter = models.classifier_adapter()
     found = explain(adapter, IMAGES[0])
-    best = int(tutorial(adapter, IMAGES[0], 0, adapter.structure.layer)[0].argmax())
+    best = int(tutorial(adapter, IMAGES[0], 0, default_layer(adapter))[0].argmax())
     assert (found.entries[0].token_id, found.origin, found.caption, found.target) == (best, "predicted", "", "class")
     assert "target class, predicted by the model" in headline(found)
     assert "p" in explanation_table(found).split()
@@ -155,7 +156,7 @@ def test_classes_have_no_parts_and_texts_no_classes(clip):
         explain(adapter, IMAGES[0], select=Selection(caption=False))
     with pytest.raises(TargetError, match="given twice"):
         explain(adapter, IMAGES[0], "two dogs", target=2)
-    with pytest.raises(TargetError, match="targets similarity and no classes, got 2"):
+    with pytest.raises(TargetError, match="targets similarity, logits, norm and no classes, got 2"):
         explain(clip, IMAGES[0], "two dogs", target=2)
 
 
@@ -206,20 +207,20 @@ def test_layers_of_a_network_have_grids_of_their_own():
 def test_the_fast_tap_is_left_where_the_head_was_changed():
     adapter = models.classifier_adapter()
     plain = explain(adapter, IMAGES[0], target=1)
-    assert list(adapter.fast_taps) == [adapter.structure.layer]
+    assert list(shortcut(adapter).layers) == [default_layer(adapter)]
     handle = adapter.model.classifier.register_forward_hook(lambda module, args, out: 2 * out)
-    assert not adapter.fast_taps
+    assert not shortcut(adapter)
     assert close(explain(adapter, IMAGES[0], target=1)[0].raw, 2 * plain[0].raw)
     handle.remove()
     adapter.model.resnet.register_forward_hook(lambda module, args, out: None)
-    assert not adapter.fast_taps
+    assert not shortcut(adapter)
 
 
 def test_layers_that_ran_twice_are_not_listed():
     """A Swin's dropout runs within windows and over the image: only one of its outputs is a patch grid."""
     adapter = models.classifier_adapter("swin", size=(48, 48))
     found = [layer.path for layer in list_layers(adapter, IMAGES[0])]
-    assert adapter.structure.layer in found
+    assert default_layer(adapter) in found
     assert not [path for path in found if path.endswith("blocks.0.dropout")]
 
 
@@ -249,7 +250,7 @@ def test_checkpoints_are_loaded_by_the_end_of_their_architecture(kind, tmp_path)
     loaded = adapters.load(str(tmp_path / "model"))
     assert type(loaded) is ClassifierAdapter
     assert type(loaded.model) is type(adapter.model)
-    assert loaded.labels.names == tuple(models.CLASSES)
+    assert loaded.class_names.names == tuple(models.CLASSES)
     found, expected = (explain(one, IMAGES[0], target=1)[0].raw for one in (loaded, adapter))
     assert close(found, expected, TUTORIAL)
 
@@ -271,8 +272,8 @@ def test_as_many_names_as_scores(monkeypatch):
 
 
 def test_available_methods_follow_the_family():
-    assert "rollout" in available(models.classifier_adapter("dinov2"))
-    assert not {"rollout", "relevance", "attention"} & set(available(models.classifier_adapter("swin")))
+    assert "rollout" in available(structure(models.classifier_adapter("dinov2")))
+    assert not {"rollout", "relevance", "attention"} & set(available(structure(models.classifier_adapter("swin"))))
 
 
 def small(config, size=64):
@@ -311,4 +312,4 @@ def test_images_with_other_channels_than_the_processor_gives():
 def test_the_last_stage_is_the_one_that_ends_last():
     """A list of the stem's layers stands as deep in a SwiftFormer as that of its stages."""
     config = SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], num_labels=3)
-    assert small(config).structure.layer == "swiftformer.encoder.network.6"
+    assert default_layer(small(config)) == "swiftformer.encoder.network.6"

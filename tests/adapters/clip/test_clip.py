@@ -8,7 +8,10 @@ import adapters
 from grounding import Selection, explain
 from grounding.adapter.recorder import Recorder
 from grounding.core.errors import ModelError, TextError
+from grounding.engine.queries import prepare
+from grounding.engine.signals import attentions
 from tests.support import models
+from tests.support.contract import default_layer, shortcut, structure, without_shortcuts
 from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import HALF_MODEL, ORACLE, alike, close
@@ -31,21 +34,21 @@ class Scaled(torch.nn.Module):
 def test_attention_is_recorded_however_the_model_was_loaded(implementation, image):
     adapter = models.clip_adapter(attention=implementation)
     expected = adapter.model.vision_model
-    found = adapter.attentions(adapter.prepare([image], [[CAPTION]]))
+    found = attentions(adapter, prepare(adapter, [image], [[CAPTION]]))
     adapter.model.set_attn_implementation("eager")
-    pixels = adapter.prepare([image], [[CAPTION]]).tensors["pixel_values"]
+    pixels = prepare(adapter, [image], [[CAPTION]]).images.tensors["pixel_values"]
     for mine, theirs in zip(found, expected(pixels, output_attentions=True).attentions, strict=True):
         assert close(mine.detach(), theirs.detach())
 
 
 def test_recorded_attention_keeps_causal_and_padding_masks(clip, image):
     """A registered attention function without its mask function would drop both in silence."""
-    inputs = clip.prepare([image], [["red car", "the quick brown fox jumps"]])
+    inputs = prepare(clip, [image], [["red car", "the quick brown fox jumps"]])
     texts = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask")}
     texts["attention_mask"][1, 2] = 0
     with torch.no_grad():
         expected = clip.model.get_text_features(**texts).pooler_output
-    with Recorder(clip.model, attention=dict.fromkeys(clip.structure.stacks["vision"].attention, False)):
+    with Recorder(clip.model, attention=dict.fromkeys(structure(clip).stacks["vision"].attention, False)):
         found = clip.model.get_text_features(**texts).pooler_output
     assert close(found, expected)
 
@@ -54,11 +57,12 @@ def test_recorded_attention_keeps_causal_and_padding_masks(clip, image):
 @pytest.mark.parametrize("method", ["gradcam", "gradcam_ln"])
 def test_fast_taps_of_towers_with_few_blocks(layers, method, image, monkeypatch):
     adapter = models.clip_adapter(layers=layers)
-    assert len(adapter.fast_taps) == 2
-    for layer in adapter.fast_taps:
+    layers = shortcut(adapter).layers
+    assert len(layers) == 2
+    for layer in layers:
         fast = explain(adapter, image, CAPTION, methods=[method], layers=[layer])
         with monkeypatch.context() as patch:
-            patch.setattr(type(adapter), "fast_taps", {})
+            without_shortcuts(patch, adapter)
             slow = explain(adapter, image, CAPTION, methods=[method], layers=[layer])
         assert close(fast.methods[method].maps, slow.methods[method].maps)
 
@@ -77,7 +81,7 @@ def test_a_changed_block_is_run_and_not_recomputed(clip, image, tower, change):
         block.self_attn.register_forward_hook(lambda module, args, out: (0.1 * out[0], *out[1:]))
     found = explain(clip, image, CAPTION, methods=["gradcam"])
     for entry, (score, features, gradient, _) in zip(
-        found, tutorial_runs(clip, image, CAPTION, clip.structure.layer), strict=True
+        found, tutorial_runs(clip, image, CAPTION, default_layer(clip)), strict=True
     ):
         assert entry.entry.score == pytest.approx(score, abs=1e-6)
         assert close(entry.raw.ravel(), vision.gradcam(features[1:], gradient[1:]))
@@ -118,10 +122,10 @@ def test_an_adapter_needs_its_parts():
 def test_leave_one_out_masks_and_alone_is_a_text_of_its_own(clip, image):
     from tests.support.oracles.vision import text_embedding
 
-    inputs = clip.prepare([image], [["red car"]])
-    embedded = clip.model.get_image_features(inputs.tensors["pixel_values"]).pooler_output[0].detach()
+    inputs = prepare(clip, [image], [["red car"]])
+    embedded = clip.model.get_image_features(inputs.images.tensors["pixel_values"]).pooler_output[0].detach()
     embedded = embedded / embedded.norm()
-    count = len(inputs.tokens[0].visible)
+    count = len(inputs.texts[0].visible)
     whole = text_embedding(clip.model, clip.tokenizer, "red car")
     found = explain(clip, image, "red car", methods=["rollout"])
     expected = [whole @ embedded] + [
@@ -157,7 +161,7 @@ def test_shared_prefixes_change_no_embedding(eos):
 def test_a_long_text_is_cut_with_its_end_token_and_said(clip, image):
     text = " ".join(f"word{i}" for i in range(30))
     found = explain(clip, image, text)
-    tokens = clip.prepare([image], [[text]]).tokens[0]
+    tokens = prepare(clip, [image], [[text]]).texts[0]
     assert len(tokens) == models.LIMIT
     assert tokens.ids[-1] == clip.tokenizer.eos_token_id
     assert text.endswith(tokens.dropped)
@@ -172,7 +176,7 @@ def test_literal_special_tokens_are_ordinary_characters(clip, image):
     found = explain(clip, image, "red <|endoftext|> car")
     assert "<|endoftext|>" in "".join(e.label for e in found.entries[1:])
     assert any("tokenized as ordinary characters" in w for w in found.warnings)
-    tokens = clip.prepare([image], [["red <|endoftext|> car"]]).tokens[0]
+    tokens = prepare(clip, [image], [["red <|endoftext|> car"]]).texts[0]
     assert tokens.ids.count(clip.tokenizer.eos_token_id) == 1
 
 

@@ -10,7 +10,10 @@ from adapters.module.adapter import ModuleAdapter
 from grounding import explain
 from grounding.core.errors import LayerError, ModelError, OptionError, ProbeError, TargetError
 from grounding.engine.layers import list_layers
+from grounding.engine.queries import prepare
+from grounding.engine.signals import scores
 from tests.support import models, nets
+from tests.support.contract import default_layer
 from tests.support.images import noise
 from tests.support.model_state import disturb, snapshot, unchanged
 from tests.support.oracles import vision
@@ -41,7 +44,7 @@ IMAGES = [noise(90, 60, 1), noise(40, 70, 2), noise(64, 64, 3)]
 def test_gradcam_equals_the_oracle(net, layer, path, size):
     """Three images, each with a class of its own, non-square input; the modules have their ReLUs in place."""
     adapter = made(net(), layer, width=size[1], height=size[0])
-    assert adapter.structure.layer == path
+    assert default_layer(adapter) == path
     found = explain(adapter, IMAGES, [3, 0, 4], methods=["gradcam"])
     for image, index, explanation in zip(IMAGES, (3, 0, 4), found, strict=True):
         features, gradient = tutorial(adapter.model, adapter.preprocess(image), index, path)
@@ -98,7 +101,7 @@ def test_gradcam_of_a_score_of_one_quadrant():
 
 def test_a_layer_of_one_cell_names_the_last_with_a_size():
     adapter = made(nets.MobileNet(), width=32, height=32, preprocess=models.to_pixels(32, 32))
-    assert adapter.structure.layer == "features.3"
+    assert default_layer(adapter) == "features.3"
     for layer in ("features", "features.4", "children:0"):
         with pytest.raises(
             LayerError, match=r"no spatial size \(1 x 1\): the last layer that has one is 'features.3' \(2 x 2\)"
@@ -172,7 +175,7 @@ def test_the_geometry_of_a_callable_is_measured():
 )
 def test_labels(labels, names):
     adapter = made(nets.MobileNet(), labels=labels)
-    assert adapter.labels.names == names
+    assert adapter.class_names.names == names
     assert explain(adapter, IMAGES[0], target=names[2]).entries[0].label == names[2]
 
 
@@ -251,11 +254,11 @@ class InPlaceInput(nn.Module):
 
 def test_a_model_that_changes_its_input_and_has_no_parameters():
     adapter = ModuleAdapter(InPlaceInput(), preprocess=lambda p: models.to_pixels()(p).float())
-    inputs = adapter.prepare([IMAGES[0]], [["class 1"]])
-    before = inputs.tensors["pixel_values"].clone()
-    targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.tokens])
-    assert adapter.scores(inputs, targets).tolist() == adapter.scores(inputs, targets).tolist()
-    assert torch.equal(before, inputs.tensors["pixel_values"])
+    inputs = prepare(adapter, [IMAGES[0]], [["class 1"]])
+    before = inputs.images.tensors["pixel_values"].clone()
+    targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts], "class")
+    assert scores(adapter, inputs, targets).tolist() == scores(adapter, inputs, targets).tolist()
+    assert torch.equal(before, inputs.images.tensors["pixel_values"])
     found = explain(adapter, IMAGES[0], target=1, methods=["hirescam"])
     assert close(found.entries[0].score, found[0].raw.sum(), TUTORIAL)
     assert (adapter.device.type, adapter.dtype) == ("cpu", torch.float32)

@@ -9,12 +9,13 @@ from torch import nn
 
 from adapters.module.adapter import ModuleAdapter
 from grounding import explain
-from grounding.adapter.classification import ClassNames
+from grounding.adapter.class_names import ClassNames
 from grounding.core.errors import LayerError, ModelError, ProbeError, TargetError
 from grounding.core.images import open_image
 from grounding.engine.warnings import map_warnings
 from grounding.explanation.maps import Status
 from tests.support import models, nets
+from tests.support.contract import default_layer
 from tests.support.images import noise
 from tests.support.oracles import vision
 from tests.support.tolerances import close
@@ -41,7 +42,7 @@ class ClassBehind(nets.ViT):
 def test_tokens_behind_the_patches(before):
     adapter = made(ClassBehind(before), prefix=before, width=48, height=32)
     path = "encoder.layers.2.ln_1"
-    assert adapter.structure.layer == path
+    assert default_layer(adapter) == path
     found = explain(adapter, IMAGES, [3, 0, 4], methods=["gradcam"])
     for image, index, explanation in zip(IMAGES, (3, 0, 4), found, strict=True):
         pair = [
@@ -74,7 +75,7 @@ def test_a_prefix_that_cannot_be(prefix, words):
 
 
 def test_labels_as_they_come_from_json():
-    assert made(nets.MobileNet(), labels={str(i): name for i, name in enumerate("abcde")}).labels.names == tuple(
+    assert made(nets.MobileNet(), labels={str(i): name for i, name in enumerate("abcde")}).class_names.names == tuple(
         "abcde"
     )
     with pytest.raises(ModelError, match="labels='abcde' is a string, not a list of class names"):
@@ -141,7 +142,7 @@ def test_an_unknown_kind_of_target_raises_with_the_known_ones():
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.ln"])
 def test_a_dead_tap_of_the_users_names_a_live_one(layer):
     adapter = made(nets.ViT(), layer, prefix=2)
-    assert adapter.structure.layer == layer
+    assert default_layer(adapter) == layer
     with pytest.raises(
         LayerError, match=f"layer '{layer}' is dead: .*; use 'encoder.layers.2.ln_1', or see --list-layers"
     ):
@@ -267,7 +268,7 @@ def test_normalisation_by_image_needs_a_geometry(moves):
 def test_a_tap_may_be_the_module_itself():
     model = nets.Vgg()
     adapter = ModuleAdapter(model, model.features[16], preprocess=models.to_pixels(64, 64))
-    assert adapter.structure.layer == "features.16"
+    assert default_layer(adapter) == "features.16"
     with pytest.raises(LayerError, match="the Conv2d given as layer is no module inside Vgg"):
         ModuleAdapter(model, nn.Conv2d(3, 3, 1), preprocess=models.to_pixels(64, 64))
     with pytest.raises(ModelError, match="0 or more, got True"):

@@ -11,6 +11,7 @@ from adapters.module.spatial_response import is_spatial
 from grounding import explain
 from grounding.core.errors import LayerError
 from tests.support import models
+from tests.support.contract import default_layer, structure
 from tests.support.images import noise
 
 SIDE = 64
@@ -172,8 +173,8 @@ class Pairs(nn.Module):
 )
 def test_what_only_looks_like_a_map_is_no_tap(net, live, other, words):
     adapter = made(net)
-    assert (adapter.structure.layer, adapter.structure.prefix) == (live, 0)
-    assert other not in adapter.structure.stacks["vision"].blocks
+    assert (default_layer(adapter), structure(adapter).prefix) == (live, 0)
+    assert other not in structure(adapter).stacks["vision"].blocks
     named = rf"layer '{other}' has no spatial size {words}.*: the last layer that has one is '{live}' \(8 x 8\)"
     with pytest.raises(LayerError, match=named):
         made(net, other)
@@ -198,8 +199,8 @@ def test_a_bright_spot_is_where_it_is(net):
 
 def test_the_tap_is_the_last_layer_that_classes_are_made_of():
     adapter = made(Segments)
-    assert adapter.structure.stacks["vision"].blocks == ("down", "up")
-    assert adapter.structure.layer == "down"
+    assert structure(adapter).stacks["vision"].blocks == ("down", "up")
+    assert default_layer(adapter) == "down"
     with pytest.raises(LayerError, match=r"layer 'up' is dead.*use 'down', or see --list-layers"):
         explain(adapter, noise(SIDE, SIDE, 1), target=0, layers=["up"], methods="gradcam")
 
@@ -223,8 +224,8 @@ class Hybrid(nn.Module):
 @pytest.mark.parametrize("layer", [None, "stem", "merge"])
 def test_layers_of_a_hybrid_keep_their_grids(layer):
     adapter = made(Hybrid, layer)
-    assert adapter.structure.prefix == 1
-    assert adapter.structure.layer == layer or adapter.structure.layer in ("block", "block.norm1", "merge")
+    assert structure(adapter).prefix == 1
+    assert default_layer(adapter) == layer or default_layer(adapter) in ("block", "block.norm1", "merge")
     found = explain(adapter, noise(90, 60, 1), target=0, layers=["stem", "merge"], methods="gradcam")
     assert [column.maps.shape for column in found.methods.values()] == [(1, 16, 16), (1, 8, 8)]
 
@@ -248,4 +249,4 @@ def test_tokens_before_they_are_merged():
 def test_of_an_attention_the_layer_is_taken_that_it_reads():
     vit = models.classifier_model("vit", dtype=torch.float32)
     adapter = ModuleAdapter(vit, preprocess=models.to_pixels(32, 32), prefix=1)
-    assert adapter.structure.layer.endswith("layernorm_before")
+    assert default_layer(adapter).endswith("layernorm_before")

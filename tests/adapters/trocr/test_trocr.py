@@ -14,7 +14,10 @@ from grounding import Selection, explain
 from grounding.core.errors import LayerError, ModelError, OptionError, TargetError, TextError
 from grounding.core.text import Generate
 from grounding.engine import passes as tracing
+from grounding.engine.queries import prepare
+from grounding.engine.signals import attentions
 from tests.support import models
+from tests.support.contract import shortcut, structure, without_shortcuts
 from tests.support.images import noise
 from tests.support.oracles import decoder, vision
 from tests.support.tolerances import ORACLE, STORED, TUTORIAL, close
@@ -38,7 +41,7 @@ def variant(request):
 
 def patches(adapter, rows):
     """(N,) rows as (rows, columns) maps."""
-    return np.array(rows)[:, adapter.structure.prefix :].reshape(len(rows), 2, 8)
+    return np.array(rows)[:, structure(adapter).prefix :].reshape(len(rows), 2, 8)
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.2", "encoder.layers.1", "encoder.layernorm"])
@@ -55,7 +58,7 @@ def test_gradcam_equals_the_corrected_tutorial_loop(layer, dtype, tolerance):
 def test_gradcam_of_every_kind_of_model(variant):
     found = explain(variant, noise(90, 30), TEXT, methods=["gradcam"], select=TOKENS)
     expected = [
-        vision.gradcam(f[variant.structure.prefix :], g[variant.structure.prefix :])
+        vision.gradcam(f[structure(variant).prefix :], g[structure(variant).prefix :])
         for _, f, g, _ in tutorial(variant, TEXT)
     ]
     assert close(found.methods["gradcam"].maps.reshape(len(expected), -1), expected)
@@ -65,7 +68,7 @@ def test_gradcam_of_every_kind_of_model(variant):
 def test_gradcam_ln_equals_a_loop_with_its_norms_written_out(variant, layer, monkeypatch):
     found = explain(variant, noise(90, 30), TEXT, methods=["gradcam_ln"], layers=[layer], select=TOKENS)
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", vision.constant_deviation_norm)
-    prefix = variant.structure.prefix
+    prefix = structure(variant).prefix
     expected = [vision.gradcam(f[prefix:], g[prefix:]) for _, f, g, _ in tutorial(variant, TEXT, layer)]
     assert close(found.methods["gradcam_ln"].maps.reshape(len(expected), -1), expected)
 
@@ -118,7 +121,7 @@ def test_inner_blocks_and_heads(trocr):
 def test_the_explained_token_is_the_one_that_was_written(trocr):
     """The known tutorial takes logit[t, ids[t]]: it explains the token before, and never the last one."""
     found = explain(trocr, noise(90, 30), None, methods=["gradcam"], select=TOKENS)
-    pixels = trocr.prepare([noise(90, 30)], [[TEXT]]).tensors["pixel_values"]
+    pixels = prepare(trocr, [noise(90, 30)], [[TEXT]]).images.tensors["pixel_values"]
     sequence = trocr.model.generate(pixels, max_new_tokens=9, do_sample=False)[0].tolist()
     assert [e.token_id for e in found.entries] == sequence[1:]
     with torch.no_grad():
@@ -134,7 +137,7 @@ def test_the_explained_token_is_the_one_that_was_written(trocr):
 
 def test_beams_follow_the_beam_that_won(trocr):
     found = explain(trocr, noise(90, 30), Generate(beams=4), methods=["cross_attention"], select=TOKENS)
-    pixels = trocr.prepare([noise(90, 30)], [[TEXT]]).tensors["pixel_values"]
+    pixels = prepare(trocr, [noise(90, 30)], [[TEXT]]).images.tensors["pixel_values"]
     settings = {"num_beams": 4, "max_new_tokens": 9, "do_sample": False}
     out = trocr.model.generate(pixels, **settings, output_logits=True, return_dict_in_generate=True, output_scores=True)
     ids, beams = out.sequences[0, 1:].tolist(), out.beam_indices[0].tolist()
@@ -174,7 +177,7 @@ def test_one_encoder_pass_and_one_backward_for_all_tokens(trocr, monkeypatch):
 
 def test_a_changed_decoder_is_run_and_not_recomputed(trocr):
     handle = trocr.model.decoder.model.decoder.layers[0].fc1.register_forward_hook(lambda _m, _a, out: 2 * out)
-    assert not trocr.fast_taps
+    assert not shortcut(trocr)
     found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], select=TOKENS)
     expected = [vision.gradcam(f[1:], g[1:]) for _, f, g, _ in tutorial(trocr, TEXT)]
     assert close(found.methods["gradcam"].maps.reshape(len(expected), -1), expected)
@@ -189,7 +192,7 @@ def test_long_texts_run_over_several_segments(trocr, monkeypatch):
     assert len(whole.entries) > 10
     monkeypatch.setattr("adapters.trocr.fast_decoder.SEGMENT", 3)
     short = explain(trocr, noise(90, 30), text, methods=["gradcam", "gradcam_ln"], select=select)
-    monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
+    without_shortcuts(monkeypatch, trocr)
     slow = explain(trocr, noise(90, 30), text, methods=["gradcam", "gradcam_ln"], select=select)
     for key, column in slow.methods.items():
         assert close(whole.methods[key].maps, column.maps)
@@ -199,10 +202,10 @@ def test_long_texts_run_over_several_segments(trocr, monkeypatch):
 @pytest.mark.parametrize("fast", [True, False])
 def test_log_probability(trocr, fast, monkeypatch):
     if not fast:
-        monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
+        without_shortcuts(monkeypatch, trocr)
     found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], target="log_probability", select=TOKENS)
     assert close([e.score for e in found.entries], [np.log(e.probability) for e in found.entries], STORED)
-    pixels = trocr.prepare([noise(90, 30)], [[TEXT]]).tensors["pixel_values"]
+    pixels = prepare(trocr, [noise(90, 30)], [[TEXT]]).images.tensors["pixel_values"]
     kept = {}
     handle = trocr.model.encoder.layers[2].register_forward_hook(lambda m, a, out: kept.update(f=out))
     ids = [e.token_id for e in found.entries]
@@ -237,7 +240,7 @@ def test_where_asks_for_another_token_at_a_place(trocr):
     assert TEXT[entry.start : entry.end] == "car"
     loop = decoder.Tutorial(
         trocr.model,
-        trocr.prepare([noise(90, 30)], [[TEXT]]).tensors["pixel_values"],
+        prepare(trocr, [noise(90, 30)], [[TEXT]]).images.tensors["pixel_values"],
         [0, *trocr.tokenizer(TEXT, add_special_tokens=False)["input_ids"], 1],
     )
     assert entry.score == pytest.approx(loop.run(1, bus[0], "encoder.layers.2")[0])
@@ -311,7 +314,7 @@ def test_generation_is_the_checkpoints_own_and_leaves_it_alone(trocr):
 
 def test_a_forced_text_begins_as_the_model_itself_begins(trocr):
     """With the tokenizer's own start token only where the model writes it first."""
-    [plain] = trocr.prepare([noise(90, 30)], [["red car"]]).tokens
+    [plain] = prepare(trocr, [noise(90, 30)], [["red car"]]).texts
     assert [plain.special[i] for i in (0, -1)] == [False, True]
 
     def first_is_start(_module, args, logits):
@@ -320,7 +323,7 @@ def test_a_forced_text_begins_as_the_model_itself_begins(trocr):
         return logits
 
     handle = trocr.model.decoder.output_projection.register_forward_hook(first_is_start)
-    [begun] = trocr.prepare([noise(90, 30)], [["red car"]]).tokens
+    [begun] = prepare(trocr, [noise(90, 30)], [["red car"]]).texts
     handle.remove()
     assert begun.ids == (0, *plain.ids)
 
@@ -353,7 +356,7 @@ def test_orthogonal_features_are_noticed_where_they_are(trocr, monkeypatch):
     """Read through a LayerNorm alone: the last block's output, and no other layer; on the fast and the slow way."""
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(TrOcrAdapter, "fast_taps", {})
+            without_shortcuts(monkeypatch, trocr)
         for layer, expected in ((None, True), ("1", False), ("-1.in", False), ("encoder.layernorm", False)):
             found = explain(trocr, noise(90, 30), TEXT, methods=["gradcam"], layers=[layer] if layer else [])
             warnings = [w for w in found.warnings if "<activation, gradient> = 0" in w]
@@ -424,16 +427,16 @@ def test_hooks_around_a_shortcut_are_run_and_not_skipped(clip, image):
         (clip, "vision_model", "pooler_output"),
     )
     for adapter, path, field in cases:
-        assert adapter.fast_taps
+        assert shortcut(adapter)
 
         def double(_module, _args, out, field=field):
             out[field] = 2 * out[field]
             return out
 
         handle = adapter.model.get_submodule(path).register_forward_hook(double)
-        assert not adapter.fast_taps
+        assert not shortcut(adapter)
         handle.remove()
-        assert adapter.fast_taps
+        assert shortcut(adapter)
 
 
 def test_what_was_not_written_is_no_question_for_models_that_compare(clip, image):
@@ -475,9 +478,9 @@ def test_a_module_that_is_switched_on_gives_its_caller_what_it_asked_for(trocr):
     """Weights are taken out of the output again: whoever called for none gets None in their place."""
     flava = models.flava_adapter(kind="matching")
     for adapter, stack in ((trocr, "cross"), (flava, "fusion")):
-        seen, inputs = [], adapter.prepare([noise(90, 30)], [[TEXT]])
-        module = adapter.model.get_submodule(adapter.structure.stacks[stack].attention[0])
+        seen, inputs = [], prepare(adapter, [noise(90, 30)], [[TEXT]])
+        module = adapter.model.get_submodule(structure(adapter).stacks[stack].attention[0])
         handle = module.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(out[1:]))
-        adapter.attentions(inputs, stack)
+        attentions(adapter, inputs, stack)
         handle.remove()
         assert seen == [(None,)]

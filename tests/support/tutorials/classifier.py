@@ -2,6 +2,7 @@
 
 import copy
 
+from tests.support.contract import structure
 from tests.support.oracles import vision
 
 ASKED = [2, "crane, BIRD", "two dogs"]
@@ -12,7 +13,7 @@ def tutorial(adapter, image, index, path):
     """Logits, features and gradient of one image by a full backward with hooks on the bare model, and attention."""
     # A copy: no weights are recorded from a model whose attention is not of transformers.
     model, kept = copy.deepcopy(adapter.model), {}
-    if adapter.structure.attention("vision"):
+    if structure(adapter).stacks["vision"].attention:
         model.set_attn_implementation("textbook")
     vision.KEPT.clear()
     pixels = adapter.image_processor(image, return_tensors="pt")["pixel_values"].to(adapter.dtype)
