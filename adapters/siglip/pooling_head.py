@@ -56,6 +56,7 @@ class PoolingHeadShortcut:
     norm: Any
     layers: Mapping[str, tuple[str, ...]]
 
+    @torch.no_grad()
     def pooled_gradient(
         self, layer: str, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], rule: str | None
     ) -> Float[Tensor, "K D"]:
