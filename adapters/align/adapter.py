@@ -150,13 +150,14 @@ class PoolShortcut:
     def pooled_gradient(
         self,
         layer: str,
-        inputs: Inputs,  # noqa: ARG002
+        inputs: Inputs,
         targets: Targets,
         outputs: Mapping[str, Tensor],
         rule: str | None,  # noqa: ARG002
     ) -> Float[Tensor, "K D"]:
         """The gradient of each target's score at its image embedding; no norm follows, so that no rule changes it."""
-        embedded = self.features(layer, outputs[layer].detach())[targets.image.to(outputs[layer].device)]
+        embedded = self.features(layer, outputs[layer].detach(), inputs.images)
+        embedded = embedded[targets.image.to(embedded.device)]
         with torch.enable_grad():
             embedded.requires_grad_()
             total = self.adapter.score_embeddings(embedded, targets, slice(None)).sum()
