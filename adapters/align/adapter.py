@@ -156,8 +156,7 @@ class PoolShortcut:
         rule: str | None,  # noqa: ARG002
     ) -> Float[Tensor, "K D"]:
         """The gradient of each target's score at its image embedding; no norm follows, so that no rule changes it."""
-        embedded = self.features(layer, outputs[layer].detach(), inputs.images)
-        embedded = embedded[targets.image.to(embedded.device)]
+        embedded = self.features(layer, outputs[layer].detach(), inputs.images)[targets.image.to(outputs[layer].device)]
         with torch.enable_grad():
             embedded.requires_grad_()
             total = self.adapter.score_embeddings(embedded, targets, slice(None)).sum()

@@ -103,7 +103,7 @@ class ClassifierAdapter(ClassAdapter):
         """Weights of the CLS; with a DeiT teacher also the distillation token; of DINOv2 also the mean over patches."""
         assert self._pooling is not None
         pooled, mean = self._pooling
-        row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
+        row = torch.zeros(count, tokens, dtype=torch.float32)
         row[:, list(pooled)] = 1 / (len(pooled) + mean)
         if mean:
             row[:, self._structure.prefix :] = 1 / ((tokens - self._structure.prefix) * (len(pooled) + mean))

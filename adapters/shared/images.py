@@ -64,7 +64,7 @@ def prepare_images(
 
 def open_images(images: Sequence[Any]) -> tuple[Picture, ...]:
     """Opened images, from anything that `open_image` takes or images it has opened. Raises ImageError."""
-    return tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
+    return tuple(open_image(image) for image in images)
 
 
 def image_inputs(

@@ -283,7 +283,7 @@ class Adapter(ABC):
         Weights sum to 1. Architectures with pooling `tokens` must override this; it raises ModelError for them.
         """
         structure = self.structure(kind)
-        row = torch.zeros(count, tokens, dtype=torch.float32, device=self.device)
+        row = torch.zeros(count, tokens, dtype=torch.float32)
         if structure.pooling == "cls":
             row[:, 0] = 1
         elif structure.pooling == "mean":

@@ -129,9 +129,13 @@ class RunMetadata:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Columns of maps that do not depend on the text: keys of methods, and with the ending of the overview."""
-        keys = [key for key, method in self.methods.items() if not method["text_conditioned"]]
-        return (*keys, *map(overview_column, keys))
+        """Keys of the methods whose maps do not depend on the text."""
+        return tuple(key for key, method in self.methods.items() if not method["text_conditioned"])
+
+    @property
+    def shared_columns(self) -> tuple[str, ...]:
+        """Columns of maps that do not depend on the text, those of the overview included."""
+        return (*self.shared, *map(overview_column, self.shared))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -186,7 +190,9 @@ def count_warnings(rows: Sequence[Row], metadata: RunMetadata) -> Counter[str]:
     for key, method in metadata.methods.items():
         where = f" at {method['layer']}" if method["layer"] else ""
         blank = [row for row in rows if row.get(key) and row[key]["status"][0] != "ok"]
-        what = "image" if any(row["entries"][0]["kind"] == "image" for row in blank) else "caption"
+        what = (
+            "image" if any(one["kind"] == "image" for row in blank for one in row.get("entries") or ()) else "caption"
+        )
         counts.update({f"{method['title']}{where} has no evidence for the {what}": len(blank)} if blank else {})
     return counts
 
@@ -279,7 +285,7 @@ def row_status(found: Explanation) -> str:
 def deduplicate_shared_maps(rows: Sequence[Row], shared: Iterable[str]) -> None:
     """Remove maps that do not depend on the text from all rows of an image but the first that has them.
 
-    `shared` are the keys of their methods. The rows are changed in place.
+    `shared` are their columns (`RunMetadata.shared_columns`). The rows are changed in place.
     """
     for key in shared:
         stored: set[str] = set()
@@ -309,7 +315,7 @@ def from_row(
 ) -> Explanation:
     """The explanation stored in a row.
 
-    `shared` are the maps of the image that do not depend on the text, by method (`RunFolder.shared`). `prompts` keeps
+    `shared` are the maps of the image that do not depend on the text, by column (`RunFolder.shared`). `prompts` keeps
     entries of kind "prompt". Maps have the precision of float16. Raises GroundingError for a failed row.
     """
     if row["entries"] is None:

@@ -203,7 +203,7 @@ class RunFolder:
 
     def shared(self, rows: Sequence[Row]) -> dict[str, Row]:
         """The maps of one image that do not depend on the text, by column, from all its rows."""
-        return {key: row[key] for key in self.metadata.shared for row in rows if row.get(key) is not None}
+        return {key: row[key] for key in self.metadata.shared_columns for row in rows if row.get(key) is not None}
 
     def merge(self) -> Path:
         """Write all shards as one table, merged.parquet. Raises GroundingError for missing shards, and for ids that are

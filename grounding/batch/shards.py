@@ -61,7 +61,7 @@ class ShardRunner:
                 started = time.perf_counter()
                 rows = self._rows(decoded) | (self._kept(shard, retry) if retry else {})
                 ordered = [row for name in self.run.members(shard) for row in rows[name]]
-                deduplicate_shared_maps(ordered, self.run.metadata.shared)
+                deduplicate_shared_maps(ordered, self.run.metadata.shared_columns)
                 yield self.run.commit(shard, ordered, time.perf_counter() - started)
 
     def _items(self, shards: Sequence[int], retry: Collection[str]) -> Iterator[tuple[tuple[int, Sample], Source]]:

@@ -84,8 +84,8 @@ def open_image(
 
     Parameters
     ----------
-    source: a path, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a binary file object, or an http(s)
-        address where `allow_url` is set.
+    source: a path, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a binary file object, an opened
+        `Picture`, or an http(s) address where `allow_url` is set.
     max_pixels: larger images raise ImageError from their header, before decoding.
     root: a folder that paths must stay in, links followed; relative paths start there. For lists from elsewhere.
     allow_url: fetch addresses, up to 32 MB and 30 seconds each.
@@ -100,6 +100,8 @@ def open_image(
 
 
 def _open(source: Any, max_pixels: int, root: str | Path | None, allow_url: bool) -> Picture:
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, Image.Image):
         return _from_pil(source, max_pixels)
     if isinstance(source, np.ndarray):

@@ -235,7 +235,8 @@ class Trace:
             return self.targets.chain_start
         if self._packed(first):
             return self._packed_start(self.path[0])
-        return self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
+        row = self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
+        return row.to(self.weights[self._recorded(first)].device)
 
     def chain(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k M"]:
         """Return each target's row times the matrix of its image or text sequence, without a copy per target.

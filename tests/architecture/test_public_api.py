@@ -105,7 +105,7 @@ def test_what_an_adapter_must_define():
 def test_an_adapter_without_a_structure_cannot_be_made():
     names = Adapter.__abstractmethods__ - {"structure"}
     incomplete = type("Incomplete", (Adapter,), {name: lambda self: None for name in names})
-    with pytest.raises(ModelError, match="does not implement structure, target_kinds: see docs/adapters.md"):
+    with pytest.raises(ModelError, match=r"does not implement structure, target_kinds: see docs/adapters\.md"):
         incomplete()
 
 
