@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BlipForImageTextRetrieval
@@ -16,13 +16,14 @@ from transformers import BlipForImageTextRetrieval
 from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.dual_encoder import ClsShortcut, DualEncoder
 from adapters.shared.images import prepare_images
-from adapters.shared.last_block import LastBlock
+from adapters.shared.last_block import LastBlock, patch_mask
 from adapters.shared.stacks import decoder_stacks, find_stack
 from adapters.shared.text_sequences import SequenceBatch, sequence_targets
-from adapters.shared.unmodified import parents_unmodified
+from adapters.shared.unmodified import has_no_hooks, parents_unmodified
 from grounding.adapter.base import Features, ModelInfo, Shortcut
 from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 from grounding.adapter.patch_tokens import PatchTokens
+from grounding.adapter.recorder import Recorder
 from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import LayerError
 from grounding.core.text import Span
@@ -30,6 +31,8 @@ from grounding.core.text import Span
 VISION, TEXT = "vision_model", "text_encoder"
 # Its output has the keys of the cross-attention.
 KEYS = f"{VISION}.post_layernorm"
+# Sequences on one graph: at the published size each takes about 50 MB.
+SEQUENCES = 16
 
 
 class BlipAdapter(DualEncoder):
@@ -140,17 +143,20 @@ class BlipAdapter(DualEncoder):
             return super().score(inputs, self.model.vision_proj(features[:, 0]), targets)
         batch = SequenceBatch.of(targets, features.device)
         states = features[targets.image.to(features.device)[batch.rows]]
-        odds = self.model.itm_head(self._read(targets.data["ids"][batch.rows], batch.mask, states))
-        return batch.differences(odds[:, 1] - odds[:, 0])
+        return batch.differences(self.odds(targets.data["ids"][batch.rows], batch.mask, states))
+
+    def odds(
+        self, ids: Int[Tensor, "R L"], mask: Int[Tensor, "R L"], states: Float[Tensor, "R N D"]
+    ) -> Float[Tensor, "R"]:
+        """Log odds that text and image match, for R pairs of a text and the states of an image."""
+        logits = self.model.itm_head(self._read(ids, mask, states))
+        return logits[:, 1] - logits[:, 0]
 
     def shortcut(self, kind: str) -> Shortcut | None:
-        """The pooled gradient at the input of the last image block's attention and at the block before it, for
-        `similarity` and `norm`; None if the last block is modified.
-
-        None for `matching`: cross-attention reads the patches in every block of the text encoder.
-        """
+        """The pooled gradient of `matching` at its default layer; of the other kinds at the input of the last block's
+        attention and at the block before it. None if the last norm or block is modified."""
         if kind == "matching":
-            return None
+            return MatchingShortcut(self, {KEYS: ()}) if has_no_hooks(self._vision.post_layernorm) else None
         stack = self.structure(kind).stacks["vision"]
         unmodified = self._last_block().is_unmodified and parents_unmodified(self.model, stack.blocks[-1])
         if not unmodified or len(stack.blocks) < 2:
@@ -203,6 +209,37 @@ class BlipAdapter(DualEncoder):
     def limit(self) -> int:
         """The largest number of tokens of a text."""
         return min(self._config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
+
+
+@dataclass(frozen=True, eq=False)
+class MatchingShortcut:
+    """The pooled gradient of `matching` at the keys of the cross-attention.
+
+    Each sequence gets a copy of the image, so that one backward pass gives the gradients of all of them. In the graph
+    of the whole model they would share the image, and each target would need a backward pass through all sequences.
+    """
+
+    adapter: BlipAdapter
+    layers: Mapping[str, tuple[str, ...]]
+
+    def pooled_gradient(
+        self, layer: str, inputs: Inputs, targets: Targets, outputs: Mapping[str, Tensor], rule: str | None
+    ) -> Float[Tensor, "K D"]:
+        """The gradient of each sequence's log odds, one vector added to all patches of its copy of the image."""
+        states, ids, geometry = outputs[layer].detach(), targets.data["ids"], inputs.images.geometry(0)
+        batch, patch = SequenceBatch.of(targets, states.device), patch_mask(states, 1, geometry.rows * geometry.columns)
+        image, parts = targets.image.to(states.device)[batch.rows], list[Tensor]()
+        with Recorder(self.adapter.model, rule=rule), torch.enable_grad():
+            for own in torch.arange(len(batch.rows), device=states.device).split(SEQUENCES):
+                shift = states.new_zeros(len(own), states.shape[-1]).requires_grad_()
+                moved = states[image[own]] + shift[:, None] * patch[:, None]
+                total = self.adapter.odds(ids[batch.rows[own]], batch.mask[own], moved).sum()
+                parts += torch.autograd.grad(total, shift)
+        return batch.differences(torch.cat(parts))
+
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
+        """The states that the text encoder attends to: the output itself."""
+        return output
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,6 @@ class SequenceBatch:
         mask = torch.cat([data["mask"][first], data["compared"][left_out]])
         return cls(rows, mask, index.to(device), left_out)
 
-    def differences(self, scores: Float[Tensor, "R"]) -> Float[Tensor, "K"]:
-        """Return the score of each target's own sequence, minus that of the one it is compared with."""
+    def differences(self, scores: Float[Tensor, "R *rest"]) -> Float[Tensor, "K *rest"]:
+        """Return the score (or gradient) of each target's own sequence, minus that of the one it is compared with."""
         return scores[self.own].index_add(0, self.left_out, -scores[len(self.rows) - len(self.left_out) :])

@@ -83,8 +83,7 @@ def run_passes(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -
 
     The first chunk has a target of every image. Raises NumericError for NaN or Inf, LayerError, ModelError.
     """
-    shortcut = plan.shortcut
-    fast = [call for call in plan.calls if shortcut is not None and is_fast(shortcut, targets, call)]
+    fast = [call for call in plan.calls if is_fast(plan, targets, call)]
     masked = [call for call in plan.calls if "rescoring" in call.method.needs]
     blocks = [call for call in plan.calls if plan.readout(call)]
     general = [call for call in plan.calls if call not in [*fast, *masked, *blocks]]
@@ -99,12 +98,17 @@ def run_passes(adapter: Adapter, inputs: Inputs, targets: Targets, plan: Plan) -
         yield from _masked_pass(adapter, inputs, targets, plan, masked)
 
 
-def is_fast(shortcut: Shortcut, targets: Targets, call: MethodCall) -> bool:
-    """Whether a method call needs only the pooled gradient at a layer with a shortcut."""
+def is_fast(plan: Plan, targets: Targets, call: MethodCall) -> bool:
+    """Whether a method call needs only the pooled gradient at a layer with a shortcut.
+
+    A difference of the scores of two sequences has one pooled gradient where both read the same features: at a layer of
+    the image side.
+    """
     needs = call.method.needs
     pooled_alone = "pooled_gradient" in needs and needs <= {"activations", "pooled_gradient"}
-    alone = pooled_alone and targets.baseline_sequence is None
-    return alone and len(call.paths) == 1 and call.paths[0] in shortcut.layers
+    if plan.shortcut is None or not pooled_alone or len(call.paths) != 1 or call.paths[0] not in plan.shortcut.layers:
+        return False
+    return targets.baseline_sequence is None or plan.structure.items(call.paths[0]) == "image"
 
 
 def _one_pass(

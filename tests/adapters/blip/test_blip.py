@@ -275,8 +275,42 @@ def test_the_shortcut_equals_the_general_path(blip, kind, rule):
         assert close(found, pooled_gradient(blip, inputs, targets, layer, rule))
 
 
-def test_a_modified_last_block_has_no_shortcut(blip):
+@pytest.mark.parametrize("token_target", ["leave-one-out", "alone"])
+@pytest.mark.parametrize("rule", [None, "layernorm"])
+def test_the_shortcut_of_matching_equals_the_general_path(blip, token_target, rule, monkeypatch):
+    """Also where the sequences do not fit on one graph."""
+    inputs = prepare(blip, [noise(50, 40), noise(30, 70, 2)], [[TEXT, "two dogs"], ["red car"]], "matching")
+    spans = [[text.caption(), *text.tokens()] for text in inputs.texts]
+    targets = blip.targets(inputs, spans, "matching", token_target)
+    with Recorder(blip.model, {KEYS: False}) as recorder:
+        blip.forward(inputs, targets)
+    shortcut = blip.shortcut("matching")
+    found = shortcut.pooled_gradient(KEYS, inputs, targets, recorder.outputs, rule)
+    assert close(found, pooled_gradient(blip, inputs, targets, KEYS, rule))
+    monkeypatch.setattr("adapters.blip.adapter.SEQUENCES", 4)
+    assert close(shortcut.pooled_gradient(KEYS, inputs, targets, recorder.outputs, rule), found)
+    chosen = targets.select([3, 0])
+    assert close(shortcut.pooled_gradient(KEYS, inputs, chosen, recorder.outputs, rule), found[[3, 0]])
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam_ln"])
+def test_one_backward_for_the_maps_of_all_tokens_left_out(blip, method, monkeypatch):
+    backwards, plain = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
+    found = explain(blip, noise(50, 40), TEXT, methods=[method])
+    fast = len(backwards)
+    monkeypatch.setattr(type(blip), "shortcut", lambda *_: None)
+    slow = explain(blip, noise(50, 40), TEXT, methods=[method])
+    assert close(found.methods[method].maps, slow.methods[method].maps)
+    assert len(backwards) - fast == len(found.entries) == 7
+    assert fast <= 2  # the second is the check whether the gradient is orthogonal to the features
+
+
+def test_a_modified_last_block_or_norm_has_no_shortcut(blip):
+    handle = blip.model.vision_model.post_layernorm.register_forward_hook(lambda _m, _a, out: 0.5 * out)
     assert blip.shortcut("matching") is None
+    handle.remove()
+    assert blip.shortcut("matching") is not None
     blip.model.vision_model.encoder.layers[-1].self_attn.qkv.register_forward_hook(lambda _m, _a, out: 0.5 * out)
     assert blip.shortcut("similarity") is None
     found = explain(blip, noise(50, 40), TEXT, target="similarity", methods=["gradcam"])
