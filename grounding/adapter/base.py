@@ -291,7 +291,9 @@ class Adapter(ABC):
         elif structure.pooling == "attention_pool":
             row[:, 0] = 1  # the one learned query
         else:
-            raise ModelError(f"{type(self).__name__} has pooling {structure.pooling!r} and must override this method")
+            raise ModelError(
+                f"{type(self).__name__} has pooling {structure.pooling!r} and must override pooling_weights"
+            )
         return row
 
     def probabilities(

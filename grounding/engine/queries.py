@@ -30,10 +30,10 @@ def check_query(adapter: Adapter, value: Any, kind: str) -> Query:
     return Query(_checked_text(adapter, value, kind))
 
 
-def needs_text(adapter: Adapter, kind: str | None) -> bool:
-    """Whether a text must be given for a kind of target (None: the default)."""
+def needs_text(adapter: Adapter, target: Any) -> bool:
+    """Whether a text must be given for a target, as `explain` takes it (None: the default)."""
     return not (
-        isinstance(adapter, Classifies | Generates) or (kind or adapter.target_kinds[0]) in adapter.text_independent
+        isinstance(adapter, Classifies | Generates) or (target or adapter.target_kinds[0]) in adapter.text_independent
     )
 
 
@@ -45,8 +45,8 @@ def split_target(adapter: Adapter, target: Any, texts: Any) -> tuple[str | None,
     """
     if not isinstance(adapter, Classifies):
         if target is not None and not isinstance(target, str):
-            kinds = ", ".join(adapter.target_kinds)
-            raise TargetError(f"{adapter.info.type} has targets {kinds} and no classes, got {target!r}")
+            known = ", ".join(adapter.target_kinds)
+            raise TargetError(f"{adapter.info.type} has targets {known} and no classes, got {target!r}")
         return target, texts
     kinds, names = adapter.target_kinds, adapter.class_names
     if isinstance(target, str) and target in kinds and texts is None and names.contains(target):

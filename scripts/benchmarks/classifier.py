@@ -20,10 +20,12 @@ from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassif
 
 from adapters.classifier.adapter import ClassifierAdapter
 from benchmarks.meter import Ratio, no_progress, print_progress, ratio
-from grounding.core.text import Asked, Classes
+from grounding.adapter.inputs import ImageInputs
+from grounding.core.text import Classes, Query
 from grounding.engine.explain import compute_maps, explain
-from grounding.engine.passes import look
+from grounding.engine.passes import look_ahead
 from grounding.engine.plan import plan_methods
+from grounding.engine.queries import needs_features, prepare_inputs
 from grounding.engine.request import Request
 
 SIZES = "images"
@@ -55,22 +57,23 @@ def _cases(
     forward = functools.partial(_forward, adapter, prepared)
     works: list[tuple[str, str, int, Callable[[], object]]] = []
     for case, classes, layer, method in CASES:
-        asked: list[list[Asked]] = [
-            [Classes(tuple((7 * b + k) % len(adapter.labels) for k in range(classes)))] for b in range(count)
+        queries = [
+            [Query(Classes(tuple((7 * b + k) % len(adapter.class_names) for k in range(classes))))]
+            for b in range(count)
         ]
         plan = plan_methods(adapter, Request([method], layers=[layer] if layer else []))
 
-        def maps(asked: Any = asked, plan: Any = plan) -> object:
+        def maps(queries: Any = queries, plan: Any = plan) -> object:
             # Every run gets an empty cache, or only the first would run the model.
-            inputs = replace(prepared, memory={})
-            if adapter.looks_first(asked):
-                look(adapter, inputs, plan)
-            inputs = adapter.prepare_texts(inputs, asked)
-            targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts])
+            fresh = replace(prepared)
+            if needs_features(adapter, queries):
+                look_ahead(adapter, fresh, plan)
+            inputs = prepare_inputs(adapter, fresh, queries)
+            targets = adapter.targets(inputs, [tokens.class_spans() for tokens in inputs.texts], "class")
             return compute_maps(adapter, inputs, targets, plan).maps
 
         works.append((case, method, max(1, classes), maps))
-    known = [(7 * b) % len(adapter.labels) for b in range(count)]
+    known = [(7 * b) % len(adapter.class_names) for b in range(count)]
     works.append(
         ("end to end", "gradcam", 1, lambda: explain(adapter, images, known, methods=["gradcam"], batch_size=count))
     )
@@ -109,21 +112,21 @@ def _noise(seed: int) -> Image.Image:
 
 
 @torch.no_grad()
-def _forward(adapter: ClassifierAdapter, inputs: Any) -> torch.Tensor:
-    return adapter.model(pixel_values=inputs.images.tensors["pixel_values"]).logits
+def _forward(adapter: ClassifierAdapter, images: ImageInputs) -> torch.Tensor:
+    return adapter.model(pixel_values=images.tensors["pixel_values"]).logits
 
 
-def _tutorial(adapter: ClassifierAdapter, inputs: Any, classes: Sequence[int]) -> list[torch.Tensor]:
+def _tutorial(adapter: ClassifierAdapter, images: ImageInputs, classes: Sequence[int]) -> list[torch.Tensor]:
     """Return Grad-CAM of one image after the other, by full passes with gradients of every parameter."""
     made = []
-    for pixels, index in zip(inputs.images.tensors["pixel_values"], classes, strict=True):
+    for pixels, index in zip(images.tensors["pixel_values"], classes, strict=True):
         kept: list[torch.Tensor] = []
 
         def keep(_module: object, _args: object, out: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
             out.retain_grad()
             kept.append(out)
 
-        handle = adapter.model.get_submodule(default_layer(adapter)).register_forward_hook(keep)
+        handle = adapter.model.get_submodule(adapter.structure("class").default_layer).register_forward_hook(keep)
         adapter.model.zero_grad()
         adapter.model(pixel_values=pixels[None]).logits[0, index].backward()
         handle.remove()

@@ -52,7 +52,7 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
     for count in counts:
         images = [open_image(_noise(seed)) for seed in range(count)]
         inputs = prepare(adapter, images, [captions()] * count)
-        targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.texts])
+        targets = adapter.targets(inputs, [tokens.tokens() for tokens in inputs.texts], "similarity")
         pixels = inputs.images.tensors["pixel_values"]
         report(f"{count} images, {len(targets)} targets: bare forward")
         bare = cost(lambda pixels=pixels: _forward(adapter.model, pixels), repeats)
@@ -65,7 +65,8 @@ def measure(counts: Sequence[int], repeats: int, *, quiet: bool = False) -> list
             plan = plan_methods(adapter, Request([method], options=options))
             # Every run gets an empty cache, or only the first would run the vision stack.
             found = cost(
-                lambda p=plan, i=inputs, t=targets: compute_maps(adapter, replace(i, memory={}), t, p), repeats
+                lambda p=plan, i=inputs, t=targets: compute_maps(adapter, replace(i, images=replace(i.images)), t, p),
+                repeats,
             )
             cases.append(_case("maps", method, variant, count, len(targets), found, bare, naive))
             if method != "relevance":
@@ -142,7 +143,7 @@ def _naive(adapter: ClipAdapter, inputs: Any, targets: Any, method: str) -> floa
 def _tutorial_step(adapter: ClipAdapter, pixels: torch.Tensor, seed: torch.Tensor, *, attention: bool) -> torch.Tensor:
     """Return the map of one target by a full forward and backward pass with gradients of every parameter."""
     model, kept = adapter.model, []
-    layer = model.get_submodule(default_layer(adapter))
+    layer = model.get_submodule(adapter.structure("similarity").default_layer)
 
     def keep(_module: torch.nn.Module, _args: object, out: torch.Tensor) -> None:
         out.retain_grad()

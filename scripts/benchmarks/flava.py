@@ -23,8 +23,10 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 
 from adapters.flava.adapter import FlavaAdapter
 from benchmarks.meter import Ratio, no_progress, print_progress, ratio
+from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.patch_tokens import fold
 from grounding.engine.explain import compute_maps
-from grounding.engine.plan import plan_methods
+from grounding.engine.plan import Plan, plan_methods
 from grounding.engine.queries import prepare
 from grounding.engine.request import Request
 
@@ -56,26 +58,20 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, report: Callable[[st
     inputs = prepare(adapter, [_noise()], [[sentence(count)]])
     forward = functools.partial(_forward, adapter, inputs)
     for target, stack, layer, method in CASES:
-        target_adapter = adapter.aimed(target)
-        targets = target_adapter.targets(inputs, [inputs.texts[0].tokens()])
+        targets = adapter.targets(inputs, [inputs.texts[0].tokens()], target)
         assert len(targets) == count
-        plan = plan_methods(target_adapter, Request([method], layers=[layer] if layer else []))
+        plan = plan_methods(adapter, Request([method], target=target, layers=[layer] if layer else []))
 
-        def maps(own: Any = target_adapter, targets: Any = targets, plan: Any = plan) -> np.ndarray:
+        def maps(targets: Targets = targets, plan: Plan = plan) -> list[np.ndarray]:
             # Every run gets an empty cache, or only the first would run the vision stack.
-            return next(iter(compute_maps(own, replace(inputs, memory={}), targets, plan).maps.values()))
+            fresh = replace(inputs, images=replace(inputs.images))
+            return next(iter(compute_maps(adapter, fresh, targets, plan).maps.values()))
 
         found = ratio(maps, forward, repeats, maps)
         loop, difference = None, None
         if target == "logit" and layer is not None:
-            loop, difference = _loop(
-                target_adapter,
-                inputs,
-                structure(target_adapter).find_layer(target_adapter.model, layer),
-                maps(),
-                repeats,
-                forward,
-            )
+            path = plan.structure.find_layer(adapter.model, layer)
+            loop, difference = _loop(adapter, inputs, path, maps(), repeats, forward)
             loop = replace(loop, value=loop.value / LOOP_TOKENS * count)
         report(f"{count} words: {target} at {layer}: {found.value:.2f} x a forward pass, {found.peak_mb:.0f} MB")
         yield {
@@ -93,7 +89,12 @@ def _cases(adapter: FlavaAdapter, count: int, repeats: int, report: Callable[[st
 
 
 def _loop(
-    adapter: FlavaAdapter, inputs: Any, path: str, ours: np.ndarray, repeats: int, forward: Callable[[], object]
+    adapter: FlavaAdapter,
+    inputs: Inputs,
+    path: str,
+    ours: Sequence[np.ndarray],
+    repeats: int,
+    forward: Callable[[], object],
 ) -> tuple[Ratio, float]:
     """Return the cost of the tutorial loop for its tokens, and the largest difference of its maps from ours."""
     kept: dict[int, np.ndarray] = {}
@@ -133,13 +134,17 @@ def _noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
 
 
+def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
+    names = ("input_ids", "attention_mask")
+    return {name: inputs.tensors[name] for name in names} | dict(inputs.images.tensors)
+
+
 @torch.no_grad()
-def _forward(adapter: FlavaAdapter, inputs: Any) -> torch.Tensor:
-    tensors = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    return adapter.model.flava(**tensors).multimodal_embeddings
+def _forward(adapter: FlavaAdapter, inputs: Inputs) -> torch.Tensor:
+    return adapter.model.flava(**_tensors(inputs)).multimodal_embeddings
 
 
-def _tutorial(adapter: FlavaAdapter, inputs: Any, path: str, row: int) -> np.ndarray:
+def _tutorial(adapter: FlavaAdapter, inputs: Inputs, path: str, row: int) -> np.ndarray:
     """Return the map of one token by a full forward and backward pass with gradients of every parameter."""
     kept: list[torch.Tensor] = []
 
@@ -148,14 +153,14 @@ def _tutorial(adapter: FlavaAdapter, inputs: Any, path: str, row: int) -> np.nda
         kept[0].retain_grad()
 
     handle = adapter.model.get_submodule(path).register_forward_hook(keep)
-    tensors = {name: inputs.tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    states = adapter.model.flava(**tensors).multimodal_embeddings
+    states = adapter.model.flava(**_tensors(inputs)).multimodal_embeddings
     handle.remove()
     adapter.model.zero_grad()
-    (rows, across), place = grid(inputs), inputs.texts[0].visible[row]
+    place = inputs.texts[0].visible[row]
     ahead = states.shape[1] - inputs.tensors["input_ids"].shape[1]
     logits = adapter.model.mmm_text_head(states[0, ahead + place])
     logits[inputs.tensors["input_ids"][0, place]].backward()
-    first = adapter.sequence(path)[0]
-    features, gradient = (t[0, first : first + rows * across].detach() for t in (kept[0], kept[0].grad))
-    return (features @ gradient.mean(0)).reshape(rows, across).numpy()
+    assert kept[0].grad is not None
+    places = adapter.patch_tokens(path, inputs, tuple(kept[0].shape))
+    features, gradient = (fold(t.detach(), places)[0] for t in (kept[0], kept[0].grad))
+    return (features @ gradient.mean((0, 1))).numpy()

@@ -31,10 +31,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from adapters.trocr.adapter import TrOcrAdapter
 from benchmarks.meter import Ratio, no_progress, print_progress, ratio
+from grounding.adapter.inputs import Inputs
 from grounding.core.images import open_image
 from grounding.core.text import Generate
 from grounding.engine.explain import compute_maps, explain
 from grounding.engine.plan import plan_methods
+from grounding.engine.queries import prepare
 from grounding.engine.request import Request
 
 SIZES = "tokens"
@@ -72,15 +74,16 @@ def measure(tokens: Sequence[int], repeats: int, *, quiet: bool = False) -> list
 
 def _cases(adapter: TrOcrAdapter, count: int, repeats: int, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     image = open_image(_noise())
-    inputs = adapter.prepare_texts(adapter.prepare_images([image]), [[sentence(count)]])
-    targets = adapter.targets(inputs, [inputs.texts[0].tokens(special=True)])
+    inputs = prepare(adapter, [image], [[sentence(count)]])
+    targets = adapter.targets(inputs, [inputs.texts[0].tokens(special=True)], "logit")
     assert len(targets) == count
     measured = functools.partial(ratio, unit=functools.partial(_forward, adapter.model, inputs), repeats=repeats)
 
-    def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, np.ndarray]:
+    def maps(methods: Sequence[str], layer: str | None, size: int) -> dict[str, list[np.ndarray]]:
         plan = plan_methods(adapter, Request(methods, layers=[layer] if layer else []))
         # Every run gets an empty cache, or only the first would run the encoder.
-        return compute_maps(adapter, replace(inputs, memory={}, notes={}), targets.select(range(size)), plan).maps
+        fresh = replace(inputs, images=replace(inputs.images), notes={})
+        return compute_maps(adapter, fresh, targets.select(range(size)), plan).maps
 
     def explained(size: int) -> object:
         adapter.model.generation_config.min_new_tokens = size
@@ -162,38 +165,37 @@ def _noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 384, 3), dtype=np.uint8))
 
 
+def _pixels(inputs: Inputs) -> torch.Tensor:
+    return inputs.images.tensors["pixel_values"]
+
+
 @torch.no_grad()
-def _forward(model: VisionEncoderDecoderModel, inputs: Any) -> torch.Tensor:
-    ids, pixels = inputs.tensors["input_ids"], inputs.images.tensors["pixel_values"]
+def _forward(model: VisionEncoderDecoderModel, inputs: Inputs) -> torch.Tensor:
+    ids, pixels = inputs.tensors["input_ids"], _pixels(inputs)
     return model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
 
 
-def _generate(model: VisionEncoderDecoderModel, inputs: Any, size: int, beams: int = 1) -> torch.Tensor:
+def _generate(model: VisionEncoderDecoderModel, inputs: Inputs, size: int, beams: int = 1) -> torch.Tensor:
     """Generate exactly `size` tokens."""
-    made = model.generate(
-        inputs.images.tensors["pixel_values"],
-        max_new_tokens=size,
-        min_new_tokens=size,
-        num_beams=beams,
-        do_sample=False,
-    )
+    made = model.generate(_pixels(inputs), max_new_tokens=size, min_new_tokens=size, num_beams=beams, do_sample=False)
     assert made.shape[1] == size + 1
     return made
 
 
-def _tutorial(adapter: TrOcrAdapter, inputs: Any, row: int) -> np.ndarray:
+def _tutorial(adapter: TrOcrAdapter, inputs: Inputs, row: int) -> np.ndarray:
     """Return the map of one token by a full forward and backward pass with gradients of every parameter."""
-    model, kept, (rows, across) = adapter.model, [], grid(inputs)
+    model, kept, structure = adapter.model, [], adapter.structure("logit")
+    rows, across = inputs.images.geometry(0).rows, inputs.images.geometry(0).columns
 
     def keep(_module: torch.nn.Module, _args: object, out: Any) -> None:
         kept.append(out[0] if isinstance(out, tuple) else out)
         kept[0].retain_grad()
 
-    handle = model.get_submodule(default_layer(adapter)).register_forward_hook(keep)
-    ids, pixels = inputs.tensors["input_ids"], inputs.images.tensors["pixel_values"]
+    handle = model.get_submodule(structure.default_layer).register_forward_hook(keep)
+    ids, pixels = inputs.tensors["input_ids"], _pixels(inputs)
     logits = model(pixel_values=pixels, decoder_input_ids=ids, use_cache=False).logits
     handle.remove()
     model.zero_grad()
     logits[0, row, inputs.tensors["target_ids"][0, row]].backward()
-    features, gradient = (t[0, structure(adapter).prefix :].detach() for t in (kept[0], kept[0].grad))
+    features, gradient = (t[0, structure.prefix :].detach() for t in (kept[0], kept[0].grad))
     return (features @ gradient.mean(0)).reshape(rows, across).numpy()

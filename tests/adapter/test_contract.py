@@ -118,7 +118,7 @@ def test_one_forward_pass_for_all_methods(any_adapter, image):
     first = next(m for m in any_adapter.model.modules() if isinstance(m, torch.nn.Conv2d))
     handle = first.register_forward_hook(lambda module, args, out: counted.append(1))
     texts = [["red car", "two dogs"], ["a bus"]]
-    known = available(any_adapter)
+    known = available(structure(any_adapter))
     methods = [name for name in ("gradcam", "gradcam_ln", "rollout", "attention") if name in known]
     any_adapter.prepare_images([image])  # grids of convolutional networks are measured once, by a pass on a blank image
     counted.clear()
@@ -182,7 +182,7 @@ def test_text_independent_maps_are_stored_once_with_a_warning(any_adapter, image
         assert not any("does not depend on the text" in w for w in found.warnings)
         return
     found = explain(any_adapter, image, CAPTION)
-    if "rollout" not in available(any_adapter):
+    if "rollout" not in available(structure(any_adapter)):
         assert list(found.methods) == ["gradcam"]
         return
     assert found.methods["rollout"].maps.shape[0] == 1

@@ -13,6 +13,7 @@ from grounding.engine.layers import list_layers
 from grounding.engine.plan import available
 from grounding.methods.base import Method
 from tests.support import models
+from tests.support.contract import structure
 from tests.support.images import noise
 from tests.support.model_state import disturb, snapshot, unchanged
 
@@ -72,7 +73,7 @@ def test_model_is_as_before(any_adapter, breaker, error):
     disturb(any_adapter.model)
     handle = breaker(any_adapter.model, error) if breaker else None
     before = snapshot(any_adapter.model)
-    methods = available(any_adapter)
+    methods = available(structure(any_adapter))
     if error is None:
         explain(any_adapter, noise(50, 40), CAPTION, methods=methods)
         list_layers(any_adapter, noise(50, 40), CAPTION)
@@ -139,7 +140,9 @@ def test_train_mode_and_frozen_parameters_change_no_number(any_adapter):
 
 
 def test_same_call_twice_gives_identical_arrays(any_adapter):
-    first, second = (explain(any_adapter, noise(50, 40), CAPTION, methods=available(any_adapter)) for _ in range(2))
+    first, second = (
+        explain(any_adapter, noise(50, 40), CAPTION, methods=available(structure(any_adapter))) for _ in range(2)
+    )
     for key, column in first.methods.items():
         assert np.array_equal(column.maps, second.methods[key].maps)
 

@@ -29,7 +29,7 @@ NAMES = [
 ]
 METHODS = [
     "gradcam", "gradcam_ln", "hirescam", "layercam", "gradcam_pp", "rollout", "relevance", "gradient_rollout",
-    "attention", "attention_gradcam", "cross_attention", "gradient_x_cross_attention",
+    "attention", "grad_x_attention", "attention_gradcam", "cross_attention", "gradient_x_cross_attention",
 ]  # fmt: skip
 ARCHITECTURES = [
     "CLIPModel", "FlavaForPreTraining", "FlavaModel", "VisionEncoderDecoderModel", "AutoModelForImageClassification",
@@ -139,6 +139,6 @@ def test_keys_of_the_npz(stored):
 
 
 def test_columns_of_the_parquet_files(clip):
-    plan = plan_methods(clip, Request(["gradcam", "rollout"]))
-    metadata = RunMetadata.of(clip, plan, "similarity", "leave-one-out", 0)
+    calls = plan_methods(clip, Request(["gradcam", "rollout"])).calls
+    metadata = RunMetadata.of(clip, calls, "similarity", "leave-one-out", 0)
     assert schema(metadata).names == PARQUET.split()

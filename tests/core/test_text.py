@@ -50,7 +50,7 @@ def usable(text):
 
 @given(st.text(min_size=1, max_size=40).filter(usable))
 def test_offsets_are_spans_of_what_was_typed(text):
-    tokens, _ = tokenize(TOKENIZER, text, 400)
+    tokens = tokenize(TOKENIZER, text, 400)
     for start, end in (tokens.offsets[i] for i in tokens.visible):
         assert 0 <= start < end <= len(text)
     assert tokens.ids[0] == 0
@@ -72,7 +72,7 @@ def test_offsets_are_spans_of_what_was_typed(text):
     ],
 )
 def test_every_piece_belongs_to_the_word_it_stands_in(text):
-    tokens, _ = tokenize(TOKENIZER, text, 400)
+    tokens = tokenize(TOKENIZER, text, 400)
     words = tokens.words()
     assert [text[w.start : w.end] for w in words] == [w.label for w in words]
     pieces = [i for w in words for i in w.positions]
@@ -83,7 +83,7 @@ def test_every_piece_belongs_to_the_word_it_stands_in(text):
 
 
 def test_sub_word_pieces_join_and_stay_viewable():
-    tokens, _ = tokenize(TOKENIZER, "unbelievably red", 24)
+    tokens = tokenize(TOKENIZER, "unbelievably red", 24)
     word = tokens.words()[0]
     assert word.label == "unbelievably"
     assert word.token_id is None or len(word.positions) == 1
@@ -91,7 +91,7 @@ def test_sub_word_pieces_join_and_stay_viewable():
 
 
 def test_phrases_are_found_whatever_their_case():
-    tokens, _ = tokenize(TOKENIZER, "Red car and red car", 24)
+    tokens = tokenize(TOKENIZER, "Red car and red car", 24)
     first = tokens.phrase("red CAR")
     assert (first.start, first.end, first.label) == (0, 7, "Red car")
     assert first.alone
@@ -100,17 +100,17 @@ def test_phrases_are_found_whatever_their_case():
 
 
 def test_phrases_are_whole_words():
-    tokens, _ = tokenize(TOKENIZER, "woman and man", 24)
+    tokens = tokenize(TOKENIZER, "woman and man", 24)
     assert tokens.phrase("man").start == 10
     assert tokens.phrase("and man").start == 6
     with pytest.raises(TextError, match="as whole words"):
         tokens.phrase("wo")
-    chinese, _ = tokenize(TOKENIZER, "红色的车", 24)
+    chinese = tokenize(TOKENIZER, "红色的车", 24)
     assert chinese.phrase("的车").start == 2
 
 
 def test_phrases_behind_the_limit_are_refused():
-    tokens, _ = tokenize(TOKENIZER, "red car and red jackets", 5)
+    tokens = tokenize(TOKENIZER, "red car and red jackets", 5)
     assert tokens.read < len(tokens.text)
     with pytest.raises(TextError, match="does not read"):
         tokens.phrase("red jackets")
@@ -123,7 +123,7 @@ def test_lower_case_that_changes_the_length_moves_nothing():
 
 
 def test_choice_by_text_or_index():
-    tokens, _ = tokenize(TOKENIZER, "red car and red bus", 24)
+    tokens = tokenize(TOKENIZER, "red car and red bus", 24)
     words = tokens.words()
     assert [w.start for w in tokens.choose(["red"], words)] == [0, 12]
     assert [w.label for w in tokens.choose(["4", "car"], words)] == ["car", "bus"]
@@ -144,18 +144,18 @@ def test_what_is_no_text_is_refused(text, words):
 @given(st.lists(st.sampled_from(["red", "car", "man", "jacket", "dogs", "unbelievably"]), min_size=1, max_size=40))
 def test_cutting_keeps_both_ends_and_names_what_is_lost(limit, words):
     text = " ".join(words)
-    full, _ = tokenize(TOKENIZER, text, 10_000)
-    tokens, warnings = tokenize(TOKENIZER, text, limit)
+    full = tokenize(TOKENIZER, text, 10_000)
+    tokens = tokenize(TOKENIZER, text, limit)
     assert len(tokens) == min(limit, len(full))
     assert (tokens.ids[0], tokens.ids[-1]) == (full.ids[0], full.ids[-1])
     assert tokens.ids[:-1] == full.ids[: len(tokens) - 1]
     if len(full) > limit:
         assert tokens.dropped
         assert text.endswith(tokens.dropped)
-        assert any("cut off" in w for w in warnings)
+        assert any("cut off" in w for w in tokens.warnings)
     else:
         assert not tokens.dropped
-        assert not warnings
+        assert not tokens.warnings
 
 
 def test_a_slow_tokenizer_is_refused():

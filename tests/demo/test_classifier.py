@@ -23,7 +23,7 @@ def adapter():
 def test_every_shipped_image_gets_its_class_and_a_peak(adapter):
     found = explain(adapter, PICTURES)
     assert [e.entries[0].label for e in found] == [path.stem for path in PICTURES]
-    assert len(found) == len(adapter.labels) == 12
+    assert len(found) == len(adapter.class_names) == 12
     assert not any(explanation.warnings for explanation in found)
     assert found[0].model["id"] == "demo-classifier"
     assert all(explanation[0].peak for explanation in found)
@@ -67,4 +67,4 @@ def test_training_resumes_and_exports_as_a_whole(tmp_path, monkeypatch):
     assert (folder / "model.safetensors").read_bytes() == before
     assert len(list((tmp_path / "classes").glob("*.jpg"))) == 12
     assert not list(folder.parent.glob("*.new"))
-    assert adapters.load(str(folder), device="cpu").labels.names[4] == "dog"
+    assert adapters.load(str(folder), device="cpu").class_names.names[4] == "dog"

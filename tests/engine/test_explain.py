@@ -9,7 +9,6 @@ import torch
 from transformers import ViTImageProcessor
 
 from grounding import METHODS, Selection, explain
-from grounding.adapter.structure import ModelStructure
 from grounding.core.errors import GroundingError, LayerError, ModelError, OptionError
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import disjoint_groups
@@ -17,17 +16,12 @@ from grounding.engine.queries import prepare
 from grounding.explanation.figures.overlays import overlay
 from grounding.methods.base import Method
 from tests.support import models
+from tests.support.contract import default_layer, structure
 from tests.support.images import noise
 from tests.support.tolerances import HALF_MODEL, SINGLE, alike, close
 
 CAPTION = "a man in a red jacket"
 ENERGY = None
-
-
-def prepared(adapter, captions=(CAPTION,)):
-    inputs = prepare(adapter, [noise(90, 60)], [list(captions)])
-    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.texts]
-    return inputs, adapter.targets(inputs, spans)
 
 
 def test_a_map_of_features_alone_reaches_every_image_of_a_split_batch(clip, monkeypatch):
@@ -71,10 +65,9 @@ def test_images_seen_once_are_passed_once_for_all_later_texts(clip):
     assert one.caption == "red car"
 
 
-def test_attention_that_sees_the_text_is_read_for_every_target(clip, image):
+def test_attention_that_sees_the_text_is_read_for_every_target(image):
     """An architecture whose attention depends on the text gets one map per entry, without any gradient."""
-    clip.__dict__["structure"] = replace(clip.structure, text_stacks=frozenset({"vision"}))
-    found = explain(clip, image, CAPTION, methods=["rollout"])
+    found = explain(models.flava_adapter(kind="matching"), image, CAPTION, methods=["rollout"])
     assert found.methods["rollout"].maps.shape[0] == len(found.entries)
     assert all(m.raw.max() > 0 for m in found)
 
@@ -199,7 +192,7 @@ def test_wrong_layers_are_refused(clip, image, layer, words):
 
 def test_token_counts_are_checked_with_numbers(clip):
     with pytest.raises(LayerError, match=r"\(1, 18, 4\).*1 prefix tokens \+ 4 x 4 patches = 17"):
-        clip.to_grid(torch.zeros(1, 18, 4), (4, 4))
+        clip.patch_tokens(default_layer(clip), prepare(clip, [noise(90, 60)], [[CAPTION]]), (1, 18, 4))
 
 
 def test_a_target_without_text_says_so(image):
@@ -208,10 +201,9 @@ def test_a_target_without_text_says_so(image):
     assert found.methods["gradcam"].maps.shape[0] == 1
 
 
-def test_a_readout_without_an_answer_is_refused(clip, image):
-    structure = clip.structure
-    clip.__dict__["structure"] = replace(structure, pooling="attention_pool")
-    assert isinstance(clip.structure, ModelStructure)
+def test_a_readout_without_an_answer_is_refused(clip, image, monkeypatch):
+    own = replace(structure(clip), pooling="tokens")
+    monkeypatch.setattr(clip, "structure", lambda kind: own)
     with pytest.raises(ModelError, match="must override pooling_weights"):
         explain(clip, image, CAPTION, methods=["rollout"])
 
