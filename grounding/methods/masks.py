@@ -127,12 +127,20 @@ class RandomCells:
         return cls(bits, torch.stack(shifts, 1), *size)
 
     def masks(self, first: int, last: int) -> Float[Tensor, "m H W"]:
-        """Return the masks: cells enlarged bilinearly to one cell more than the input on each side, and cut out."""
+        """Return the masks: cells enlarged bilinearly to one cell more than the input on each side, and cut out at the
+        shift."""
+        bits, shifts = self.bits[first:last], self.shifts[first:last]
+        down, across = (
+            self._enlarged(size)[shifts[:, axis, None] + torch.arange(size)]
+            for axis, size in enumerate((self.height, self.width))
+        )
+        return down @ bits @ across.mT
+
+    def _enlarged(self, size: int) -> Float[Tensor, "large cells"]:
+        """The weight of each cell at each pixel of an axis of `size` pixels and one cell, beyond the outer cells that of
+        the outer cell: linear interpolation between the centres of cells."""
         cells = self.bits.shape[-1]
-        tall, wide = (-(-side // cells) * (cells + 1) for side in (self.height, self.width))
-        large = F.interpolate(self.bits[first:last, None], (tall, wide), mode="bilinear")[:, 0]
-        cut = [
-            one[down : down + self.height, right : right + self.width]
-            for one, (down, right) in zip(large, self.shifts[first:last].tolist(), strict=True)
-        ]
-        return torch.stack(cut)
+        large = -(-size // cells) * (cells + 1)
+        centres = (torch.arange(large, dtype=self.bits.dtype) + 0.5) * (cells / large) - 0.5
+        centres = centres.clamp(0, cells - 1)
+        return (1 - (centres[:, None] - torch.arange(cells)).abs()).clamp(min=0)
