@@ -137,8 +137,8 @@ class RandomCells:
         return down @ bits @ across.mT
 
     def _enlarged(self, size: int) -> Float[Tensor, "large cells"]:
-        """The weight of each cell at each pixel of an axis of `size` pixels and one cell, beyond the outer cells that of
-        the outer cell: linear interpolation between the centres of cells."""
+        """The weight of each cell at each pixel of an axis of `size` pixels and one cell: linear interpolation between
+        the centres of cells, beyond the outer ones the outer cell."""
         cells = self.bits.shape[-1]
         large = -(-size // cells) * (cells + 1)
         centres = (torch.arange(large, dtype=self.bits.dtype) + 0.5) * (cells / large) - 0.5
