@@ -223,6 +223,7 @@ def _reason(error: BaseException) -> str:
         "couldn't find them in the cached files": UNREACHABLE,
         "is not a local folder and is not a valid model identifier": "no such model on the hub, and no such folder",
         "Repository Not Found": "no such model on the hub",
+        "requires the SentencePiece library": "its tokenizer needs sentencepiece: pip install sentencepiece protobuf",
         "outgoing traffic has been disabled": "offline mode is on (HF_HUB_OFFLINE) and it is not in the local cache",
     }
     for sign, reason in known.items():

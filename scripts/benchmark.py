@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py clip
 python scripts/benchmark.py clip --format json --pictures 1 32 --repeats 3
+python scripts/benchmark.py siglip --pictures 1
 python scripts/benchmark.py trocr --tokens 20 50
 python scripts/benchmark.py flava --words 12
 python scripts/benchmark.py batch --dataset 100 1000 --repeats 1
@@ -20,7 +21,7 @@ from functools import partial
 from grounding.cli.main import run
 from grounding.explanation.text_table import table
 
-FAMILIES = ("clip", "trocr", "flava", "classifier", "batch")
+FAMILIES = ("clip", "siglip", "trocr", "flava", "classifier", "batch")
 
 
 def count(text: str, least: int = 1) -> int:
@@ -35,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     at_least_3 = partial(count, least=3)  # the tutorial loop is measured on 3 tokens
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("family", nargs="+", choices=FAMILIES, help="which architecture, at full size, random weights")
-    made.add_argument("--pictures", nargs="+", type=count, default=[1, 32], help="clip: batch sizes (default: 1 32)")
+    made.add_argument(
+        "--pictures", nargs="+", type=count, default=[1, 32], help="clip, siglip: batch sizes (default: 1 32)"
+    )
     made.add_argument("--tokens", nargs="+", type=at_least_3, default=[20, 50], help="trocr: lengths (default: 20 50)")
     made.add_argument("--words", nargs="+", type=at_least_3, default=[12], help="flava: text lengths (default: 12)")
     made.add_argument("--dataset", nargs="+", type=count, default=[100], help="batch: images (default: 100)")

@@ -12,14 +12,16 @@ import sys
 
 from grounding.cli import options
 from grounding.cli.main import parse, run
-from grounding.cli.report import Report
+from grounding.cli.report import Report, warn_unread
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--caption", metavar="TEXT", help="the text to ground (default: the text that the model generates, if it can)"
+        "--caption",
+        metavar="TEXT",
+        help="the text to ground (default: the text that the model generates, if it can; a target may need none)",
     )
     options.image_options(made)
     options.model_options(made)
@@ -41,7 +43,7 @@ def ground(args: argparse.Namespace) -> int:
     from grounding.engine.queries import needs_text
     from grounding.explanation.text_table import layer_table
 
-    if args.caption is None and not args.list_layers and not args.model:
+    if args.caption is None and not (args.list_layers or args.model or args.target):
         classes = ", or --model of a classifier" if args.target_class else ""
         raise TextError(f"nothing to ground: give --caption TEXT{classes}")
     caption = None if args.caption is None else check_text(args.caption)
@@ -57,6 +59,8 @@ def ground(args: argparse.Namespace) -> int:
         return 0
     if caption is None and needs_text(adapter, request.target):
         raise TextError("nothing to ground: this model generates no text, give --caption TEXT")
+    if not args.quiet:
+        warn_unread(args, adapter)
     for image, folder in zip(images, folders, strict=True):
         with report.guarded(image, own_text=caption is None):
             opened = open_image(image, **options.image_keywords(args))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapters.shared.unmodified import has_no_hooks, is_unmodified
 from grounding.adapter.base import Features
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import Recorder
 
 # Features (B, D, rows, columns) -> logits (B, C).
@@ -48,7 +48,7 @@ class HeadShortcut:
         [gradient] = torch.autograd.grad(total, shift)
         return gradient
 
-    def features(self, layer: str, output: Tensor) -> Features | None:  # noqa: ARG002
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
         """None: the head is no norm alone."""
         return None
 

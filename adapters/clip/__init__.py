@@ -1,4 +1,4 @@
-"""Adapter for CLIP (`CLIPModel`)."""
+"""Adapter for CLIP, MetaCLIP 2, Chinese-CLIP and AltCLIP."""
 
 from adapters.clip.adapter import ClipAdapter
 

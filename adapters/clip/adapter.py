@@ -1,4 +1,5 @@
-"""Adapter for CLIP, an image and a text encoder with a joint embedding (Radford et al. 2021, arXiv:2103.00020)."""
+"""Adapter for CLIP, an image and a text encoder with a joint embedding (Radford et al. 2021, arXiv:2103.00020), and for
+the architectures that have its image encoder: MetaCLIP 2, Chinese-CLIP, AltCLIP."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import AltCLIPModel, ChineseCLIPModel, CLIPModel, MetaClip2Model
 
+from adapters.clip.families import MODELS, configured_family, family_of
 from adapters.clip.leave_one_out import embed_left_out, end_positions
 from adapters.loading import Checkpoint, model_info, own_parts
 from adapters.shared.dual_encoder import TEXT_BATCH, ClsShortcut, DualEncoder
@@ -28,28 +30,30 @@ from grounding.core.text import Query
 
 
 class ClipAdapter(DualEncoder):
-    """Adapter around a `CLIPModel` and its processor (or its `tokenizer` and `image_processor`)."""
+    """Adapter around a `CLIPModel`, `MetaClip2Model`, `ChineseCLIPModel` or `AltCLIPModel`, and its processor (or its
+    `tokenizer` and `image_processor`)."""
 
-    model: CLIPModel
+    model: CLIPModel | MetaClip2Model | ChineseCLIPModel | AltCLIPModel
 
     def __init__(
         self,
-        model: CLIPModel,
+        model: CLIPModel | MetaClip2Model | ChineseCLIPModel | AltCLIPModel,
         processor: Any = None,
         *,
         tokenizer: Any = None,
         image_processor: Any = None,
         info: ModelInfo | None = None,
     ) -> None:
-        parts = own_parts(self, model, (CLIPModel,), processor, tokenizer, image_processor)
+        parts = own_parts(self, model, MODELS, processor, tokenizer, image_processor)
         self.model, (self.tokenizer, self.image_processor) = model, parts
         self.info = info or model_info(model, self.image_processor)
+        self._family = family_of(model)
 
     @classmethod
     def from_checkpoint(cls, source: Checkpoint) -> ClipAdapter:
         """Load the parts of a checkpoint and return their adapter. Raises ModelError."""
         image_processor, tokenizer = source.image_processor(), source.tokenizer()
-        model = source.model(CLIPModel)
+        model = source.model(configured_family(source.config()).model)
         return cls(
             model, tokenizer=tokenizer, image_processor=image_processor, info=source.info(model, image_processor)
         )
@@ -71,9 +75,11 @@ class ClipAdapter(DualEncoder):
     def prepare_texts(self, images: ImageInputs, queries: Sequence[Sequence[Query]]) -> Inputs:
         """Inputs with token ids and attention mask (T, L), padded to the longest text.
 
-        Raises TextError for an empty text, and for one that CLIP would read only in part.
+        Raises TextError for an empty text, and for one of which a causal text encoder would read only a part.
         """
         inputs = super().prepare_texts(images, queries)
+        if not self._family.causal:
+            return inputs
         ends = end_positions(self.model, inputs.tensors["input_ids"]).tolist()
         for text, end in zip(inputs.texts, ends, strict=True):
             if end != len(text) - 1:
@@ -105,7 +111,8 @@ class ClipAdapter(DualEncoder):
 
     def leave_out(self, inputs: Inputs, own: Flat, whole: Float[Tensor, "T E"]) -> Float[Tensor, "k E"]:
         """Text embedding minus the embedding with a span's tokens masked; variants share their prefix where exact."""
-        if not (is_unmodified(self.model.text_model) and is_unmodified(self.model.text_projection)):
+        parts_unmodified = is_unmodified(self.model.text_model) and is_unmodified(self.model.text_projection)
+        if not (self._family.causal and parts_unmodified):
             return super().leave_out(inputs, own, whole)
         ids, mask = inputs.tensors["input_ids"], inputs.tensors["attention_mask"]
         parts = []
@@ -148,10 +155,4 @@ class ClipAdapter(DualEncoder):
     @property
     def limit(self) -> int:
         """The largest number of tokens of a text."""
-        return min(self._config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the token that pads a text, the end token if the tokenizer has none for it."""
-        pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+        return min(self._family.limit(self._config.text_config), self.tokenizer.model_max_length)

@@ -1,4 +1,4 @@
-"""Leave-one-out text embeddings of CLIP at about half the cost, by sharing the causal prefix of a caption.
+"""Leave-one-out text embeddings of CLIP and MetaCLIP 2 at half the cost, by sharing the causal prefix of a caption.
 
 Masking a token changes nothing before it in any block, because a query attends to no later key. So each variant
 recomputes only the tokens after its first masked one, and takes the keys and values of the others from the whole
@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import MetaClip2Model
 
 
 def embed_left_out(
@@ -25,7 +26,8 @@ def embed_left_out(
     texts: Sequence[int],
     masked: Sequence[Sequence[int]],
 ) -> Float[Tensor, "V E"]:
-    """Normalised embeddings of V variants by a CLIPModel: text `texts[v]` with the tokens at `masked[v]` masked."""
+    """Normalised embeddings of V variants, by a CLIPModel or MetaClip2Model: text `texts[v]` with the tokens at
+    `masked[v]` masked."""
     end = end_positions(model, ids)
     kept = torch.stack([_without(mask[t].bool(), positions) for t, positions in zip(texts, masked, strict=True)])
     variants = _Variants.of(kept, torch.tensor(texts, device=ids.device), [min(p) for p in masked], end)
@@ -44,10 +46,12 @@ def embed_left_out(
 
 
 def end_positions(model: Any, ids: Int[Tensor, "T L"]) -> Int[Tensor, "T"]:
-    """Position at which CLIP reads each text: its first end token; in old configurations (end token 2) the largest
-    id."""
+    """Position at which the model reads each text: its first end token; in old configurations of CLIP (end token 2) the
+    largest id."""
     end_token = model.text_model.eos_token_id
-    return ids.argmax(-1) if end_token == 2 else (ids == end_token).int().argmax(-1)
+    # The end token of MetaCLIP 2 has the id 2.
+    by_largest = end_token == 2 and not isinstance(model, MetaClip2Model)
+    return ids.argmax(-1) if by_largest else (ids == end_token).int().argmax(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,14 @@ class FlavaAdapter(DualEncoder):
 
     def _vision_structure(self) -> ModelStructure:
         vision = find_stack(self.model, f"{self._root}image_model")
-        return ModelStructure({"vision": vision}, vision.inputs[-1], "cls", path=(Hop("vision"),), prefix=1)
+        return ModelStructure(
+            {"vision": vision},
+            vision.inputs[-1],
+            "cls",
+            path=(Hop("vision"),),
+            prefix=1,
+            sequence_side=self._sequence_side,
+        )
 
     def _fused_structure(self, kind: str) -> ModelStructure:
         stacks = {"vision": find_stack(self.model, f"{self._root}image_model")}
@@ -96,11 +103,13 @@ class FlavaAdapter(DualEncoder):
             # In the last block the matching head reads the CLS alone, and chains start in the rows of the text.
             path=(Hop("fusion", live=-1 if kind == "logit" else -2), Hop("vision")),
             prefix=1,
-            sequence_side=tuple(
-                f"{self._root}{part}"
-                for part in ("multimodal_model", "text_model", "image_to_mm_projection", "text_to_mm_projection")
-            ),
+            sequence_side=self._sequence_side,
         )
+
+    @property
+    def _sequence_side(self) -> tuple[str, ...]:
+        parts = ("multimodal_model", "text_model", "image_to_mm_projection", "text_to_mm_projection")
+        return tuple(f"{self._root}{part}" for part in parts)
 
     def patch_tokens(self, path: str, inputs: Inputs, shape: tuple[int, ...]) -> tuple[PatchTokens, ...]:
         """Positions of the patches: the multimodal encoder has a CLS of its own before the image's, and the text after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from adapters.shared.last_block import LastBlock, patch_mask
-from adapters.shared.text_targets import scored_as, span_ids
-from adapters.shared.tokenization import pad
+from adapters.shared.text_sequences import SequenceBatch, sequence_targets
 from grounding.adapter.base import Features
-from grounding.adapter.inputs import Inputs, Targets
+from grounding.adapter.inputs import ImageInputs, Inputs, Targets
 
 # The multimodal sequence: its own CLS, the image CLS, patches, text.
 BEFORE = 2
@@ -22,79 +21,33 @@ BEFORE = 2
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """The multimodal encoder of a FlavaForPreTraining and its heads.
-
-    Targets of the same image and text share one sequence (`Targets.sequence`). To match a part of a caption, the score
-    of the caption with that part masked is subtracted: one more sequence, after all others.
-    """
+    """The multimodal encoder of a FlavaForPreTraining and its heads; for its sequences see
+    `adapters.shared.text_sequences`."""
 
     model: Any  # a FlavaForPreTraining; its parts have no static types
     pad_id: int
 
     def targets(self, inputs: Inputs, targets: Targets) -> Targets:
-        """Add to each target its text (`ids`, `mask`), the mask of the text it is compared with (`compared`), and the
-        positions where attention chains start: those of the span.
-
-        The matching head reads the CLS alone, but the CLS attends to the words, and the words to the image: chains
-        from the row of the CLS show little (measured on the demo model).
-        """
-        matching, flat = targets.kind == "matching", targets.flat
-        modes = [scored_as(span, targets.token_target) if matching else "whole" for _, span in flat]
-        own = [
-            span_ids(inputs.texts[t], span) if mode == "alone" else list(inputs.texts[t].ids)
-            for (t, span), mode in zip(flat, modes, strict=True)
-        ]
-        device = inputs.tensors["input_ids"].device
-        ids, mask = pad(own, self.pad_id, device)
-        compared = mask.clone()
+        """Add the sequences of the targets and the rows where attention chains start, see `sequence_targets`."""
         geometry = inputs.images.geometry(0)
-        ahead = BEFORE + geometry.rows * geometry.columns
-        start = torch.zeros(len(flat), ahead + ids.shape[1], device=device)
-        for k, (t, span) in enumerate(flat):
-            positions = torch.tensor(span.positions or inputs.texts[t].visible, device=device)
-            if modes[k] == "left out":
-                compared[k, positions] = 0
-            if modes[k] == "alone":  # a text of its own: its tokens follow the first special ones
-                positions = inputs.texts[t].visible[0] + torch.arange(len(positions), device=device)
-            start[k, ahead + positions] = 1 / len(positions)
-        precise = self.model.dtype if self.model.dtype.itemsize >= 4 else torch.float32
-        start = start.to(precise)
-        known: dict[tuple[int, ...], int] = {}
-        sequence = [
-            known.setdefault((b, *text), len(known)) for b, text in zip(targets.image.tolist(), own, strict=True)
-        ]
-        left_out = [mode == "left out" for mode in modes]
-        # Sequences with a masked part follow those of the texts, in the order of their targets.
-        other = [len(known) + sum(left_out[:k]) if out else -1 for k, out in enumerate(left_out)]
-        return replace(
-            targets,
-            data={"ids": ids, "mask": mask, "compared": compared},
-            sequence=torch.tensor(sequence),
-            chain_start=start,
-            read_rows=None if matching else start,
-            baseline_sequence=torch.tensor(other) if any(left_out) else None,
-        )
+        before = BEFORE + geometry.rows * geometry.columns
+        logit = targets.kind == "logit"
+        return sequence_targets(inputs, targets, self.pad_id, self.model.dtype, before=before, per_token=logit)
 
     def scores(self, states: Float[Tensor, "B N D"], targets: Targets) -> Float[Tensor, "K"]:
         """Log odds of the matching head, or masked-language logits (of a span the mean over its tokens)."""
-        index = torch.unique(targets.sequences, return_inverse=True)[1]
-        units = index.tolist()
-        first = [units.index(unit) for unit in range(max(units) + 1)]
-        index, data = index.to(states.device), targets.data
-        left_out = (data["compared"] != data["mask"]).any(1).nonzero().flatten()
-        rows = torch.cat([torch.tensor(first, device=states.device), left_out])
-        masks = torch.cat([data["mask"][first], data["compared"][left_out]])
-        fused = self.fuse(states[targets.image.to(states.device)[rows]], data["ids"][rows], masks)
+        batch, data = SequenceBatch.of(targets, states.device), targets.data
+        image = targets.image.to(states.device)
+        fused = self.fuse(states[image[batch.rows]], data["ids"][batch.rows], batch.mask)
         if targets.kind == "matching":
             odds = self.model.itm_head(fused)
-            odds = odds[:, 1] - odds[:, 0]
-            return odds[index].index_add(0, left_out, -odds[len(first) :])
+            return batch.differences(odds[:, 1] - odds[:, 0])
         start = targets.chain_start
         assert start is not None
         k, at = start.nonzero(as_tuple=True)
         token = data["ids"][k, at - (start.shape[1] - data["ids"].shape[1])]
         # A caption, its tokens and its phrases share positions: the head computes each once.
-        spots, own = torch.stack([index[k], at], 1).unique(dim=0, return_inverse=True)
+        spots, own = torch.stack([batch.own[k], at], 1).unique(dim=0, return_inverse=True)
         logits = self.model.mmm_text_head(fused[spots[:, 0], spots[:, 1]])[own, token]
         weights = start[k, at].to(logits.dtype)
         return logits.new_zeros(len(targets)).index_add(0, k, logits * weights)
@@ -170,7 +123,7 @@ class FusionShortcut:
         patch = patch_mask(hidden, BEFORE, geometry.rows * geometry.columns)
         return self.fusion.pooled_gradients(self.blocks(rule), hidden, targets, patch, before_norm=layer == before)
 
-    def features(self, layer: str, output: Tensor) -> Features | None:  # noqa: ARG002
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
         """None: an attention block follows these layers."""
         return None
 

@@ -157,6 +157,6 @@ class ClsShortcut:
         patch = patch_mask(hidden, self.prefix, geometry.rows * geometry.columns)
         return last.pooled_gradients(hidden, owner, torch.zeros_like(owner), patch, scores, before_norm=layer == before)
 
-    def features(self, layer: str, output: Tensor) -> Features | None:  # noqa: ARG002
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
         """None: an attention block follows these layers."""
         return None

@@ -46,7 +46,7 @@ def prepare_images(
 
     Raises ImageError for an image that cannot be used, ModelError if the images of a batch get different sizes.
     """
-    opened = tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
+    opened = open_images(images)
     tensors = [pixels_of(processor, one.pil if mode == "RGB" else one.pil.convert(mode)) for one in opened]
     if len({tensor.shape for tensor in tensors}) > 1:
         shapes = ", ".join("x".join(map(str, tensor.shape[-2:])) for tensor in tensors)
@@ -59,9 +59,21 @@ def prepare_images(
         geometry_of(moves or processor, p.width, p.height, (height, width), mode=mode).with_grid(rows, columns, size)
         for p in opened
     )
+    return image_inputs(adapter, opened, geometry, {"pixel_values": pixel_values})
+
+
+def open_images(images: Sequence[Any]) -> tuple[Picture, ...]:
+    """Opened images, from anything that `open_image` takes or images it has opened. Raises ImageError."""
+    return tuple(image if isinstance(image, Picture) else open_image(image) for image in images)
+
+
+def image_inputs(
+    adapter: Adapter, opened: Sequence[Picture], geometry: Sequence[Geometry], tensors: Mapping[str, Tensor]
+) -> ImageInputs:
+    """Inputs of B images with one view each, and the warnings about them."""
     warnings = tuple((*one.warnings, *_warnings(adapter, one, own)) for one, own in zip(opened, geometry, strict=True))
     views = tuple(View(b, own) for b, own in enumerate(geometry))
-    return ImageInputs(opened, views, {"pixel_values": pixel_values}, warnings)
+    return ImageInputs(tuple(opened), views, tensors, warnings)
 
 
 def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple[int, int, tuple[float, float] | None]:
@@ -76,12 +88,7 @@ def _grid(height: int, width: int, patch: int | Sequence[int] | GridOf) -> tuple
 def pixels_of(processor: Any, image: Image.Image) -> Tensor:
     """Pixel values (C, H, W) of one image. Raises ModelError if a callable returns anything else."""
     if isinstance(processor, BaseImageProcessor):
-        # Name the channel axis: an image 1 or 3 pixels wide would be taken for channels-first.
-        parameters = inspect.signature(processor.preprocess).parameters.values()
-        channels: dict[str, Any] = (
-            {"input_data_format": "channels_last"} if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
-        )
-        return processor(image, return_tensors="pt", **channels)["pixel_values"][0]
+        return run_processor(processor, image)["pixel_values"][0]
     out = processor(image.copy())  # it may work in place
     out = out["pixel_values"] if hasattr(out, "keys") and "pixel_values" in out else out
     try:
@@ -93,6 +100,16 @@ def pixels_of(processor: Any, image: Image.Image) -> Tensor:
     if tensor.ndim != 3:
         raise ModelError(f"preprocess returns {tuple(tensor.shape)}, expected (channels, height, width) of one image")
     return tensor
+
+
+def run_processor(processor: BaseImageProcessor, image: Image.Image) -> Mapping[str, Tensor]:
+    """The tensors that a Hugging Face image processor makes of one image, with a leading axis of length 1."""
+    # Name the channel axis: an image 1 or 3 pixels wide would be taken for channels-first.
+    parameters = inspect.signature(processor.preprocess).parameters.values()
+    channels: dict[str, Any] = (
+        {"input_data_format": "channels_last"} if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+    )
+    return processor(image, return_tensors="pt", **channels)
 
 
 def _warnings(adapter: Adapter, image: Picture, geometry: Geometry) -> list[str]:

@@ -99,7 +99,7 @@ def _common(processor: Any, geometry: Geometry) -> Geometry:
 
 
 def _resize_and_crop(processor: Any, geometry: Geometry) -> Geometry:
-    """Resize, centre crop. FLAVA ignores `do_pad`."""
+    """Resize, centre crop. EfficientNet (ALIGN) and FLAVA ignore `do_pad`."""
     if processor.do_resize:
         geometry = geometry.resized(*_new_size(processor.size, geometry.input_width, geometry.input_height))
     return _center_crop(processor, geometry)
@@ -166,6 +166,7 @@ def _vilt(processor: Any, geometry: Geometry) -> Geometry:
 FAMILIES: dict[str, Callable[[Any, Geometry], Geometry]] = {
     "convnext": _convnext,
     "donut": _donut,
+    "efficientnet": _resize_and_crop,
     "flava": _resize_and_crop,
     "llava": _llava,
     "vilt": _vilt,

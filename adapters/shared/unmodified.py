@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-OWN = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GELU, nn.Tanh, nn.Dropout, nn.ModuleList)
+OWN = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Embedding,
+    nn.GELU,
+    nn.Tanh,
+    nn.Dropout,
+    nn.ModuleList,
+    nn.MultiheadAttention,
+    NonDynamicallyQuantizableLinear,  # its output projection
+)
 LIBRARY = ("transformers.models.", "transformers.activations")
 
 

@@ -246,7 +246,7 @@ class DecoderShortcut:
             made = made.index_add(0, k[mine], found[place].detach() * weight[mine].to(found.dtype)[:, None])
         return made
 
-    def features(self, layer: str, output: Tensor) -> Features | None:
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:  # noqa: ARG002
         """The encoder's final norm of the last block's output; None for the norm itself."""
         return None if layer == NORM else self.model.encoder.layernorm(output)
 

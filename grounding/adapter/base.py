@@ -113,7 +113,7 @@ class Shortcut(Protocol):
         rule as in `Recorder`.
         """
 
-    def features(self, layer: str, output: Tensor) -> Features | None:
+    def features(self, layer: str, output: Tensor, images: ImageInputs) -> Features | None:
         """Return the result of `encode_images` from the output of a layer if that is cheap (a norm), else None."""
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from grounding.adapter.vision_cache import VisionCache
 from grounding.core.errors import ModelError
-from grounding.core.geometry import Geometry
+from grounding.core.geometry import DETAIL, OVERVIEW, Geometry
 from grounding.core.images import Picture
 from grounding.core.text import Span, TokenizedText
 
-# Names of views: the one that maps are read from, and one of lower resolution beside it.
-DETAIL, OVERVIEW = "detail", "overview"
+__all__ = ["DETAIL", "OVERVIEW", "ImageInputs", "Inputs", "Targets", "View"]
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ class PatchTokens:
     Parameters
     ----------
     view: index in `ImageInputs.views`.
-    item: index on the leading axis of the output; on the sequence side of a model the index of the text. None: the
-        output has no leading axis for images, the tokens of all of them are packed into one axis.
-    index: position on the token axis of the patch in each row and column. Padding and tokens that are no patches do
-        not occur in it. None: the output is a feature map (B, D, rows, columns).
+    item: index on the leading axis of the output; on the sequence side of a model the index of the text. None: no item
+        is this view's alone. The tokens of all images are packed into one axis, or the view is a mosaic of tiles.
+    index: position on the token axis of the patch in each row and column; where `item` is None, in the tokens of all
+        items, one after the other. Padding and tokens that are no patches do not occur in it. None: the output is a
+        feature map (B, D, rows, columns).
     prefix: positions of the other tokens of this view (CLS, registers).
     cells: (rows, columns) of a feature map.
     channels_last: the feature map is (B, rows, columns, D).

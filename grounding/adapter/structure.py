@@ -90,7 +90,7 @@ class ModelStructure:
     path: the hops that attention rollout and relevance follow, from the score to the patches; empty if no attention
         leads there.
     prefix: number of tokens before the patches (CLS, registers) in layers of tokens.
-    sequence_side: module paths of the parts that run on text sequences, beside the stacks of `items` "sequence".
+    sequence_side: module paths of the parts that run on text sequences, the same for all kinds of targets.
     pyramid: layers may have other patch grids than `default_layer` (convolutions, merged patches); the geometry of a
         view has the grid of `default_layer`.
     unrecorded: why attention is missing: a stack has blocks but no `attention`, or `path` is empty.

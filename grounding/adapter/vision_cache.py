@@ -13,24 +13,30 @@ Features = Tensor | tuple[Tensor, ...]
 
 @dataclass(eq=False)
 class VisionCache:
-    """Image features, and outputs of the vision side by module path, recorded without gradients.
+    """Image features, and outputs and attention weights of the vision side by module path, recorded without gradients.
 
     It belongs to the images that it was computed from, and is valid while the model is unchanged.
     """
 
     features: Features | None = None
-    signals: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    # An attention module has both.
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def get(self, paths: Collection[str] = ()) -> tuple[Features, Mapping[str, Tensor]] | None:
-        """Return the features and the signals at `paths`, None if any of them is missing."""
-        if self.features is None or not self.signals.keys() >= set(paths):
-            return None
-        return self.features, {path: self.signals[path] for path in paths}
+    def has(self, outputs: Collection[str] = (), weights: Collection[str] = ()) -> bool:
+        """Return whether the features, and the outputs and weights at these paths, are in the cache."""
+        return self.features is not None and self.outputs.keys() >= set(outputs) and self.weights.keys() >= set(weights)
 
-    def put(self, features: Features, signals: Mapping[str, Tensor] | None = None) -> None:
-        """Keep the features of a pass, off the graph, and further signals."""
+    def put(
+        self,
+        features: Features,
+        outputs: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep the features of a pass, off the graph, and further outputs and weights."""
         self.features = map_features(features, Tensor.detach)
-        self.signals |= signals or {}
+        self.outputs |= outputs or {}
+        self.weights |= weights or {}
 
 
 def map_features(features: Features, function: Callable[[Tensor], Tensor]) -> Features:

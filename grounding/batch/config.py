@@ -13,7 +13,7 @@ import torch
 
 from grounding.adapter.base import Adapter
 from grounding.batch.failure_limit import MAX_IN_A_ROW, MAX_SHARE, FailureLimit
-from grounding.batch.requests import PROTOCOLS, Captions
+from grounding.batch.requests import IMAGE_ALONE, PROTOCOLS, Captions
 from grounding.batch.rows import RunMetadata
 from grounding.batch.run_folder import MANIFEST, RunFolder, write_manifest
 from grounding.core.errors import DifferentRunError, OptionError
@@ -23,6 +23,7 @@ from grounding.datasets.records import Dataset
 from grounding.engine.plan import plan_methods
 from grounding.engine.provenance import provenance_of
 from grounding.engine.request import BATCH_SIZE, Request
+from grounding.engine.selection import Selection
 
 # Loads the adapter in the process that computes; picklable for Ray.
 LoadAdapter = Callable[[], Adapter]
@@ -39,8 +40,9 @@ class RunConfig:
     ----------
     data: a folder or a name of a data set, as `open_dataset` takes them.
     split: split of the data set; None: all of it.
-    captions: captions of an image to explain: "first", "all", or "none" (the model generates the text). None: the
-        default of the model, "none" if it generates text, else "all".
+    captions: captions of an image to explain: "first", "all", "none" (the model generates the text), or "image" (one
+        row per image, for targets that no text can change, which always have that). None: the default of the model,
+        "none" if it generates text, else "all".
     protocols: evaluation protocols whose texts about annotated phrases are explained, too.
     request: what to compute for every text. `methods=None` is the default of the model.
     shard_size: images per shard.
@@ -86,8 +88,16 @@ class RunConfig:
     def resolve(self, adapter: Adapter) -> RunConfig:
         """Fill in `captions` and the methods of the request with the defaults of the model, where they are None.
 
-        Raises OptionError if captions are "none" and the model generates no text.
+        For a target that no text can change all that is about texts is dropped: captions, protocols, selection of
+        entries. Raises TargetError, OptionError if captions are "none" and the model generates no text.
         """
+        kind, _ = adapter.check_target(self.request.target)
+        if kind in adapter.text_independent:
+            request = replace(self.request, select=Selection(), token_target=None)
+            request = replace(request, methods=request.methods or DEFAULT_METHODS)
+            return replace(self, captions=IMAGE_ALONE, protocols=(), request=request)
+        if self.captions == IMAGE_ALONE:
+            raise OptionError(f"captions {IMAGE_ALONE!r} need a target that no text can change; {kind} is about a text")
         if self.captions == "none" and not adapter.generates:
             raise OptionError(f"captions 'none' needs a model that generates text; {adapter.info.type} does not")
         default_methods = adapter.default_methods if adapter.generates else DEFAULT_METHODS
@@ -102,7 +112,8 @@ class RunConfig:
         request = self.request
         calls = plan_methods(adapter, request).calls
         target, token_target = adapter.check_target(request.target, request.token_target)
-        return RunMetadata.of(adapter, calls, target, token_target, request.seed)
+        about_text = target not in adapter.text_independent
+        return RunMetadata.of(adapter, calls, target, token_target if about_text else None, request.seed)
 
 
 @dataclass(frozen=True)

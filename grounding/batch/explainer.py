@@ -110,13 +110,13 @@ class BatchExplainer:
         return replace(self.request.select, phrases=job.requests[index].phrases)
 
 
-def _texts(requests: Sequence[TextRequest]) -> list[str | Generate]:
+def _texts(requests: Sequence[TextRequest]) -> list[str | Generate | None]:
     """The captions, then each distinct prompt once."""
     prompts = dict.fromkeys(text for request in requests for text in request.prompts.values())
     return [*(request.text for request in requests), *prompts]
 
 
-def _rows(job: ImageJob, texts: Sequence[str | Generate], found: Sequence[Explanation]) -> list[Row]:
+def _rows(job: ImageJob, texts: Sequence[str | Generate | None], found: Sequence[Explanation]) -> list[Row]:
     count = len(job.requests)
     prompts = dict(zip(texts[count:], found[count:], strict=True))
     return [

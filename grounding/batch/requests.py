@@ -11,8 +11,10 @@ from grounding.core.errors import DataError, TextError
 from grounding.core.text import Generate, check_text
 from grounding.datasets.records import Caption, Dataset, Failure, normal
 
-Captions = Literal["first", "all", "none"]
-CAPTIONS: tuple[Captions, ...] = ("first", "all", "none")
+# none: the model generates the text. image: there is no text, the target is about the image alone.
+Captions = Literal["first", "all", "none", "image"]
+IMAGE_ALONE: Captions = "image"
+CAPTIONS: tuple[Captions, ...] = ("first", "all", "none", IMAGE_ALONE)
 # The published protocols of the pointing game. Each explains another text about a phrase: the phrase as a text of its
 # own, or a sentence about it.
 PHRASE_ALONE, UNION_BOX = "mention-anybox", "chain-unionbox"
@@ -29,13 +31,13 @@ class TextRequest:
     """
 
     line: int
-    text: str | Generate
+    text: str | Generate | None
     phrases: tuple[tuple[int, int], ...] = ()
     prompts: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     @property
     def caption(self) -> str | None:
-        """The text; None if the model generates it."""
+        """The text; None if the model generates it, or if there is none."""
         return self.text if isinstance(self.text, str) else None
 
 
@@ -64,8 +66,8 @@ def sample_of(dataset: Dataset, name: str, captions: Captions, protocols: Sequen
         return Sample(name, None, (), (Failure(0, str(error)),))
     if record.image is None:
         return Sample(name, None, (), record.failures if captions == "all" else record.failures[:1])
-    if captions == "none":
-        return Sample(name, record.image, (TextRequest(0, Generate()),))
+    if captions in ("none", IMAGE_ALONE):
+        return Sample(name, record.image, (TextRequest(0, Generate() if captions == "none" else None),))
     requests, failures = [], list(record.failures)
     for caption in record.captions:
         try:

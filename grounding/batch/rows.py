@@ -9,7 +9,9 @@ other row the fields of an explanation. The maps of a method are a struct column
 
 There is one map per entry. A method that does not depend on the text has one map per image, stored in the first row of
 the image that did not fail; its column is null in the other rows. `geometry` has the fields of `Geometry` and the box
-`seen`, (x0, y0, x1, y1) in original pixels, origin top-left. Entries refer to characters [start, end) of the caption.
+`seen`, (x0, y0, x1, y1) in original pixels, origin top-left. Where an image of the table has a second view, the columns
+`overview` and `<key>/overview` have its geometry and maps; they are null for other images. Entries refer to characters
+[start, end) of the caption.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from grounding.core.errors import GroundingError
-from grounding.core.geometry import Geometry
+from grounding.core.geometry import OVERVIEW, Geometry
 from grounding.core.images import Picture
 from grounding.core.text import Alternative
 from grounding.explanation.explanation import Entry, Explanation, MethodMaps
@@ -127,8 +129,14 @@ class RunMetadata:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Keys of the methods whose maps do not depend on the text."""
-        return tuple(key for key, method in self.methods.items() if not method["text_conditioned"])
+        """Columns of maps that do not depend on the text: keys of methods, and with the ending of the overview."""
+        keys = [key for key, method in self.methods.items() if not method["text_conditioned"]]
+        return (*keys, *map(overview_column, keys))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of maps; those of the overview are not in every table."""
+        return (*self.methods, *map(overview_column, self.methods))
 
     def to_json(self) -> str:
         """One line of JSON, equal for equal content."""
@@ -143,20 +151,28 @@ class RunMetadata:
             raise GroundingError(f"not a table of a batch run: {error}") from None
 
 
-def schema(metadata: RunMetadata) -> pa.Schema:
-    """The Parquet schema of a run's tables."""
+def overview_column(key: str) -> str:
+    """The column of a method's maps of the second view."""
+    return f"{key}/{OVERVIEW}"
+
+
+def schema(metadata: RunMetadata, *, overview: bool = False) -> pa.Schema:
+    """The Parquet schema of a run's tables, with `overview` of those in which an image has a second view."""
     fields = _FIELDS | dict.fromkeys(metadata.methods, _MAPS)
+    if overview:
+        fields |= {OVERVIEW: _GEOMETRY, **dict.fromkeys(map(overview_column, metadata.methods), _MAPS)}
     return pa.schema(fields, metadata={METADATA_KEY: metadata.to_json()})
 
 
 def to_table(rows: Sequence[Row], metadata: RunMetadata) -> pa.Table:
     """Rows as a table; missing fields are null."""
-    return pa.Table.from_pylist(list(rows), schema=schema(metadata))
+    overview = any(row.get(OVERVIEW) is not None for row in rows)
+    return pa.Table.from_pylist(list(rows), schema=schema(metadata, overview=overview))
 
 
 def maps_bytes(rows: Sequence[Row], metadata: RunMetadata) -> int:
     """Uncompressed size of the maps of these rows: two bytes per patch, and four per map for its scale."""
-    stored = [maps for row in rows for key in metadata.methods if (maps := row.get(key)) is not None]
+    stored = [maps for row in rows for key in metadata.columns if (maps := row.get(key)) is not None]
     return sum(len(maps["values"]) + 4 * len(maps["scales"]) for maps in stored)
 
 
@@ -169,8 +185,9 @@ def count_warnings(rows: Sequence[Row], metadata: RunMetadata) -> Counter[str]:
     counts = Counter(w for row in rows for w in set(row.get("warnings") or ()) if not w.startswith(titles))
     for key, method in metadata.methods.items():
         where = f" at {method['layer']}" if method["layer"] else ""
-        blank = sum(1 for row in rows if row.get(key) and row[key]["status"][0] != "ok")
-        counts.update({f"{method['title']}{where} has no evidence for the caption": blank} if blank else {})
+        blank = [row for row in rows if row.get(key) and row[key]["status"][0] != "ok"]
+        what = "image" if any(row["entries"][0]["kind"] == "image" for row in blank) else "caption"
+        counts.update({f"{method['title']}{where} has no evidence for the {what}": len(blank)} if blank else {})
     return counts
 
 
@@ -229,14 +246,26 @@ def to_row(sample: str, line: int, found: Explanation, prompts: Mapping[tuple[in
         "truncated": found.truncated,
         "score": to_builtin(found.score),
         "entries": entries,
-        "geometry": found.geometry.to_dict() | {"seen": [float(v) for v in found.geometry.seen]},
+        "geometry": _geometry_row(found.geometry),
         "warnings": list(dict.fromkeys(w for one in (found, *prompts.values()) for w in one.warnings)),
     }
     for key, own in found.methods.items():
         parts = [own] if own.shared else [own, *(one.methods[key] for one in prompts.values())]
         maps = np.concatenate([part.maps for part in parts])
         row[key] = _packed(maps, [status for part in parts for status in part.status])
-    return row
+        small = [part.overview for part in parts if part.overview is not None]
+        if small:
+            status = [status for part in parts for status in part.overview_status]
+            row[overview_column(key)] = _packed(np.concatenate(small), status)
+    return row if found.overview is None else row | {OVERVIEW: _geometry_row(found.overview)}
+
+
+def _geometry_row(geometry: Geometry) -> Row:
+    return geometry.to_dict() | {"seen": [float(v) for v in geometry.seen]}
+
+
+def _geometry_of(row: Row) -> Geometry:
+    return Geometry.from_dict({k: v for k, v in row.items() if k != "seen"})
 
 
 def row_status(found: Explanation) -> str:
@@ -286,14 +315,17 @@ def from_row(
     if row["entries"] is None:
         raise GroundingError(f"row {row['id']!r} has no maps: {row['status']} ({row['error']})")
     kept = [i for i, entry in enumerate(row["entries"]) if prompts or entry["kind"] != PROMPT]
-    geometry = Geometry.from_dict({k: v for k, v in row["geometry"].items() if k != "seen"})
+    geometry = _geometry_of(row["geometry"])
+    overview = None if row.get(OVERVIEW) is None else _geometry_of(row[OVERVIEW])
     methods = {}
     for key, method in metadata.methods.items():
-        stored = row[key] if method["text_conditioned"] else shared[key]
-        maps, status = _unpacked(stored, geometry)
-        if method["text_conditioned"]:
-            maps, status = maps[kept], tuple(status[i] for i in kept)
+        own = kept if method["text_conditioned"] else [0]
+        stored = row if method["text_conditioned"] else shared
+        maps, status = _unpacked(stored[key], geometry, own)
         methods[key] = MethodMaps(key=key, **method, maps=maps, status=status)
+        if overview is not None:
+            maps, status = _unpacked(stored[overview_column(key)], overview, own)
+            methods[key] = replace(methods[key], overview=maps, overview_status=status)
     return Explanation(
         image=image,
         caption=row["caption"],
@@ -307,14 +339,16 @@ def from_row(
         provenance=metadata.provenance,
         origin=row["origin"],
         truncated=row["truncated"],
+        overview=overview,
     )
 
 
-def _unpacked(stored: Row, geometry: Geometry) -> tuple[np.ndarray, tuple[Status, ...]]:
+def _unpacked(stored: Row, geometry: Geometry, kept: list[int]) -> tuple[np.ndarray, tuple[Status, ...]]:
+    """The maps with the indices `kept`, and their status."""
     scales = np.array(stored["scales"], np.float32)
     values = np.frombuffer(stored["values"], "<f2").reshape(len(scales), geometry.rows, geometry.columns)
     status = tuple(Status(s, r) for s, r in zip(stored["status"], stored["reason"], strict=True))
-    return values.astype(np.float32) * scales[:, None, None], status
+    return (values.astype(np.float32) * scales[:, None, None])[kept], tuple(status[i] for i in kept)
 
 
 def _entry_of(item: Row) -> Entry:

@@ -202,8 +202,8 @@ class RunFolder:
         return sum((Counter(sidecar["counts"]) for sidecar in sidecars), Counter())
 
     def shared(self, rows: Sequence[Row]) -> dict[str, Row]:
-        """The maps of one image that do not depend on the text, by method, from all its rows."""
-        return {key: row[key] for key in self.metadata.shared for row in rows if row[key] is not None}
+        """The maps of one image that do not depend on the text, by column, from all its rows."""
+        return {key: row[key] for key in self.metadata.shared for row in rows if row.get(key) is not None}
 
     def merge(self) -> Path:
         """Write all shards as one table, merged.parquet. Raises GroundingError for missing shards, and for ids that are
@@ -215,19 +215,28 @@ class RunFolder:
         target = self.path / MERGED
         part = target.with_name(f"{MERGED}{PART}merge")
         try:
-            with pq.ParquetWriter(part, self.table(0).schema, compression="zstd") as writer:
+            # Tables without a second view of any image lack its columns.
+            wanted = max((pq.read_schema(self.table_path(shard)) for shard in self.shards), key=len)
+            with pq.ParquetWriter(part, wanted, compression="zstd") as writer:
                 for shard in self.shards:
                     table = self.table(shard)
                     names.update(table["id"].to_pylist())
                     if set(table["image"].to_pylist()) != set(self.members(shard)):
                         raise DataError(f"{escape(self.table_path(shard))} has other images than the manifest")
-                    writer.write_table(table)
+                    writer.write_table(_with_columns(table, wanted))
             if twice := next((name for name, count in names.items() if count > 1), None):
                 raise DataError(f"the id {twice!r} is in the run twice")
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
         return target
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with columns of nulls where it lacks those of a schema."""
+    for field in (field for field in schema if field.name not in table.schema.names):
+        table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

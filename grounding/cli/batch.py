@@ -162,6 +162,7 @@ def ground(args: argparse.Namespace, load: Callable[..., Any]) -> int:
 def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -> int:
     from grounding.batch.executors import ProcessRank
     from grounding.batch.progress import ProgressBar, print_status
+    from grounding.batch.requests import IMAGE_ALONE
     from grounding.batch.run import exit_code, run_batch
     from grounding.datasets.subset import chosen_ids
 
@@ -186,6 +187,8 @@ def _compute(args: argparse.Namespace, load: Callable[..., Any], folder: Path) -
         raise
     finally:
         bar.close()
+    if run.manifest["fingerprint"]["captions"] == IMAGE_ALONE and not args.quiet and not rank.index:
+        _warn_unread(args, run)
     if rank.index:  # a launcher ends all processes as soon as one exits with an error
         return exit_code(run) if exit_code(run) == 1 else 0
     if args.random is not None:
@@ -227,6 +230,15 @@ def _warn(dataset: Dataset) -> None:
         say(f"warning: {escape(problem)}")
     if len(dataset.problems) > PROBLEMS_SHOWN:
         say(f"warning: and {len(dataset.problems) - PROBLEMS_SHOWN} more, in manifest.json")
+
+
+def _warn_unread(args: argparse.Namespace, run: RunFolder) -> None:
+    """Print one line that names the given options about texts, for a target that no text can change."""
+    names = ("captions", "protocols", "token_target", "no_tokens", "words")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+    if given:
+        verb = "is" if len(given) == 1 else "are"
+        say(f"warning: {', '.join(given)} {verb} not read: no text can change the target {run.metadata.target}")
 
 
 def _render(args: argparse.Namespace, run: RunFolder) -> int:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from grounding.cli.main import fail
 from grounding.cli.options import figure_keywords
 from grounding.core.printable import escape
+from grounding.core.streams import say
 
 if TYPE_CHECKING:
+    from grounding.adapter.base import Adapter
     from grounding.core.errors import GroundingError
     from grounding.explanation.explanation import Explanation
     from grounding.explanation.inspection import Inspection
@@ -103,6 +105,18 @@ class Report:
             overlays = [f"and {self.overlays} overlays"] if self.overlays else []
             print("wrote", *self.written, *overlays)
         return self.status
+
+
+def warn_unread(args: argparse.Namespace, adapter: Adapter) -> None:
+    """Print one line on stderr that names the given options about texts, if no text can change the target."""
+    target = args.target or adapter.target_kinds[0]
+    if target not in adapter.text_independent:
+        return
+    names = ("caption", "token_target", "tokens", "words", "phrase")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, [])]
+    if given:
+        verb = "is" if len(given) == 1 else "are"
+        say(f"warning: {', '.join(given)} {verb} not read: no text can change the target {target}")
 
 
 def comparison_folder(args: argparse.Namespace) -> Path:

@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float32, Float64
 from grounding.core.errors import GeometryError
 
 Box = tuple[float, float, float, float]
+# Names of views of an image: the one that maps are read from, and one of lower resolution beside it.
+DETAIL, OVERVIEW = "detail", "overview"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from grounding.adapter.base import Adapter, Generates, TokenProbability
 from grounding.adapter.inputs import DETAIL, OVERVIEW, ImageInputs, Inputs, Targets
 from grounding.adapter.recorder import random_state
 from grounding.core.errors import GroundingError, LayerError, NumericError, OptionError
+from grounding.core.geometry import Geometry
 from grounding.core.images import Picture
 from grounding.core.text import Generate, Span
 from grounding.engine.arguments import flatten, selections_of
@@ -101,6 +102,7 @@ def explain(
     texts: for one image a text or a list of texts; for a list of images one item of that kind per image. A model that
         generates text is forced to generate the given text; with None or `Generate(...)` it generates its own. A
         classifier takes names of classes, each of which gets an Explanation of its own; prefer `target` for them.
+        For a target that no text can change (`norm`) it is None, and a text is not read.
     methods: names in `grounding.METHODS`; default `adapter.default_methods`, which the name "default" stands for.
     select: entries of a text that are explained; default the caption and each token. One `Selection` for all texts, or
         one list per image with a Selection per text.
@@ -262,12 +264,13 @@ def explanations(batch: ComputedBatch) -> list[list[Explanation]]:
                 methods=made,
                 geometry=inputs.images.geometry(image),
                 target=targets.kind,
-                token_target=targets.token_target,
+                token_target=None if targets.kind in adapter.text_independent else targets.token_target,
                 model={"id": adapter.info.id, "type": adapter.info.type},
                 warnings=warnings,
                 provenance=provenance,
                 origin=inputs.texts[text].origin,
                 truncated=bool(inputs.texts[text].dropped) or inputs.texts[text].stopped,
+                overview=_geometry(inputs, image, OVERVIEW),
             )
         )
     return results
@@ -278,18 +281,36 @@ def method_maps(batch: ComputedBatch, call: MethodCall, image: int, members: lis
 
     Raises NumericError where a method gave NaN.
     """
-    method, maps = call.method, batch.raw.maps[call.key]
+    method, raw = call.method, batch.raw
     conditioned = batch.adapter.text_conditioned(batch.targets.kind, method.reads_score)
-    chosen = np.stack([maps[k] for k in (members if conditioned else [image])])
+    places = members if conditioned else [image]
+    maps, status = _diagnosed(batch, call, raw.maps[call.key], places, batch.inputs.images.geometry(image))
+    made = MethodMaps(
+        call.key, call.name, method.title, call.layer, call.options, method.signed, conditioned, maps, status
+    )
+    geometry = _geometry(batch.inputs, image, OVERVIEW)
+    if geometry is None:
+        return made
+    overview, overview_status = _diagnosed(batch, call, raw.overviews[call.key], places, geometry)
+    return replace(made, overview=overview, overview_status=overview_status)
+
+
+def _geometry(inputs: Inputs, image: int, view: str) -> Geometry | None:
+    """The geometry of a view of an image, None if it has no such view."""
+    return None if inputs.images.view(image, view) is None else inputs.images.geometry(image, view)
+
+
+def _diagnosed(
+    batch: ComputedBatch, call: MethodCall, maps: Sequence[Any], places: Sequence[int], geometry: Geometry
+) -> tuple[np.ndarray, tuple[Status, ...]]:
+    """The maps at `places` of one view, and whether each is evidence. Raises NumericError for NaN."""
+    method, chosen = call.method, np.stack([maps[k] for k in places])
     if not np.isfinite(chosen).all():
         raise NumericError(f"{method.title} gives NaN or Inf: the model's numbers cannot be explained")
-    seen = batch.inputs.images.geometry(image).of_map(*chosen.shape[1:]).seen_cells
-    status = tuple(diagnose(raw, seen, signed=method.signed) for raw in chosen)
     if method.inner and call.rule is None and call.paths and set(call.paths) <= set(batch.raw.orthogonal):
-        status = tuple(Status("degenerate", ROUNDING) for _ in chosen)
-    return MethodMaps(
-        call.key, call.name, method.title, call.layer, call.options, method.signed, conditioned, chosen, status
-    )
+        return chosen, tuple(Status("degenerate", ROUNDING) for _ in chosen)
+    seen = geometry.of_map(*chosen.shape[1:]).seen_cells
+    return chosen, tuple(diagnose(raw, seen, signed=method.signed) for raw in chosen)
 
 
 def entry_of(span: Span, score: float, probability: TokenProbability | None) -> Entry:

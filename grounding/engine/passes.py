@@ -21,6 +21,7 @@ from grounding.core.errors import ModelError, NumericError
 from grounding.engine.masking import masked_scores
 from grounding.engine.plan import MethodCall, Plan
 from grounding.engine.readouts import block_scores
+from grounding.engine.verification import RecordedScore
 from grounding.methods.trace import Trace, precise
 
 # Numbers that a shortcut may hold at once, over all targets of a chunk; about 0.25 GB.
@@ -66,14 +67,13 @@ def encode(
 
     The vision stack runs unless the cache of the images contains all of them. Raises NumericError for NaN or Inf.
     """
-    found = images.cache.get([*layers, *attention])
-    if found is None:
+    if not images.cache.has(layers, attention):
         with Recorder(adapter.model, dict.fromkeys(layers, False), dict.fromkeys(attention, False)) as recorder:
             features = adapter.encode_images(images)
             recorder.check()
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
-        images.cache.put(features, recorder.outputs | recorder.weights)
+        images.cache.put(features, recorder.outputs, recorder.weights)
     assert images.cache.features is not None
     return images.cache.features
 
@@ -121,11 +121,12 @@ def _one_pass(
     own = _of_images(plan, {**starts, **layers}), _of_images(plan, attention)
     here = ({**starts, **layers}, attention)
     cached: Features | None = None
-    seen: Mapping[str, Tensor] = {}
+    seen: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
     if not any([*own[0].values(), *own[1].values()]):
         cached = encode(adapter, inputs.images, *own)
-        seen = inputs.images.cache.signals
+        seen = inputs.images.cache.outputs, inputs.images.cache.weights
         here = _without(here[0], own[0]), _without(here[1], own[1])
+    verified = RecordedScore(adapter, inputs, targets, attention)
     with Recorder(adapter.model, *here, rule, plan.query_keys(slow)) as recorder:
         features = adapter.encode_images(inputs.images) if cached is None else cached
         scores = adapter.score(inputs, features, targets)
@@ -135,10 +136,11 @@ def _one_pass(
         for path, weights in recorder.weights.items():
             finite(weights, f"attention weights of {path}")
         _check_scores(adapter, scores, targets)
+        verified.check(scores)
         record = replace(
             _blank(adapter, inputs, targets, plan),
-            outputs={**{path: seen[path] for path in own[0] if path in seen}, **recorder.outputs},
-            weights={**{path: seen[path] for path in own[1] if path in seen}, **recorder.weights},
+            outputs={**{path: seen[0][path] for path in own[0] if path in seen[0]}, **recorder.outputs},
+            weights={**{path: seen[1][path] for path in own[1] if path in seen[1]}, **recorder.weights},
             query_keys=recorder.query_keys,
         )
         if slow:
@@ -337,7 +339,7 @@ def _orthogonal_fast(record: Trace, shortcut: Shortcut, layer: str) -> bool:
     """As `_orthogonal`, for a layer with a shortcut, for one target per image."""
     leaf = record.outputs[layer].detach().requires_grad_()
     with torch.enable_grad():
-        features = shortcut.features(layer, leaf)
+        features = shortcut.features(layer, leaf, record.inputs.images)
         if features is None:
             return False
         members = disjoint_groups([{b} for b in record.targets.image.tolist()])[0]

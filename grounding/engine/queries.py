@@ -43,12 +43,17 @@ def split_target(adapter: Adapter, target: Any, texts: Any) -> tuple[str | None,
     A classifier takes classes as targets: by name, index, or several of them. Raises TargetError for a name that is
     neither class nor kind, and for one that is both.
     """
-    if not isinstance(adapter, Classifies):
-        if target is not None and not isinstance(target, str):
-            known = ", ".join(adapter.target_kinds)
-            raise TargetError(f"{adapter.info.type} has targets {known} and no classes, got {target!r}")
-        return target, texts
-    kinds, names = adapter.target_kinds, adapter.class_names
+    if isinstance(adapter, Classifies):
+        return _split_classes(adapter, adapter.target_kinds, target, texts)
+    if target is not None and not isinstance(target, str):
+        kinds = ", ".join(adapter.target_kinds)
+        raise TargetError(f"{adapter.info.type} has targets {kinds} and no classes, got {target!r}")
+    return target, texts
+
+
+def _split_classes(adapter: Classifies, kinds: Sequence[str], target: Any, texts: Any) -> tuple[str | None, Any]:
+    """`split_target` for a model that scores classes, with these kinds of targets."""
+    names = adapter.class_names
     if isinstance(target, str) and target in kinds and texts is None and names.contains(target):
         raise TargetError(
             f"{target!r} is this model's kind of target and the name of a class: ask for the class by its index "

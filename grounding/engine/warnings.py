@@ -53,5 +53,6 @@ def map_warnings(methods: Mapping[str, MethodMaps], entries: Sequence[Entry]) ->
             yield f"{title} does not depend on the {text} here: one map for all entries"
         for i, status in enumerate(own.status):
             if not status and status.reason != ROUNDING:
-                label = "all entries" if own.shared else repr(entries[i].label)
+                every = "the image" if entries[0].kind == "image" else "all entries"
+                label = every if own.shared else repr(entries[i].label)
                 yield f"{title} of {label} is no evidence: {status.reason}"

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from grounding.batch.requests import IMAGE_ALONE
 from grounding.batch.rows import PROMPT, Row, RunMetadata, from_row
 from grounding.batch.run_folder import RunFolder
 from grounding.core.demo import data_name
@@ -102,6 +103,11 @@ def evaluate_run(
 
     Raises DataError for a damaged run, GroundingError if a requested protocol, or every protocol, scores nothing.
     """
+    if run.manifest["fingerprint"].get("captions") == IMAGE_ALONE:
+        raise GroundingError(
+            f"{escape(run.path)} explains the target {run.metadata.target}, which no text can change: no phrase was "
+            "explained, nothing can be scored"
+        )
     config = config or RunScoreConfig()
     config = replace(config, min_entities=config.min_entities_of(dataset.folder))
     protocols = [RunScores(PROTOCOL_TABLE[name]) for name in config.protocol or PROTOCOL_TABLE]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from grounding.core.errors import GroundingError
-from grounding.core.geometry import Geometry
+from grounding.core.geometry import DETAIL, OVERVIEW, Geometry
 from grounding.core.images import Picture
 from grounding.core.text import Alternative, find_label
 from grounding.explanation import maps as mapping
@@ -52,6 +52,7 @@ class MethodMaps:
     """Raw maps of one method at one layer: (entries, rows, columns), or (1, rows, columns) where all entries share one.
 
     `text_conditioned` is False if the maps do not depend on the text; `status` has one item per stored map.
+    `overview` and `overview_status` are those of the image's second view, if it has one.
     """
 
     key: str
@@ -63,6 +64,8 @@ class MethodMaps:
     text_conditioned: bool
     maps: Float[np.ndarray, "entries rows columns"]
     status: tuple[Status, ...]
+    overview: Float[np.ndarray, "entries small_rows small_columns"] | None = None
+    overview_status: tuple[Status, ...] = ()
 
     def __repr__(self) -> str:
         return f"<MethodMaps {self.key}: {len(self.maps)} maps of {self.maps.shape[1]} x {self.maps.shape[2]} patches>"
@@ -79,13 +82,18 @@ class MethodMaps:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchMap:
-    """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`."""
+    """One map of an explanation: `explanation["jacket"]`, or `explanation.map("jacket", "relevance")`.
+
+    `overview` is the map of the same entry and method in the image's second view, None if it has one view only:
+    `explanation["jacket"].overview.heat()` is in original pixels, too.
+    """
 
     entry: Entry
     method: MethodMaps
     raw: Float[np.ndarray, "rows columns"]
     status: Status
     geometry: Geometry
+    overview: PatchMap | None = None
 
     def __repr__(self) -> str:
         return f"<PatchMap {self.entry.label!r} by {self.method.key}: peak {self.peak}, {self.status.status}>"
@@ -136,6 +144,9 @@ class Explanation:
 
     `methods` maps a method key to its maps. `target` is the kind of the explained scalar, `token_target` how parts of
     a given caption are scored (None for other texts), `provenance` everything needed to reproduce the result.
+    A model may get an image in two views: in detail, mostly as tiles, and as a thumbnail. `geometry` is that of the
+    detailed view, from which all maps, peaks and boxes are computed; `overview` that of the other, None if there is
+    one view. Maps of different views are never averaged.
     `origin` is the origin of the caption: `given` (compared with the image), `generated` (by the model), `forced` (a
     given text, scored as if generated) or `predicted` (classes). `truncated` is True if a limit of the model on its
     input or output text cut the caption.
@@ -153,6 +164,18 @@ class Explanation:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "given"
     truncated: bool = False
+    overview: Geometry | None = None
+
+    @property
+    def views(self) -> dict[str, Geometry]:
+        """The geometry of each view of the image by name: `detail`, and `overview` if it has two views."""
+        return {DETAIL: self.geometry} | ({} if self.overview is None else {OVERVIEW: self.overview})
+
+    @property
+    def separate(self) -> tuple[str, ...]:
+        """Keys of the methods with a map of its own for each entry; an image as the only entry has all maps alone."""
+        alone = all(entry.kind == "image" for entry in self.entries)
+        return tuple(key for key, method in self.methods.items() if alone or not method.shared)
 
     @property
     def score(self) -> float | None:
@@ -175,7 +198,12 @@ class Explanation:
         entry, chosen = self.index(which, occurrence), self.methods[key]
         index = chosen.index(entry)
         raw = chosen.maps[index]
-        return PatchMap(self.entries[entry], chosen, raw, chosen.status[index], self.geometry.of_map(*raw.shape))
+        overview = None
+        if chosen.overview is not None and self.overview is not None:
+            small, status = chosen.overview[index], chosen.overview_status[index]
+            overview = PatchMap(self.entries[entry], chosen, small, status, self.overview.of_map(*small.shape))
+        geometry = self.geometry.of_map(*raw.shape)
+        return PatchMap(self.entries[entry], chosen, raw, chosen.status[index], geometry, overview)
 
     def __getitem__(self, which: int | str) -> PatchMap:
         return self.map(which)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from grounding.core.errors import OutputError
 from grounding.core.files import MARK, is_ours, slug
+from grounding.core.geometry import DETAIL
 from grounding.core.printable import escape
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.labels import entry_title
@@ -76,12 +77,15 @@ def image_png(image: Image.Image, name: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def overlay_names(explanation: Explanation) -> dict[tuple[int, str], str]:
-    """File names of the overlays by (entry, method key): `03_jacket.png`, with several methods `03_jacket-key.png`.
+def overlay_names(explanation: Explanation, view: str = DETAIL) -> dict[tuple[int, str], str]:
+    """File names of the overlays of a view by (entry, method key): `03_jacket.png`, with several methods
+    `03_jacket-key.png`, of the overview `03_jacket-overview.png` or `03_jacket-key-overview.png`.
 
-    Methods that do not depend on the text have no overlay per entry.
+    Methods that do not depend on the text have no overlay per entry, except of an image as the only entry.
     """
-    keys = [key for key, method in explanation.methods.items() if not method.shared]
+    if view not in explanation.views:
+        return {}
+    keys, ending = explanation.separate, "" if view == DETAIL else f"-{view}"
     slugs: dict[str, str] = {}
     for key in keys:
         stem, number = slug(key, "method"), 1
@@ -93,17 +97,18 @@ def overlay_names(explanation: Explanation) -> dict[tuple[int, str], str]:
     for i, entry in enumerate(explanation.entries):
         label = slug(entry_title(explanation, entry), entry.kind)
         for key in keys:
-            names[i, key] = f"{i:0{digits}}_{label}{'-' + slugs[key] if len(keys) > 1 else ''}.png"
+            names[i, key] = f"{i:0{digits}}_{label}{'-' + slugs[key] if len(keys) > 1 else ''}{ending}.png"
     return names
 
 
 def overlay_pngs(explanation: Explanation, options: FigureOptions) -> Iterator[tuple[str, bytes]]:
-    """The overlays with their file names."""
+    """The overlays of all views with their file names."""
     from grounding.explanation.figures.overlays import draw
 
-    names = overlay_names(explanation)
-    for entry, key, image in draw(explanation, options):
-        yield names[entry, key], image_png(image, names[entry, key])
+    for view in explanation.views:
+        names = overlay_names(explanation, view)
+        for entry, key, image in draw(explanation, options, view):
+            yield names[entry, key], image_png(image, names[entry, key])
 
 
 def earlier_overlays(folder: Path) -> tuple[str, ...]:
@@ -113,10 +118,10 @@ def earlier_overlays(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(e.name for e in folder.iterdir() if OVERLAY.fullmatch(e.name) and _has_own_name(e)))
 
 
-def check_overlays(folder: Path, names: Mapping[tuple[int, str], str]) -> None:
+def check_overlays(folder: Path, names: Iterable[str]) -> None:
     """Check that overlays with these names replace no other files. Raises OutputError."""
     earlier = earlier_overlays(folder)
-    for name in names.values():
+    for name in names:
         path = folder / name
         if name not in earlier and (path.exists() or path.is_symlink()):
             raise OutputError(f"{escape(path)} was not written by grounding and is not replaced; choose another folder")

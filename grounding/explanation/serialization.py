@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from grounding.core.errors import GroundingError
 from grounding.core.files import FORMAT
-from grounding.core.geometry import Geometry
+from grounding.core.geometry import OVERVIEW, Geometry
 from grounding.core.images import Picture
 from grounding.core.printable import escape
 from grounding.core.text import Alternative
@@ -62,21 +63,30 @@ def to_json(explanation: Explanation, files: Mapping[str, Any] | None = None) ->
                 "options": to_builtin(maps.options),
                 "signed": maps.signed,
                 "text_conditioned": maps.text_conditioned,
-                **_own_grid(maps, geometry),
+                **_own_grid("grid", maps.maps, geometry),
+                **({} if maps.overview is None else _own_grid("overview_grid", maps.overview, explanation.overview)),
             }
             for key, maps in explanation.methods.items()
         },
         "geometry": geometry.to_dict(),
+        **_views(explanation),
         "warnings": list(explanation.warnings),
         "provenance": to_builtin(explanation.provenance),
         "files": to_builtin(files or {}),
     }
 
 
-def _own_grid(maps: MethodMaps, geometry: Geometry) -> dict[str, Any]:
+def _views(explanation: Explanation) -> dict[str, Any]:
+    """Name and geometry of each view of the image; nothing for an image with one view."""
+    views = [{"name": name, "geometry": geometry.to_dict()} for name, geometry in explanation.views.items()]
+    return {"views": views} if len(views) > 1 else {}
+
+
+def _own_grid(name: str, maps: np.ndarray, geometry: Geometry | None) -> dict[str, Any]:
     """Rows and columns of maps whose layer has another grid than the geometry."""
-    rows, columns = maps.maps.shape[1:]
-    return {} if (rows, columns) == (geometry.rows, geometry.columns) else {"grid": [rows, columns]}
+    rows, columns = maps.shape[1:]
+    same = geometry is not None and (rows, columns) == (geometry.rows, geometry.columns)
+    return {} if same else {name: [rows, columns]}
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
@@ -99,17 +109,24 @@ def dumps(value: Any) -> str:
 
 
 def _map(patch_map: PatchMap) -> dict[str, Any]:
-    low, high = patch_map.range
     peak, box = patch_map.peak, patch_map.box
     return {
         "peak": None if peak is None else [float(v) for v in peak],
         "box": None if box is None else [int(v) for v in box],
+        **_evidence(patch_map),
+        "layer": patch_map.method.layer,
+        "text_conditioned": patch_map.method.text_conditioned,
+        **({} if patch_map.overview is None else {OVERVIEW: _evidence(patch_map.overview)}),
+    }
+
+
+def _evidence(patch_map: PatchMap) -> dict[str, Any]:
+    low, high = patch_map.range
+    return {
         "min": to_builtin(low),
         "max": to_builtin(high),
         "status": patch_map.status.status,
         "reason": patch_map.status.reason,
-        "layer": patch_map.method.layer,
-        "text_conditioned": patch_map.method.text_conditioned,
     }
 
 
@@ -129,14 +146,21 @@ def to_builtin(value: Any) -> Any:
     return str(value)
 
 
-def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], image: Picture) -> Explanation:
-    """The inverse of `to_json`; `maps` returns the maps of a method key. Raises GroundingError if they do not fit."""
+def from_json(content: Mapping[str, Any], maps: Callable[[str, str | None], np.ndarray], image: Picture) -> Explanation:
+    """The inverse of `to_json`; `maps` returns the maps of a method key, of the first view or of the one named.
+
+    Raises GroundingError if they do not fit.
+    """
     geometry = Geometry.from_dict(content["geometry"])
     entries = tuple(_entry(item) for item in content["entries"])
     methods = {
-        key: _method_maps(key, about, [e["maps"][key] for e in content["entries"]], maps(key), geometry)
+        key: _method_maps(key, about, [e["maps"][key] for e in content["entries"]], maps(key, None), geometry)
         for key, about in content["methods"].items()
     }
+    by_name = {view["name"]: Geometry.from_dict(view["geometry"]) for view in content.get("views", ())}
+    overview = by_name.get(OVERVIEW)
+    if overview is not None:
+        methods = {key: _with_overview(own, content, maps(key, OVERVIEW), overview) for key, own in methods.items()}
     return Explanation(
         image=image,
         caption=content["caption"],
@@ -150,6 +174,7 @@ def from_json(content: Mapping[str, Any], maps: Callable[[str], np.ndarray], ima
         provenance=content["provenance"],
         origin=content.get("origin", "given"),
         truncated=content.get("truncated", False),
+        overview=overview,
     )
 
 
@@ -180,9 +205,7 @@ def _method_maps(
     key: str, about: Mapping[str, Any], of_entries: list[Mapping[str, Any]], maps: np.ndarray, geometry: Geometry
 ) -> MethodMaps:
     stored = of_entries if about["text_conditioned"] else of_entries[:1]
-    wanted = (len(stored), *about.get("grid", (geometry.rows, geometry.columns)))
-    if maps.shape != wanted or maps.dtype.kind != "f":
-        raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
+    _check_maps(key, maps, len(stored), about.get("grid"), geometry)
     return MethodMaps(
         key=key,
         method=about["method"],
@@ -194,6 +217,20 @@ def _method_maps(
         maps=maps,
         status=tuple(Status(item["status"], item["reason"]) for item in stored),
     )
+
+
+def _with_overview(made: MethodMaps, content: Mapping[str, Any], maps: np.ndarray, geometry: Geometry) -> MethodMaps:
+    stored = [entry["maps"][made.key][OVERVIEW] for entry in content["entries"]][: len(made.status)]
+    _check_maps(made.key, maps, len(stored), content["methods"][made.key].get("overview_grid"), geometry)
+    status = tuple(Status(item["status"], item["reason"]) for item in stored)
+    return replace(made, overview=maps, overview_status=status)
+
+
+def _check_maps(key: str, maps: np.ndarray, count: int, grid: Sequence[int] | None, geometry: Geometry) -> None:
+    """Raise GroundingError for maps of another shape or type than stored."""
+    wanted = (count, *(grid or (geometry.rows, geometry.columns)))
+    if maps.shape != wanted or maps.dtype.kind != "f":
+        raise GroundingError(f"the maps of {key!r} are {maps.dtype} {maps.shape}, not floating point {wanted}")
 
 
 def parse(data: bytes, path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from PIL import Image
 from grounding.core import files
 from grounding.core.errors import GroundingError, OptionError, OutputError
 from grounding.core.files import slug
+from grounding.core.geometry import DETAIL, OVERVIEW, Geometry
 from grounding.core.images import ADDRESS, ImageError, Picture, open_image
 from grounding.core.printable import escape
 from grounding.core.registry import did_you_mean
@@ -37,7 +38,8 @@ NAMES = (FIGURE, STRIP, INSPECTION, MAPS, PICTURE, JSON)
 WRITE = ("png", "npz", "json")
 # Kinds of files: key in the result of `save` -> key in the JSON.
 IN_JSON = {"png": "figure", "strip": "strip", "inspect": "inspect", "npz": "maps", "picture": "picture", "json": "json"}
-OVERLAY = "overlay"
+# Kinds of overlays: beginning of the key in the result of `save` -> the view; in the JSON their plural.
+OVERLAYS = {"overlay": DETAIL, "overview": OVERVIEW}
 
 
 def check_output(directory: str | Path) -> Path:
@@ -70,14 +72,19 @@ def save(
 
     With png, a generated or forced text also gets strip.png. With json, an image that has no file of its own is saved
     beside it. The keys of the result are those of `write`, `strip`, `inspect` and, for entry 3 by gradcam,
-    `overlay:3:gradcam`. An earlier result in the folder is replaced; its files that are not written again are removed,
-    so that a folder never holds parts of two results. Raises OutputError, OptionError.
+    `overlay:3:gradcam`, in the second view of an image `overview:3:gradcam`. An earlier result in the folder is
+    replaced; its files that are not written again are removed, so that a folder never holds parts of two results.
+    Raises OutputError, OptionError.
     """
     chosen = _chosen(write)
     folder = check_output(directory)
-    overlays = png.overlay_names(explanation) if per_token and "png" in chosen else {}
-    png.check_overlays(folder, overlays)
-    named = {f"{OVERLAY}:{entry}:{key}": name for (entry, key), name in overlays.items()}
+    overlays = OVERLAYS if per_token and "png" in chosen else {}
+    named = {
+        f"{kind}:{entry}:{key}": name
+        for kind, view in overlays.items()
+        for (entry, key), name in png.overlay_names(explanation, view).items()
+    }
+    png.check_overlays(folder, named.values())
     contents: dict[str, bytes] = {}
     if "png" in chosen:
         from grounding.explanation.figures.options import FigureOptions  # imports matplotlib
@@ -88,7 +95,7 @@ def save(
             contents[STRIP] = png.strip_png(explanation, options)
         if inspections:
             contents[INSPECTION] = png.inspection_png(inspections, channels, options)
-        if overlays:
+        if named:
             contents.update(png.overlay_pngs(explanation, options))
     if "npz" in chosen:
         contents[MAPS] = _npz(explanation)
@@ -109,18 +116,19 @@ def save(
 def listed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Files by kind, as `save` returns them, in the form of the JSON.
 
-    `overlays` maps the index of an entry to a file, or to {method key: file} if there are several methods.
+    `overlays` maps the index of an entry to a file, or to {method key: file} if there are several methods; `overviews`
+    likewise.
     """
     listing: dict[str, Any] = {IN_JSON[kind]: str(name) for kind, name in saved.items() if kind in IN_JSON}
-    found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(OVERLAY)]
-    if found:
-        listing["overlays"] = {}
+    for one in OVERLAYS:
+        found = [(*kind.split(":", 2)[1:], str(name)) for kind, name in saved.items() if kind.startswith(f"{one}:")]
         several = len({key for _, key, _ in found}) > 1
         for entry, key, name in found:
+            own = listing.setdefault(f"{one}s", {})
             if several:
-                listing["overlays"].setdefault(entry, {})[key] = name
+                own.setdefault(entry, {})[key] = name
             else:
-                listing["overlays"][entry] = name
+                own[entry] = name
     return listing
 
 
@@ -151,6 +159,7 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
     """The arrays of maps.npz by name.
 
     `maps/<key>`: raw signed maps (entries, rows, columns), or (1, rows, columns) where `text_conditioned` is False.
+    Of an image with two views `maps/<key>/overview`, `geometry/overview/*` and `seen/overview` are of the second.
     `keys`, `text_conditioned`: one per method. `labels`, `kinds`, `starts`, `ends`, `token_ids` (-1: none), `scores`:
     one per entry. `origin`: origin of the caption. `geometry/*`: as in `Geometry`; `seen`: (x0, y0, x1, y1), original
     pixels. For a generated text: `probabilities` (NaN: none), one per entry, and `alternatives/labels`, `/token_ids`
@@ -158,7 +167,6 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
     from the end of texts; the JSON has the complete labels.
     """
     entries, methods = explanation.entries, explanation.methods.values()
-    geometry = {f"geometry/{k}": np.array(v) for k, v in explanation.geometry.to_dict().items() if v is not None}
     return {
         "schema_version": np.array(SCHEMA_VERSION),
         "caption": np.array(explanation.caption, dtype=np.str_),
@@ -172,10 +180,16 @@ def arrays(explanation: Explanation) -> dict[str, np.ndarray]:
         **_probabilities(entries),
         "keys": np.array([m.key for m in methods], dtype=np.str_),
         "text_conditioned": np.array([m.text_conditioned for m in methods], dtype=np.bool_),
-        "seen": np.array(explanation.geometry.seen, dtype=np.float64),
-        **geometry,
+        **_geometry_arrays(explanation.geometry),
         **{_member(m.key): m.maps for m in methods},
+        **({} if explanation.overview is None else _geometry_arrays(explanation.overview, f"/{OVERVIEW}")),
+        **{_member(m.key, OVERVIEW): m.overview for m in methods if m.overview is not None},
     }
+
+
+def _geometry_arrays(geometry: Geometry, view: str = "") -> dict[str, np.ndarray]:
+    fields = {f"geometry{view}/{k}": np.array(v) for k, v in geometry.to_dict().items() if v is not None}
+    return {f"seen{view}": np.array(geometry.seen, dtype=np.float64), **fields}
 
 
 def _probabilities(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
@@ -197,9 +211,10 @@ def _probabilities(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
     }
 
 
-def _member(key: str) -> str:
+def _member(key: str, view: str | None = None) -> str:
     """The name of a method's array: its key, with characters escaped that archives or file systems cannot hold."""
-    return "maps/" + quote(key, safe="@:,+=-._ ()", errors="surrogatepass")
+    name = "maps/" + quote(key, safe="@:,+=-._ ()", errors="surrogatepass")
+    return name if view is None else f"{name}/{view}"
 
 
 def _json(explanation: Explanation, folder: Path, contents: Mapping[str, bytes], overlays: Mapping[str, str]) -> bytes:
@@ -242,7 +257,8 @@ def load(directory: str | Path) -> Explanation:
         if hashlib.sha256(data).hexdigest() != content["sha256"][MAPS]:
             raise GroundingError(f"{escape(folder / MAPS)} is damaged or belongs to another result than {JSON}")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return serialization.from_json(content, lambda key: archive[_member(key)], _image(content, folder))
+            image = _image(content, folder)
+            return serialization.from_json(content, lambda key, view: archive[_member(key, view)], image)
     except GroundingError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, EOFError, zipfile.BadZipFile) as error:

@@ -26,13 +26,14 @@ LAST = slice(-1, None)
 
 def entering(path: tuple[Hop, ...]) -> dict[str, Reading]:
     """Return the attention that `row_before` reads for the last hop of a path."""
-    return {hop.stack: Reading() if hop.kind == "self" else Reading(LAST) for hop in path[:-1]}
+    return {hop.stack: Reading(_blocks(hop)) for hop in path[:-1]}
 
 
-def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k Q"]:
+def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k N"]:
     """Return the row that enters a hop: the rollout from the score through the hops before it.
 
-    A hop of kind `self` takes the mean over heads of all blocks, one of kind `cross` or `pool` that of its last block.
+    A hop of kind `self` takes the mean over heads of all blocks, one of kind `cross` or `pool` that of one block: the
+    last in which the rows where chains start have a gradient (`Hop.live`). No score reads these rows in later blocks.
     """
     row = trace.start()
     for hop in trace.path[: trace.path.index(last)]:
@@ -40,7 +41,7 @@ def row_before(trace: Trace, last: Hop) -> Float[Tensor, "k Q"]:
             for weights in reversed(trace.attentions(hop.stack)):
                 row = trace.through(row, weights.mean(1), hop.stack)
         else:
-            [weights] = trace.attentions(hop.stack, LAST)
+            [weights] = trace.attentions(hop.stack, _blocks(hop))
             row = trace.chain(row, weights.mean(1), hop.stack)
         row = trace.carried(row, hop)
     return row
@@ -57,7 +58,7 @@ def _all_gradients(_options: Mapping[str, Any], structure: ModelStructure) -> Ma
 
 
 def _blocks(hop: Hop) -> slice:
-    return slice(None) if hop.kind == "self" else LAST
+    return slice(None) if hop.kind == "self" else slice(hop.live, hop.live + 1 or None)
 
 
 @method("Attention rollout", {"attention"}, reads=_all_blocks)
@@ -70,7 +71,7 @@ def rollout(
     Departures: `fusion` joins the heads (mean, max or min); `discard` sets that fraction of the smallest weights of
     each row to zero before the identity is added. All factors are row-normalised, also for max and min. Both options
     apply to the last stack on the path, mostly the image encoder. Of cross-attention and of an attention pooling head
-    the last block is one factor, E_h A.
+    the last block whose rows the score reads is one factor, E_h A.
     Range: [0, 1]. Sign: never negative.
     Cost: the forward pass. The map depends on the text only where the chain starts in text attention.
     """
@@ -104,7 +105,7 @@ def gradient_rollout(trace: Trace) -> Float[Tensor, "k rows columns"]:
     return trace.patches(row, last)
 
 
-def _step(trace: Trace, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], hop: Hop) -> Float[Tensor, "k S"]:
+def _step(trace: Trace, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q S"], hop: Hop) -> Float[Tensor, "k M"]:
     return trace.through(row, matrix, hop.stack) if hop.kind == "self" else trace.chain(row, matrix, hop.stack)
 
 

@@ -12,7 +12,7 @@ from grounding.methods.trace import Trace
 
 
 def relevance_row(
-    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B Q Q"]], stack: str
 ) -> Float[Tensor, "k N"]:
     """Return row times R (k, N), where R <- R + Abar R from R = I over the matrices Abar of `blocks`, first to last."""
     for matrix in reversed(blocks):
@@ -21,13 +21,13 @@ def relevance_row(
 
 
 def normalised_relevance_row(
-    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B N N"]], stack: str
+    trace: Trace, row: Float[Tensor, "k N"], blocks: Sequence[Float[Tensor, "B Q Q"]], stack: str
 ) -> Float[Tensor, "k N"]:
     """Return row times N(R) (k, N), N(R) = rownorm(R - I) + I with 0/0 = 0, and R as in `relevance_row`."""
     sums = torch.zeros_like(blocks[0][..., 0])  # of the rows of R - I: R 1 - 1, one column through the blocks
     for matrix in blocks:
         sums = sums + torch.einsum("bqs,bs->bq", matrix, sums + 1)
-    scaled = row * _inverse(sums)[trace.owner(stack, len(sums))]
+    scaled = row * trace.per_target(_inverse(sums), stack)
     return row + relevance_row(trace, scaled, blocks, stack) - scaled
 
 

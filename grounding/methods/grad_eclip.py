@@ -48,7 +48,7 @@ def grad_eclip(trace: Trace, *, form: Literal["model", "heads", "plain"] = "mode
     [gradient] = trace.attention_gradients(hop.stack, LAST)
     [(query, key)] = trace.queries_and_keys(hop.stack, LAST)
     row = trace.start().argmax(1).to(gradient.device)
-    owner = trace.owner(hop.stack, len(gradient)).to(gradient.device)
+    owner = trace.owner(hop.stack).to(gradient.device)
     heads = gradient[owner, :, row].movedim(1, 0)  # (H, k, S)
     if form == "plain":
         return trace.patches(heads.sum(0), hop)

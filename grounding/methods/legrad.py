@@ -56,4 +56,4 @@ def legrad(
     read, vision = _hops(trace.structure)
     gradients = trace.readout_gradients(vision.stack, slice(start_layer, None))
     means = torch.stack([gradient.clamp(min=0).mean((1, 2)) for gradient in gradients]).mean(0)
-    return trace.patches(means[trace.owner(read.stack, len(means))], read)
+    return trace.patches(means[trace.owner(read.stack)], read)

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from grounding.adapter.base import Adapter
-from grounding.adapter.inputs import DETAIL, Inputs, Targets
+from grounding.adapter.inputs import DETAIL, OVERVIEW, Inputs, Targets
 from grounding.adapter.patch_tokens import PatchTokens, fold
 from grounding.adapter.structure import Hop, ModelStructure
+from grounding.core.errors import ModelError
 from grounding.methods.masks import Masks
 
 LAYER_SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient"})
@@ -49,7 +50,9 @@ class Trace:
     view: the view in which maps are computed. All targets of a trace that a method gets have the same patch grid.
 
     The methods that read the layer return one item per target, those that read attention one matrix per image or text
-    sequence; `chain` multiplies the row of each target by its matrix.
+    sequence; `chain` multiplies the row of each target by its matrix. Where the patches of an image are spread over
+    several items (tiles) or images share one token axis, `PatchTokens.item` is None: tokens are then counted over all
+    items, N = B Q, and each row has all of them.
     """
 
     adapter: Adapter
@@ -221,7 +224,7 @@ class Trace:
         pairs = (self.query_keys[path] for path in self.structure.stack(stack).attention[blocks])
         return [(precise(query), precise(key)) for query, key in pairs]
 
-    def start(self) -> Float[Tensor, "k Q"]:
+    def start(self) -> Float[Tensor, "k N"]:
         """Return the row in which chains of attention start: weights, summing to 1, of the queries of the first hop.
 
         On the sequence side these are the target's positions, else the tokens that the vision stack's pooling reads.
@@ -230,28 +233,39 @@ class Trace:
         if self.structure.stack(first).items == "sequence":
             assert self.targets.chain_start is not None
             return self.targets.chain_start
+        if self._packed(first):
+            return self._packed_start(self.path[0])
         return self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
 
-    def chain(self, row: Float[Tensor, "k Q"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k S"]:
-        """Return each target's row times the matrix of its image or text sequence, without a copy per target."""
-        owner = self.owner(stack, len(matrix))
+    def chain(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q S"], stack: str) -> Float[Tensor, "k M"]:
+        """Return each target's row times the matrix of its image or text sequence, without a copy per target.
+
+        Packed tokens (of tiles, or of several images) have one row over all of them: the matrices are the blocks of
+        one block-diagonal matrix.
+        """
+        if self._packed(stack):
+            blocks = row.to(matrix.dtype).reshape(len(row), *matrix.shape[:2])
+            return einsum(blocks, matrix, "k b q, b q s -> k b s").flatten(1)
+        owner = self.owner(stack)
         made = matrix.new_empty(len(row), matrix.shape[-1])
         for b in owner.unique().tolist():
             mine = owner == b
             made[mine] = row[mine].to(matrix.dtype) @ matrix[b]
         return made
 
-    def through(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B N N"], stack: str) -> Float[Tensor, "k N"]:
+    def through(self, row: Float[Tensor, "k N"], matrix: Float[Tensor, "B Q Q"], stack: str) -> Float[Tensor, "k N"]:
         """Return row times rownorm(matrix + I) for a block of a stack, without computing that matrix."""
-        row = row.to(matrix.dtype) / (matrix.sum(-1) + 1)[self.owner(stack, len(matrix))]
+        row = row.to(matrix.dtype) / self.per_target(matrix.sum(-1) + 1, stack)
         return row + self.chain(row, matrix, stack)
 
-    def owner(self, stack: str, count: int) -> Int[Tensor, "k"]:
-        """Return the index of each target's matrix among the `count` of a stack: its image, or its text sequence."""
-        if self.structure.stack(stack).items == "sequence":
-            return self.targets.sequences
-        # The tokens of all images in one packed sequence have one matrix.
-        return self.targets.image if count > 1 or len(self.inputs.images) == 1 else torch.zeros_like(self.targets.image)
+    def per_target(self, values: Float[Tensor, "B Q"], stack: str) -> Float[Tensor, "#k N"]:
+        """Return each target's row of values given per matrix of a stack; one row for all where tokens are packed."""
+        return values.reshape(1, -1) if self._packed(stack) else values[self.owner(stack)]
+
+    def owner(self, stack: str) -> Int[Tensor, "k"]:
+        """Return the index of each target's matrix in a stack: its image, or its text sequence."""
+        sequence = self.structure.stack(stack).items == "sequence"
+        return self.targets.sequences if sequence else self.targets.image
 
     def carried(self, row: Float[Tensor, "k N"], hop: Hop) -> Float[Tensor, "k M"]:
         """Return a row over the tokens that a hop leads to as a row over those of the next hop's stack.
@@ -261,20 +275,49 @@ class Trace:
         after = next((after for before, after in pairwise(self.path) if before is hop), None)
         if after is None or hop.kind != "self":
             return row
-        made = row.new_zeros(len(row), self._weights_shape(after.stack)[-2])
-        for k, (own, other) in enumerate(zip(self._hop_places(hop), self._hop_places(after), strict=True)):
-            made[k, other.positions] = row[k, own.positions]
+        made = row.new_zeros(len(row), self._tokens(after.stack))
+        for view in (DETAIL, OVERVIEW):
+            pairs = zip(self._hop_places(hop, view), self._hop_places(after, view), strict=True)
+            for k, (own, other) in enumerate(pairs):
+                if own is not None and other is not None:
+                    made[k, other.positions] = row[k, own.positions]
         return made
 
     def patches(self, row: Float[Tensor, "k N"], hop: Hop) -> Float[Tensor, "k rows columns"]:
         """Return the patch map of a row over the tokens that a hop leads to. Raises LayerError."""
-        places = [replace(place, item=k) for k, place in enumerate(self._hop_places(hop))]
+        places = [replace(place, item=k) for k, place in enumerate(self._hop_places(hop, self.view)) if place]
         return fold(row[..., None], places)[..., 0]
 
-    def _hop_places(self, hop: Hop) -> list[PatchTokens]:
-        found = self._places(self.structure.keys(hop), self._hop_shape(hop))
-        assert all(place is not None for place in found)
-        return [place for place in found if place is not None]
+    def _hop_places(self, hop: Hop, view: str) -> list[PatchTokens | None]:
+        return self._places(self.structure.keys(hop), self._hop_shape(hop), view)
+
+    def _packed(self, stack: str) -> bool:
+        """Whether the tokens that a stack of self-attention leads to are packed: a view has no item of its own."""
+        hop = next((hop for hop in self.path if hop.stack == stack and hop.kind == "self"), None)
+        if hop is None or self.structure.stack(stack).items == "sequence":
+            return False
+        found = self.adapter.patch_tokens(self.structure.keys(hop), self.inputs, self._hop_shape(hop))
+        return any(place.item is None for place in found)
+
+    def _packed_start(self, hop: Hop) -> Float[Tensor, "k N"]:
+        """The mean over the patches of all views of each target's image. Raises ModelError for another pooling."""
+        if self.structure.pooling != "mean":
+            raise ModelError(
+                f"attention of packed images with pooling {self.structure.pooling!r} is not supported: only 'mean' "
+                "names the tokens where chains of attention start"
+            )
+        weights = self.weights[self._recorded(hop.stack)]
+        row = torch.zeros(len(self.targets), self._tokens(hop.stack), dtype=weights.dtype, device=weights.device)
+        for view in (DETAIL, OVERVIEW):
+            for k, place in enumerate(self._hop_places(hop, view)):
+                if place is not None and place.index is not None:
+                    row[k, place.index.ravel().tolist()] = 1
+        return row / row.sum(-1, keepdim=True)
+
+    def _tokens(self, stack: str) -> int:
+        """The number of tokens of a row of a stack."""
+        blocks, *_, tokens, _ = self._weights_shape(stack)
+        return blocks * tokens if self._packed(stack) else tokens
 
     def _hop_shape(self, hop: Hop) -> tuple[int, ...]:
         shape = self._weights_shape(hop.stack)
@@ -282,11 +325,10 @@ class Trace:
 
     def _weights_shape(self, stack: str) -> tuple[int, ...]:
         """The shape (B, H, Q, S) of the weights of a block of a stack that was recorded."""
-        return next(
-            tuple(self.weights[path].shape)
-            for path in reversed(self.structure.stack(stack).attention)
-            if path in self.weights
-        )
+        return tuple(self.weights[self._recorded(stack)].shape)
+
+    def _recorded(self, stack: str) -> str:
+        return next(path for path in reversed(self.structure.stack(stack).attention) if path in self.weights)
 
     # ------------------------------------------------------------------ scores of masked images
 
@@ -332,12 +374,13 @@ class Trace:
             if any(path in self.weights for path in self.structure.stack(hop.stack).attention)
         )
 
-    def _places(self, path: str, shape: tuple[int, ...]) -> list[PatchTokens | None]:
-        """For each target the positions of its patches in an output of this shape; None without such a view."""
-        views = self.inputs.images.views
-        found = [
-            one for one in self.adapter.patch_tokens(path, self.inputs, shape) if views[one.view].name == self.view
-        ]
+    def _places(self, path: str, shape: tuple[int, ...], view: str = "") -> list[PatchTokens | None]:
+        """For each target the positions of its patches in an output of this shape; None without such a view.
+
+        `view` is by default that of the trace.
+        """
+        views, view = self.inputs.images.views, view or self.view
+        found = [one for one in self.adapter.patch_tokens(path, self.inputs, shape) if views[one.view].name == view]
         if self.structure.items(path) == "sequence":
             by_text = {one.item: one for one in found}
             return [by_text.get(text) for text in self.targets.text.tolist()]

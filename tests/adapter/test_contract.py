@@ -66,10 +66,10 @@ def test_activations_and_attentions_are_uniform(any_adapter):
         with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
             attentions(any_adapter, inputs)
         return
-    attentions = attentions(any_adapter, inputs)
-    assert len(attentions) == len(structure(any_adapter).stacks["vision"].blocks)
+    found = attentions(any_adapter, inputs)
+    assert len(found) == len(structure(any_adapter).stacks["vision"].blocks)
     tokens = structure(any_adapter).prefix + rows * columns
-    for weights in attentions:
+    for weights in found:
         assert weights.shape[2:] == (tokens, tokens)
         assert weights.sum(-1).numpy() == pytest.approx(1)
 

@@ -11,6 +11,7 @@ import grounding
 from grounding.adapter import Adapter, ModelInfo
 from grounding.batch.config import RunConfig
 from grounding.batch.rows import RunMetadata, schema
+from grounding.core.errors import ModelError
 from grounding.engine.plan import plan_methods
 from grounding.engine.request import Request
 from grounding.explanation.explanation import Entry, MethodMaps, PatchMap
@@ -33,8 +34,9 @@ METHODS = [
     "legrad", "grad_eclip", "occlusion", "rise",
 ]  # fmt: skip
 ARCHITECTURES = [
-    "CLIPModel", "FlavaForPreTraining", "FlavaModel", "VisionEncoderDecoderModel", "AutoModelForImageClassification",
-    "nn.Module",
+    "CLIPModel", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel", "SiglipModel", "Siglip2Model", "AlignModel",
+    "BlipForImageTextRetrieval", "FlavaForPreTraining", "FlavaModel", "VisionEncoderDecoderModel",
+    "AutoModelForImageClassification", "nn.Module",
 ]  # fmt: skip
 PARAMETERS = {
     grounding.explain: "adapter images texts methods select target token_target layers average_layers options "
@@ -53,10 +55,10 @@ FIELDS = {
     Request: "methods select target token_target layers average_layers options seed",
     RunConfig: "data split captions protocols request shard_size batch_size workers threads max_pixels max_failed",
     grounding.Explanation: "image caption entries methods geometry target token_target model warnings provenance "
-    "origin truncated",
+    "origin truncated overview",
     Entry: "label kind start end score token_id probability alternatives",
-    MethodMaps: "key method title layer options signed text_conditioned maps status",
-    PatchMap: "entry method raw status geometry",
+    MethodMaps: "key method title layer options signed text_conditioned maps status overview overview_status",
+    PatchMap: "entry method raw status geometry overview",
     ModelInfo: "id type revision processor",
 }
 JSON = {
@@ -104,7 +106,7 @@ def test_what_an_adapter_must_define():
 def test_an_adapter_without_a_structure_cannot_be_made():
     names = Adapter.__abstractmethods__ - {"structure"}
     incomplete = type("Incomplete", (Adapter,), {name: lambda self: None for name in names})
-    with pytest.raises(TypeError, match="structure"):
+    with pytest.raises(ModelError, match="does not implement structure, target_kinds: see docs/adapters.md"):
         incomplete()
 
 

@@ -39,6 +39,7 @@ def test_a_map_of_features_alone_reaches_every_image_of_a_split_batch(clip, monk
 
 def test_images_seen_once_are_passed_once_for_all_later_texts(clip):
     images = [noise(50, 40, 1), noise(50, 40, 2)]
+    explain(clip, images[0], "red car", methods=["rollout"])  # the first recorded pass is compared with a plain one
     counted = []
     handle = clip.model.vision_model.encoder.layers[0].register_forward_hook(
         lambda module, args, out: counted.append(1)

@@ -40,6 +40,9 @@ from adapters.clip.adapter import ClipAdapter
 from adapters.flava.adapter import FlavaAdapter
 from adapters.module.adapter import ModuleAdapter
 from adapters.trocr.adapter import TrOcrAdapter
+from tests.support import align, blip
+from tests.support.clip_kin import KIN, kin_adapter
+from tests.support.siglip import naflex_adapter, siglip_adapter
 from tests.support.third_party import MeanAdapter
 
 CORPUS = [
@@ -211,6 +214,16 @@ def flava_adapter(seed=0, kind="similarity", **model):
     return adapter
 
 
+def blip_adapter(seed=0, **model):
+    """A tiny BLIP with its tokenizer and processor."""
+    return blip.blip_adapter(bert_tokenizer(), seed, **model)
+
+
+def align_adapter(seed=0, **model):
+    """A tiny ALIGN with its tokenizer and processor; its feature maps are 4 x 6."""
+    return align.align_adapter(bert_tokenizer(), seed, **model)
+
+
 def mean_adapter():
     """An architecture from outside: no CLS token, mean pooling, a grid that is not square."""
     return MeanAdapter()
@@ -318,10 +331,16 @@ def module_adapter(seed=0, layer=None, **options):
 # One per architecture in `adapters.ADAPTERS`, and one from outside.
 FACTORIES = {
     "CLIPModel": clip_adapter,
+    **{kind: partial(kin_adapter, kind) for kind in KIN},
     "FlavaForPreTraining": flava_adapter,
     "FlavaForPreTraining matching": partial(flava_adapter, kind="matching"),
     "FlavaForPreTraining logit": partial(flava_adapter, kind="logit"),
     "FlavaModel": partial(flava_adapter, heads=False),
+    "AlignModel": align_adapter,
+    "BlipForImageTextRetrieval": blip_adapter,
+    "BlipForImageTextRetrieval similarity": partial(blip_adapter, kind="similarity"),
+    "SiglipModel": siglip_adapter,
+    "Siglip2Model": naflex_adapter,
     "VisionEncoderDecoderModel": trocr_adapter,
     "AutoModelForImageClassification": classifier_adapter,
     **{

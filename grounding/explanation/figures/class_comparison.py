@@ -13,7 +13,7 @@ from grounding.core.errors import OptionError
 from grounding.explanation import png
 from grounding.explanation.explanation import Explanation
 from grounding.explanation.figures import header, wording
-from grounding.explanation.figures.explanation_panels import ExplanationPanels, caption_limits
+from grounding.explanation.figures.explanation_panels import ExplanationPanels, caption_limits, drawn_maps
 from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.sheet import BROADEST, INK, Block, PanelGrid, Paragraph, Row, Sheet
 from grounding.explanation.labels import origin_words
@@ -62,7 +62,8 @@ def _draw(explanations: Sequence[Explanation], options: FigureOptions) -> Figure
 
 
 def _grid(explanation: Explanation) -> PanelGrid:
-    geometry, count = explanation.geometry, 1 + len(explanation.methods)
+    geometry = explanation.geometry
+    count = 1 + len(drawn_maps(explanation.methods.values()))
     width, height = PANEL
     empty = PanelGrid(PANEL, 1)
     usable = (BROADEST - empty.width(0)) / count - empty.gap
@@ -76,8 +77,8 @@ def _rows(panels: ExplanationPanels) -> list[Row]:
     for entry in range(len(panels.explanation)):
         first = entry == 0
         overlays = [
-            panels.overlay(method, entry, panels.heading(method, entry) if first else [])
-            for method in panels.explanation.methods.values()
+            panels.overlay(method, entry, panels.heading(method, entry, view) if first else [], view)
+            for method, view in drawn_maps(panels.explanation.methods.values())
         ]
         name = Paragraph(wording.name_of(panels.explanation.image.path), 8.0, INK, most=2)
         image = [panels.image()] if first else []

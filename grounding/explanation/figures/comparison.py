@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -10,9 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from grounding.core.geometry import DETAIL
 from grounding.explanation.explanation import Explanation, MethodMaps
 from grounding.explanation.figures import header, wording
-from grounding.explanation.figures.explanation_panels import ExplanationPanels, caption_limits
+from grounding.explanation.figures.explanation_panels import ExplanationPanels, caption_limits, drawn_maps
 from grounding.explanation.figures.header import NARROWEST, WIDEST
 from grounding.explanation.figures.options import FigureOptions
 from grounding.explanation.figures.pixels import fit
@@ -62,12 +63,13 @@ class _Comparison:
     options: FigureOptions
 
     @cached_property
-    def _shared(self) -> list[MethodMaps]:
-        return [m for m in self.explanation.methods.values() if m.shared]
+    def _shared(self) -> list[tuple[MethodMaps, str]]:
+        """The methods, with the name of each view, whose maps all entries share."""
+        return drawn_maps(m for m in self.explanation.methods.values() if m.shared)
 
     @cached_property
-    def _own(self) -> list[MethodMaps]:
-        return [m for m in self.explanation.methods.values() if not m.shared]
+    def _own(self) -> list[tuple[MethodMaps, str]]:
+        return drawn_maps(m for m in self.explanation.methods.values() if not m.shared)
 
     @cached_property
     def _single(self) -> bool:
@@ -79,8 +81,9 @@ class _Comparison:
         geometry = self.explanation.geometry
         height, width = fit(geometry.width, geometry.height, 1000)
         if self.options.layout == "panels":
-            rows = len(self.explanation.entries) * len(self._own) + len(self._shared)
-            return panel_grid(width / height, 3, rows, together=True)
+            own, shared = (sum(view == DETAIL for _, view in group) for group in (self._own, self._shared))
+            rows = len(self.explanation.entries) * own + shared
+            return panel_grid(width / height, 2 + len(self.explanation.views), rows, together=True)
         if self._single:
             return panel_grid(width / height, 1 + len(self._own) + len(self._shared), 1)
         columns = max(1 + len(self._shared), len(self._own))
@@ -145,24 +148,28 @@ class _Comparison:
         """The image and the maps shared by all entries, above the rows; nothing where all fit one row."""
         if self.options.layout == "rows" and not self._single:
             label = [Paragraph("all entries", 10.0, INK, "bold")] if self._shared else []
-            yield from self._lines(label, [self._panels.image(), *(self._overlay(m, 0) for m in self._shared)])
+            yield from self._lines(label, [self._panels.image(), *self._overlays(self._shared, 0)])
 
     def _rows(self) -> Iterator[Row]:
         if self.options.layout == "panels":
             yield from self._triples()
         elif self._single:
-            overlays = [self._overlay(m, 0) for m in self.explanation.methods.values()]
+            overlays = self._overlays(drawn_maps(self.explanation.methods.values()), 0)
             yield from self._lines(self._panels.label(0), [self._panels.image(), *overlays])
         else:
             for entry in range(len(self.explanation.entries)):
-                yield from self._lines(self._panels.label(entry), [self._overlay(m, entry) for m in self._own])
+                yield from self._lines(self._panels.label(entry), self._overlays(self._own, entry))
 
-    def _overlay(self, method: MethodMaps, entry: int) -> Panel:
+    def _overlays(self, maps: Sequence[tuple[MethodMaps, str]], entry: int) -> list[Panel]:
+        return [self._overlay(method, entry, view) for method, view in maps]
+
+    def _overlay(self, method: MethodMaps, entry: int, view: str) -> Panel:
         """An overlay, below the heading of its method in the first row, and below its title where lines are wrapped."""
         if entry == 0:
-            return self._panels.overlay(method, entry, self._panels.heading(method, entry))
-        title = " · ".join(part for part in (method.title, wording.short_layer(method.layer or "")) if part)
-        return self._panels.overlay(method, entry, [Paragraph(title, 6.5, most=1)] if self._wrapped else [])
+            return self._panels.overlay(method, entry, self._panels.heading(method, entry, view), view)
+        second = wording.short_layer(method.layer or "") if view == DETAIL else view
+        title = " · ".join(part for part in (method.title, second) if part)
+        return self._panels.overlay(method, entry, [Paragraph(title, 6.5, most=1)] if self._wrapped else [], view)
 
     def _lines(self, label: Block, panels: list[Panel]) -> Iterator[Row]:
         """The panels of one entry in as many lines as they need, the label beside the first."""
@@ -174,10 +181,12 @@ class _Comparison:
 
     def _triples(self) -> Iterator[Row]:
         """Image, heat map and overlay of each map: maps for all entries first, then entry by entry."""
-        shared = [(m, 0) for m in self._shared]
-        own = [(m, entry) for entry in range(len(self.explanation.entries)) for m in self._own]
+        shared = [(m, 0) for m, view in self._shared if view == DETAIL]
+        entries = range(len(self.explanation.entries))
+        own = [(m, entry) for entry in entries for m, view in self._own if view == DETAIL]
         for number, (method, entry) in enumerate(shared + own):
-            title = [Paragraph("all entries", 10.0, INK, "bold")] if method.shared else self._panels.label(entry)
+            together = method.key not in self.explanation.separate
+            title = [Paragraph("all entries", 10.0, INK, "bold")] if together else self._panels.label(entry)
             panels = self._panels.triple(method, entry, headed=number == 0)
             yield from self._lines([*title, *self._panels.heading(method, entry)], panels)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 from PIL import Image
 
+from grounding.core.geometry import DETAIL
 from grounding.core.images import Picture
 from grounding.explanation.explanation import Explanation, PatchMap
 from grounding.explanation.figures.explanation_panels import caption_limits
@@ -58,18 +60,23 @@ def overlays(explanation: Explanation, **options: Any) -> Iterator[tuple[int, st
     return draw(explanation, FigureOptions.of(options))
 
 
-def draw(explanation: Explanation, options: FigureOptions) -> Iterator[tuple[int, str, Image.Image]]:
-    """The overlays of `overlays`, from validated options."""
+def draw(
+    explanation: Explanation, options: FigureOptions, view: str = DETAIL
+) -> Iterator[tuple[int, str, Image.Image]]:
+    """The overlays of `overlays` in one view, from validated options; those of the overview have no peak and box."""
     geometry, image = explanation.geometry, explanation.image.pil
+    if view != DETAIL:
+        assert explanation.overview is not None
+        geometry, options = explanation.overview, replace(options, peak=False, box=False)
     flat = max(geometry.width, geometry.height) / min(geometry.width, geometry.height)
     side = max(geometry.width, geometry.height, LEAST_OVERLAY, LEAST_SIDE * flat)
     size = fit(geometry.width, geometry.height, round(min(side, LONGEST_OVERLAY)), inf, inf)
     painter = Painter(image, geometry, size, options)
     shared = caption_limits([explanation], options)
     for entry in range(len(explanation.entries)):
-        for key, method in explanation.methods.items():
-            if method.shared:
-                continue
+        for key in explanation.separate:
             found = explanation.map(entry, key)
-            limits = shared[key] if shared else limits_of([found], options)
-            yield entry, key, Image.fromarray(painter.overlay(found, limits))
+            one = found if view == DETAIL else found.overview
+            if one is not None:
+                limits = shared[key, view] if shared else limits_of([one], options)
+                yield entry, key, Image.fromarray(painter.overlay(one, limits))

@@ -124,6 +124,7 @@ def legend(explanation: Explanation, options: FigureOptions) -> str:
         *([f"□ largest region above half the range{outside}"] if options.box else []),
         *(["one colour per patch, no interpolation"] if options.cells else []),
         *([f"▨ unseen by the model: {percent(1 - seen)}"] if seen < 1 else []),
+        *(["overview: the model's low-resolution view, unmarked"] if explanation.overview else []),
     ]
     others = [one.label for e in explanation.entries for one in e.alternatives]
     texts = [explanation.caption, *(e.label for e in explanation.entries), *others, *explanation.warnings]
@@ -133,9 +134,11 @@ def legend(explanation: Explanation, options: FigureOptions) -> str:
 
 
 def score_note(explanation: Explanation) -> str:
-    """The meaning of the scores of classes or parts of the caption; empty where there are none."""
+    """The meaning of the scores of classes, the image or parts of the caption; empty where there are none."""
     if any(entry.kind == "class" for entry in explanation.entries):
         return "Score of a class: its logit."
+    if any(entry.kind == "image" for entry in explanation.entries):
+        return f"Score of the image: its {explanation.target}, which no text can change."
     if explanation.origin != "given":
         return _generated_score_note(explanation)
     parts = [k for k in ("token", "word", "phrase") if any(e.kind == k for e in explanation.entries)]
@@ -175,7 +178,9 @@ def _generated_score_note(explanation: Explanation) -> str:
 
 
 def shared_note(explanation: Explanation) -> str:
-    """The note above a map that all entries share."""
+    """The note above a map that all entries share; empty where the image is the only entry."""
+    if any(entry.kind == "image" for entry in explanation.entries):
+        return ""
     query = "class" if any(entry.kind == "class" for entry in explanation.entries) else "text"
     return f"independent of the {query}: one map for all entries"
 
@@ -194,7 +199,8 @@ def entry_titles(explanation: Explanation) -> list[str]:
 
 def score_line(entry: Entry) -> str:
     """Kind, score and probability of an entry, for the label beside its maps."""
-    kind = "" if entry.kind == "class" else f"{entry.kind} · "  # the heading has the target
+    # The heading has the target of a class; the title of the entry of an image is its kind.
+    kind = "" if entry.kind in ("class", "image") else f"{entry.kind} · "
     return f"{kind}score {number(entry.score)}{_probability(entry)}"
 
 

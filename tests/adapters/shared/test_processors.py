@@ -24,7 +24,12 @@ PROCESSORS = {
     "convnext": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
     "convnext_crop_pct": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 96}, crop_pct=0.77),
     "llava": lambda: transformers.LlavaImageProcessor(),
+    # squash, centre crop
+    "align": lambda: transformers.EfficientNetImageProcessor(
+        do_center_crop=True, rescale_factor=1 / 127.5, rescale_offset=True
+    ),
     # squash
+    "efficientnet": lambda: transformers.EfficientNetImageProcessor(),
     "vit": lambda: transformers.ViTImageProcessor(),
     "vit_wide": lambda: transformers.ViTImageProcessor(size={"height": 96, "width": 160}),
     "deit": lambda: transformers.DeiTImageProcessor(),

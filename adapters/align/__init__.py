@@ -1,0 +1,5 @@
+"""Adapter for ALIGN (`AlignModel`)."""
+
+from adapters.align.adapter import AlignAdapter
+
+__all__ = ["AlignAdapter"]
