@@ -65,7 +65,7 @@ def masker(adapter: Adapter, images: ImageInputs, masks: Sequence[Masks]) -> Mas
     if not reads_pixels(images):
         opened = [_MaskedImage(images, b, one) for b, one in enumerate(masks)]
 
-        def prepared(keep: Sequence[Float[Tensor, "n H W"]]) -> ImageInputs:
+        def prepared(keep: Sequence[Tensor]) -> ImageInputs:
             versions = zip(*keep, strict=True)
             return adapter.prepare_images(
                 [image.under(mask) for masks in versions for image, mask in zip(opened, masks, strict=True)]
@@ -75,7 +75,7 @@ def masker(adapter: Adapter, images: ImageInputs, masks: Sequence[Masks]) -> Mas
     pixels = images.tensors[PIXELS]
     baselines = torch.stack([baseline_pixels(adapter, images, b, one.baseline) for b, one in enumerate(masks)])
 
-    def masked(keep: Sequence[Float[Tensor, "n H W"]]) -> ImageInputs:
+    def masked(keep: Sequence[Tensor]) -> ImageInputs:
         shown = torch.stack([mask.to(pixels) for mask in keep], 1)[:, :, None]  # (n, B, 1, H, W)
         versions = (shown * pixels + (1 - shown) * baselines).flatten(0, 1)
         altered = images.select([b for _ in range(len(shown)) for b in range(len(images))])

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grounding.adapter.structure import Hop, ModelStructure
+from grounding.core.errors import OptionError
 from grounding.methods.attention import LAST, index_of
 from grounding.methods.base import NoAttentionError, Reading, method, whole_path
 from grounding.methods.trace import Trace
@@ -54,6 +55,8 @@ def legrad(
     Cost: one backward pass per target, through each block by itself; one more forward pass.
     """
     read, vision = _hops(trace.structure)
+    if trace.packed(read.stack):
+        raise OptionError("method 'legrad' reads one matrix of attention per image, but here images are cut into tiles")
     gradients = trace.readout_gradients(vision.stack, slice(start_layer, None))
     means = torch.stack([gradient.clamp(min=0).mean((1, 2)) for gradient in gradients]).mean(0)
     return trace.patches(means[trace.owner(read.stack)], read)

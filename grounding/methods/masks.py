@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +36,7 @@ class Masks:
     count: int
     baseline: Baseline
     make: Callable[[int, int], Float[Tensor, "m H W"]]
+    _means: dict[Geometry, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def pixels(self, first: int, last: int) -> Float[Tensor, "m H W"]:
         """Return the masks from `first` to `last`; beyond the end the last one is repeated."""
@@ -44,12 +44,16 @@ class Masks:
         missing = (last - first) - len(made)
         return made if not missing else torch.cat([made, made[-1:].expand(missing, -1, -1)])
 
-    @cached_property
-    def patches(self) -> Float[Tensor, "n rows columns"]:
-        """The mean of each mask over the pixels of each patch."""
-        geometry = self.geometry
+    def over(self, geometry: Geometry) -> Float[Tensor, "n rows columns"]:
+        """Return the mean of each mask over the pixels of each patch of a view: of this one, or of another view of the
+        same image, through the original pixels."""
+        if geometry not in self._means:
+            self._means[geometry] = self._mean_over(geometry)
+        return self._means[geometry]
+
+    def _mean_over(self, geometry: Geometry) -> Float[Tensor, "n rows columns"]:
         cells = geometry.rows * geometry.columns
-        numbers = torch.from_numpy(cell_numbers(geometry, geometry.input_height, geometry.input_width)).flatten()
+        numbers = torch.from_numpy(_numbers_in(self.geometry, geometry)).flatten()
         sizes = torch.bincount(numbers, minlength=cells + 1)[:cells].clamp(min=1)
         step = max(1, CHUNK // len(numbers))
         parts = []
@@ -66,11 +70,27 @@ MakeMasks = Callable[[Mapping[str, Any], Geometry, int, torch.dtype], Masks]
 
 def cell_numbers(geometry: Geometry, height: int, width: int) -> Int[np.ndarray, "height width"]:
     """Return the row-major index of the patch that each input pixel belongs to; rows * columns outside of patches."""
+    return _cells(geometry, np.arange(width) + 0.5, np.arange(height) + 0.5)
+
+
+def _numbers_in(geometry: Geometry, other: Geometry) -> Int[np.ndarray, "height width"]:
+    """The index of the patch of another view of the image that shows each input pixel of a view."""
+    axes = [np.arange(size) + 0.5 for size in (geometry.input_width, geometry.input_height)]
+    if other != geometry:
+        moved = [other.points_to_input(geometry.points_to_original(np.stack([axis, axis], -1))) for axis in axes]
+        axes = [points[:, axis] for axis, points in enumerate(moved)]
+    return _cells(other, *axes)
+
+
+def _cells(
+    geometry: Geometry, across: Float[np.ndarray, "width"], down: Float[np.ndarray, "height"]
+) -> Int[np.ndarray, "height width"]:
+    """The row-major index of the patch at each pair of input positions; rows * columns outside of patches."""
     cell_width, cell_height = geometry.cell_size
-    rows = np.floor((np.arange(height) + 0.5) / cell_height).astype(int)
-    columns = np.floor((np.arange(width) + 0.5) / cell_width).astype(int)
+    rows, columns = np.floor(down / cell_height).astype(int), np.floor(across / cell_width).astype(int)
     numbers = rows[:, None] * geometry.columns + columns[None]
-    numbers[(rows >= geometry.rows)[:, None] | (columns >= geometry.columns)[None]] = geometry.rows * geometry.columns
+    outside = ((rows < 0) | (rows >= geometry.rows))[:, None] | ((columns < 0) | (columns >= geometry.columns))[None]
+    numbers[outside] = geometry.rows * geometry.columns
     return numbers
 
 
@@ -127,12 +147,20 @@ class RandomCells:
         return cls(bits, torch.stack(shifts, 1), *size)
 
     def masks(self, first: int, last: int) -> Float[Tensor, "m H W"]:
-        """Return the masks: cells enlarged bilinearly to one cell more than the input on each side, and cut out."""
+        """Return the masks: cells enlarged bilinearly to one cell more than the input on each side, and cut out at the
+        shift."""
+        bits, shifts = self.bits[first:last], self.shifts[first:last]
+        down, across = (
+            self._enlarged(size)[shifts[:, axis, None] + torch.arange(size)]
+            for axis, size in enumerate((self.height, self.width))
+        )
+        return down @ bits @ across.mT
+
+    def _enlarged(self, size: int) -> Float[Tensor, "large cells"]:
+        """The weight of each cell at each pixel of an axis of `size` pixels and one cell: linear interpolation between
+        the centres of cells, beyond the outer ones the outer cell."""
         cells = self.bits.shape[-1]
-        tall, wide = (-(-side // cells) * (cells + 1) for side in (self.height, self.width))
-        large = F.interpolate(self.bits[first:last, None], (tall, wide), mode="bilinear")[:, 0]
-        cut = [
-            one[down : down + self.height, right : right + self.width]
-            for one, (down, right) in zip(large, self.shifts[first:last].tolist(), strict=True)
-        ]
-        return torch.stack(cut)
+        large = -(-size // cells) * (cells + 1)
+        centres = (torch.arange(large, dtype=self.bits.dtype) + 0.5) * (cells / large) - 0.5
+        centres = centres.clamp(0, cells - 1)
+        return (1 - (centres[:, None] - torch.arange(cells)).abs()).clamp(min=0)

@@ -18,6 +18,7 @@ from grounding.adapter.inputs import DETAIL, OVERVIEW, Inputs, Targets
 from grounding.adapter.patch_tokens import PatchTokens, fold
 from grounding.adapter.structure import Hop, ModelStructure
 from grounding.core.errors import ModelError
+from grounding.core.geometry import Geometry
 from grounding.methods.masks import Masks
 
 LAYER_SIGNALS = frozenset({"activations", "pooled_gradient", "patch_gradient"})
@@ -91,9 +92,13 @@ class Trace:
 
     def _grids(self) -> list[tuple[int, int] | None]:
         if self.masks:
-            own = (self.masks[image].geometry for image in self.targets.image.tolist())
-            return [(one.rows, one.columns) if self.view == DETAIL else None for one in own]
+            own = (self._geometry(image) for image in self.targets.image.tolist())
+            return [None if one is None else (one.rows, one.columns) for one in own]
         return [None if place is None else place.grid for place in self._places(self._path, self._shape)]
+
+    def _geometry(self, image: int) -> Geometry | None:
+        images = self.inputs.images
+        return None if images.view(image, self.view) is None else images.geometry(image, self.view)
 
     def with_pooled(self, members: Sequence[int]) -> Trace:
         """Return the trace of the targets at indices `members`, with what there is of each target by itself."""
@@ -233,7 +238,7 @@ class Trace:
         if self.structure.stack(first).items == "sequence":
             assert self.targets.chain_start is not None
             return self.targets.chain_start
-        if self._packed(first):
+        if self.packed(first):
             return self._packed_start(self.path[0])
         row = self.adapter.pooling_weights(self.targets.kind, len(self.targets), self._weights_shape(first)[-2])
         return row.to(self.weights[self._recorded(first)].device)
@@ -244,7 +249,7 @@ class Trace:
         Packed tokens (of tiles, or of several images) have one row over all of them: the matrices are the blocks of
         one block-diagonal matrix.
         """
-        if self._packed(stack):
+        if self.packed(stack):
             blocks = row.to(matrix.dtype).reshape(len(row), *matrix.shape[:2])
             return einsum(blocks, matrix, "k b q, b q s -> k b s").flatten(1)
         owner = self.owner(stack)
@@ -261,7 +266,7 @@ class Trace:
 
     def per_target(self, values: Float[Tensor, "B Q"], stack: str) -> Float[Tensor, "#k N"]:
         """Return each target's row of values given per matrix of a stack; one row for all where tokens are packed."""
-        return values.reshape(1, -1) if self._packed(stack) else values[self.owner(stack)]
+        return values.reshape(1, -1) if self.packed(stack) else values[self.owner(stack)]
 
     def owner(self, stack: str) -> Int[Tensor, "k"]:
         """Return the index of each target's matrix in a stack: its image, or its text sequence."""
@@ -292,7 +297,7 @@ class Trace:
     def _hop_places(self, hop: Hop, view: str) -> list[PatchTokens | None]:
         return self._places(self.structure.keys(hop), self._hop_shape(hop), view)
 
-    def _packed(self, stack: str) -> bool:
+    def packed(self, stack: str) -> bool:
         """Whether the tokens that a stack of self-attention leads to are packed: a view has no item of its own."""
         hop = next((hop for hop in self.path if hop.stack == stack and hop.kind == "self"), None)
         if hop is None or self.structure.stack(stack).items == "sequence":
@@ -318,7 +323,7 @@ class Trace:
     def _tokens(self, stack: str) -> int:
         """The number of tokens of a row of a stack."""
         blocks, *_, tokens, _ = self._weights_shape(stack)
-        return blocks * tokens if self._packed(stack) else tokens
+        return blocks * tokens if self.packed(stack) else tokens
 
     def _hop_shape(self, hop: Hop) -> tuple[int, ...]:
         shape = self._weights_shape(hop.stack)
@@ -347,12 +352,17 @@ class Trace:
         return self.masked
 
     def weighted_masks(self, weights: Float[Tensor, "k n"], *, hidden: bool = False) -> Float[Tensor, "k rows columns"]:
-        """Return sum_n weights_kn M_n for every target, M_n the mean over each patch of mask n, or of what it hides."""
+        """Return sum_n weights_kn M_n for every target, M_n the mean over each patch of mask n, or of what it hides.
+
+        Masks are over the detail view; in another view of the image they are averaged over its patches.
+        """
         self._declared("rescoring")
         maps = weights.new_zeros(len(weights), *self.grid)
         for image in self.targets.image.unique().tolist():
             mine = self.targets.image == image
-            masks = self.masks[image].patches.to(weights)
+            geometry = self._geometry(image)
+            assert geometry is not None
+            masks = self.masks[image].over(geometry).to(weights)
             maps[mine] = einsum(weights[mine][:, : len(masks)], 1 - masks if hidden else masks, "k n, n r c -> k r c")
         return maps
 

@@ -31,6 +31,7 @@ NAMES = [
 METHODS = [
     "gradcam", "gradcam_ln", "hirescam", "layercam", "gradcam_pp", "rollout", "relevance", "gradient_rollout",
     "attention", "grad_x_attention", "attention_gradcam", "cross_attention", "gradient_x_cross_attention",
+    "legrad", "grad_eclip", "occlusion", "rise",
 ]  # fmt: skip
 ARCHITECTURES = [
     "CLIPModel", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel", "SiglipModel", "Siglip2Model", "AlignModel",

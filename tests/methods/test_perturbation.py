@@ -20,6 +20,7 @@ from grounding.methods.masks import RandomCells, cell_numbers, patch_masks, wind
 from tests.support import models
 from tests.support.images import noise
 from tests.support.oracles import perturbation
+from tests.support.tiled import PackedAdapter, TiledAdapter
 from tests.support.tolerances import ORACLE, close
 
 TEXT = "a man in a red jacket"
@@ -150,7 +151,7 @@ def test_padding_is_no_part_of_a_window():
 
 def test_the_mean_of_a_mask_over_each_patch():
     masks = patch_masks(SQUARE, windows(SQUARE, 2, 1), "mean", torch.float64)
-    assert torch.equal(masks.patches, torch.from_numpy(~windows(SQUARE, 2, 1)).double())
+    assert torch.equal(masks.over(SQUARE), torch.from_numpy(~windows(SQUARE, 2, 1)).double())
     # Pixels beyond the patches stay, whatever is hidden.
     cut = Geometry.from_steps(34, 34).with_grid(4, 4, (8.0, 8.0))
     assert patch_masks(cut, np.ones((1, 4, 4), bool), "mean", torch.float64).pixels(0, 1)[0].sum() == 34 * 34 - 32 * 32
@@ -206,6 +207,23 @@ def test_what_the_model_reads_decides_where_pixels_are_hidden():
     assert not masking.reads_pixels(packed)
     overview = View(0, images.views[0].geometry, "overview")
     assert not masking.reads_pixels(ImageInputs(images.images, (overview, *images.views), images.tensors))
+
+
+@pytest.mark.parametrize("make", [TiledAdapter, PackedAdapter])
+def test_tiles_and_a_second_view(make):
+    """Masks are over the detail view, and hide the same pixels in the thumbnail; its map has the coarser patches."""
+    adapter, image = make(), noise(90, 70)
+    found = explain(adapter, [image, noise(30, 24, 5)], "two dogs", methods=["occlusion", "rise"], options=FEW)
+    first = found[0].methods["occlusion"]
+    alone = explain(adapter, image, "two dogs", methods="occlusion")
+    assert close(first.maps, alone.methods["occlusion"].maps)
+    if first.overview is not None:
+        rows, columns = first.overview.shape[1:]
+        down, across = (own // small for own, small in zip(first.maps.shape[1:], (rows, columns), strict=True))
+        assert (down, across) == (2, 2)
+        means = first.maps.reshape(len(first.maps), rows, down, columns, across).mean((2, 4))
+        assert close(first.overview, means)
+    assert all(np.isfinite(one.methods["rise"].maps).all() for one in found)
 
 
 @pytest.mark.parametrize("name", ["occlusion", "rise"])

@@ -6,12 +6,15 @@ import torch
 
 from grounding import Selection, explain
 from grounding.core.errors import LayerError, ModelError, OptionError
+from grounding.core.text import Query
+from grounding.engine.queries import prepare
 from grounding.engine.signals import scores
 from tests.support import models
 from tests.support.images import noise
 from tests.support.model_state import snapshot, unchanged
 from tests.support.oracles import towers, vision
 from tests.support.pooled import PooledAdapter
+from tests.support.tiled import TiledAdapter
 from tests.support.tolerances import ORACLE, TUTORIAL, close
 
 TEXT = "a man in a red jacket"
@@ -33,14 +36,16 @@ def clip_case(image, detach=False, dtype=torch.float64, words=()):
 def pooled_case(image, detach=False):
     adapter = PooledAdapter()
     pixels = adapter.prepare_images([image]).tensors["pixel_values"]
-    ids = adapter.prepare_texts(adapter.prepare_images([image]), [[_query()]]).texts[0].ids
+    ids = adapter.prepare_texts(adapter.prepare_images([image]), [[Query(TEXT)]]).texts[0].ids
     return adapter, towers.Tower(adapter.model, pixels, detach), adapter._embed(ids)
 
 
-def _query():
-    from grounding.core.text import Query
-
-    return Query(TEXT)
+def siglip_case(image, detach=False):
+    """The adapter of SigLIP; the direction of the caption as the adapter has it."""
+    adapter = models.siglip_adapter()
+    inputs = prepare(adapter, [image], [[TEXT]])
+    seed = adapter.targets(inputs, [[inputs.texts[0].caption()]], "similarity").data["seeds"][0]
+    return adapter, towers.Tower(adapter.model, inputs.images.tensors["pixel_values"], detach), seed
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, ORACLE), (torch.float32, TUTORIAL)])
@@ -73,9 +78,10 @@ def test_legrad_of_a_difference_of_scores():
 
 @pytest.mark.parametrize("rule", ["none", "detach"])
 @pytest.mark.parametrize("start", [0, 2])
-def test_legrad_of_an_attention_pooling_head(start, rule):
+@pytest.mark.parametrize("case", [pooled_case, siglip_case])
+def test_legrad_of_an_attention_pooling_head(case, start, rule):
     options = {"legrad.start_layer": start, "legrad.norm_rule": rule}
-    cases = [pooled_case(image, rule == "detach") for image in IMAGES]
+    cases = [case(image, rule == "detach") for image in IMAGES]
     found = explain(cases[0][0], IMAGES, TEXT, methods="legrad", select=CAPTION, options=options)
     for (_, tower, seed), own in zip(cases, found, strict=True):
         assert close(own[0].raw.ravel(), towers.legrad_pool(tower, seed, start=start))
@@ -107,7 +113,7 @@ def test_legrad_of_the_length_of_an_embedding_reads_no_text():
 
 @pytest.mark.parametrize("rule", ["none", "detach"])
 @pytest.mark.parametrize("form", ["model", "heads", "plain"])
-@pytest.mark.parametrize("case", [clip_case, pooled_case])
+@pytest.mark.parametrize("case", [clip_case, pooled_case, siglip_case])
 def test_grad_eclip(case, form, rule):
     cases = [case(image, rule == "detach") for image in IMAGES]
     options = {"grad_eclip.form": form, "grad_eclip.norm_rule": rule}
@@ -131,8 +137,6 @@ def test_grad_eclip_where_a_module_shows_its_linear_maps_alone():
         getattr(block, name).register_forward_hook(lambda m, a, out, n=name: kept.update({n: out}))
     block.register_forward_hook(lambda m, a, out: kept.update(joined=out[0]))
     pixels = adapter.prepare_images(IMAGES[:1])
-    from grounding.engine.queries import prepare
-
     inputs = prepare(adapter, IMAGES[:1], [[TEXT]], "similarity")
     targets = adapter.targets(inputs, [[inputs.texts[0].caption()]], "similarity")
     assert pixels
@@ -180,6 +184,12 @@ def test_legrad_refused(make, options, error, words):
         explain(adapter, IMAGES[0], text, methods="legrad", options=options)
 
 
+def test_legrad_of_tiles_is_refused():
+    """A block's mean over tokens is then that of a tile."""
+    with pytest.raises(OptionError, match=r"'legrad' reads one matrix of attention per image, .* cut into tiles"):
+        explain(TiledAdapter(), noise(90, 70), "two dogs", methods="legrad")
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -212,8 +222,6 @@ def test_legrad_is_refused_where_earlier_blocks_are_read_too():
 
 def test_scores_are_those_of_the_model():
     adapter = models.clip_adapter()
-    from grounding.engine.queries import prepare
-
     inputs = prepare(adapter, IMAGES[:1], [[TEXT]])
     targets = adapter.targets(inputs, [[inputs.texts[0].caption()]], "similarity")
     found = explain(adapter, IMAGES[0], TEXT, methods="legrad", select=CAPTION)
