@@ -67,7 +67,7 @@ AFTER_LOADING = [
         "ground",
         ["--target", "logit"],
         2,
-        "no target 'logit'; did you mean 'logits'? (it has: similarity, logits, norm)",
+        "no target 'logit'; did you mean 'logits'? (it has: similarity,",
     ),
     ("ground", ["--target-class", "dog"], 2, "clip has targets similarity, logits, norm and no classes, got ['dog']"),
     ("ground", ["--inspect", "--methods", "rollout"], 2, "'rollout' has no channel weights to inspect"),
