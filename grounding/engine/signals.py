@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ def pooled_gradient(
     inputs, targets = one_image_per_target(inputs, targets)
     shift: list[Tensor] = []
 
-    def moved(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> object:
+    def moved(_module: nn.Module, _args: object, output: Any) -> object:
         hidden = output[0] if isinstance(output, tuple) else output
         # The sequences of the targets come first; those whose scores are subtracted are not shifted.
         places = adapter.patch_tokens(layer, inputs, tuple(hidden.shape))

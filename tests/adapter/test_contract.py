@@ -10,17 +10,19 @@ import torch
 import adapters
 from adapters import ADAPTERS
 from grounding import explain
+from grounding.adapter.patch_tokens import shifted
 from grounding.adapter.recorder import Recorder
-from grounding.adapter.structure import ModelStructure, Stack
+from grounding.adapter.replicate import one_image_per_target
+from grounding.adapter.structure import Hop, ModelStructure, Stack
 from grounding.core.errors import LayerError, ModelError, TargetError, TextError
 from grounding.engine.layers import list_layers
 from grounding.engine.passes import run_passes
 from grounding.engine.plan import available, plan_methods
 from grounding.engine.queries import prepare
 from grounding.engine.request import Request
-from grounding.engine.signals import activations, attentions, scores
+from grounding.engine.signals import activations, attentions, pooled_gradient, scores
 from tests.support import models
-from tests.support.contract import default_layer, grid, shortcut, structure
+from tests.support.contract import all_targets, default_layer, grid, possible_kinds, shortcut, structure
 from tests.support.images import noise
 from tests.support.tolerances import SLOPE, close
 
@@ -29,8 +31,17 @@ CAPTION = "a man in a red jacket"
 
 def prepared(adapter, captions=(CAPTION,)):
     inputs = prepare(adapter, [noise(90, 60)], [list(captions)])
-    spans = [[tokens.caption(), *tokens.tokens()] for tokens in inputs.texts]
-    return inputs, adapter.targets(inputs, spans)
+    return inputs, all_targets(adapter, inputs)
+
+
+def pooled(adapter, inputs, targets, layer):
+    """The pooled gradient (K, D) by the engine."""
+    plan = plan_methods(adapter, Request(["gradcam"], layers=[layer]))
+    found = {}
+    for chunk in run_passes(adapter, inputs, targets, plan):
+        own = chunk.trace.at(layer, frozenset({"pooled_gradient"})).pooled_gradient()
+        found |= dict(zip(chunk.members, own, strict=True))
+    return torch.stack([found[k] for k in range(len(targets))])
 
 
 def test_every_architecture_in_the_table_is_tested():
@@ -41,10 +52,12 @@ def test_every_adapter_in_the_folder_is_in_the_table():
     """Fails while the line of an adapter is missing in the table."""
     targets = {ADAPTERS.target(name) for name in ADAPTERS}
     found = []
-    for path in Path(adapters.__file__).parent.rglob("*.py"):
+    folder = Path(adapters.__file__).parent
+    for path in (path for path in folder.rglob("*.py") if path.parent.name != "shared"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and any(
-                isinstance(b, ast.Name) and b.id in ("Adapter", "ClassAdapter") for b in node.bases
+                name.endswith(("Adapter", "DualEncoder"))
+                for name in (node.name, *(b.id for b in node.bases if isinstance(b, ast.Name)))
             ):
                 module = ".".join(path.relative_to(Path(adapters.__file__).parents[1]).with_suffix("").parts)
                 assert f"{module}:{node.name}" in targets
@@ -62,55 +75,45 @@ def test_activations_and_attentions_are_uniform(any_adapter):
     inputs, _ = prepared(any_adapter)
     rows, columns = grid(inputs)
     assert activations(any_adapter, inputs).shape[:3] == (1, rows, columns)
-    if not structure(any_adapter).attention("vision"):
+    if not structure(any_adapter).stacks["vision"].attention:
         with pytest.raises(ModelError, match=r"no attention of .* can be recorded: it "):
             attentions(any_adapter, inputs)
         return
-    found = attentions(any_adapter, inputs)
-    assert len(found) == len(structure(any_adapter).stacks["vision"].blocks)
+    recorded = attentions(any_adapter, inputs)
+    assert len(recorded) == len(structure(any_adapter).stacks["vision"].blocks)
     tokens = structure(any_adapter).prefix + rows * columns
-    for weights in found:
+    for weights in recorded:
         assert weights.shape[2:] == (tokens, tokens)
         assert weights.sum(-1).numpy() == pytest.approx(1)
 
 
-def test_shift_gradient_equals_score_from(any_adapter):
-    """The pooled gradient of the engine equals the gradient of `score_from`, which adds a vector to all patches."""
+def test_pooled_gradient_equals_the_slow_reference(any_adapter):
+    """The pooled gradient of the engine equals the gradient by one vector that is added to all patches."""
     inputs, targets = prepared(any_adapter)
-    for layer in (None, "0", "-1.in" if structure(any_adapter).stacks["vision"].inputs else "-1"):
-        layer = structure(any_adapter).find_layer(any_adapter.model, layer)
-        plan = plan_methods(any_adapter, Request(["gradcam"], layers=[layer]))
-        shift = torch.zeros(len(targets), activations(any_adapter, inputs, layer).shape[-1], dtype=torch.float64)
-        shift.requires_grad_(True)
-        scores = any_adapter.score_from(layer, inputs, targets, shift)
-        (expected,) = torch.autograd.grad(scores.sum(), shift)
-        found = torch.cat(
-            [
-                chunk.trace.at(layer, frozenset({"shift"})).shift()
-                for chunk in run_passes(any_adapter, inputs, targets, plan)
-            ]
-        )
-        assert close(found, expected)
+    own = structure(any_adapter)
+    for name in (None, "0", "-1.in" if own.stacks["vision"].inputs else "-1"):
+        layer = own.find_layer(any_adapter.model, name)
+        expected = pooled_gradient(any_adapter, inputs, targets, layer)
+        assert close(pooled(any_adapter, inputs, targets, layer), expected)
 
 
 @pytest.mark.parametrize("rule", [None, "layernorm"])
-def test_shortcuts_equal_the_general_path(any_adapter, rule):
-    """Scores and pooled gradients at layers with a shortcut, for several images and texts, equal the general path."""
+def test_shortcuts_equal_the_slow_reference(any_adapter, rule):
+    """Pooled gradients at layers with a shortcut, for several images and texts, equal the slow reference; features
+    from the output of such a layer give the scores of a forward pass."""
     texts = [["a man in a red jacket", "two dogs"], ["red car"]]
     inputs = prepare(any_adapter, [noise(90, 60), noise(50, 70, 3)], texts)
-    targets = any_adapter.targets(inputs, [[t.caption(), *t.tokens()] for t in inputs.texts])
-    for layer, paths in shortcut(any_adapter).items():
-        with Recorder(any_adapter.model, dict.fromkeys([layer, *paths], False)) as recorder:
-            plain = any_adapter.forward(inputs, targets)
-        for outputs in (None, recorder.outputs):
-            width = any_adapter.to_grid(recorder.outputs[layer], grid(inputs), layer).shape[-1]
-            shift = torch.zeros(len(targets), width, dtype=torch.float64, requires_grad=True)
-            with torch.enable_grad():
-                scores = any_adapter.score_from(layer, inputs, targets, shift, outputs, rule)
-            assert close(scores.detach(), plain)
-            if outputs is None:
-                [slow] = torch.autograd.grad(scores.sum(), shift)
-        assert close(any_adapter.shifts(layer, inputs, targets, recorder.outputs, rule), slow)
+    for kind in possible_kinds(any_adapter):
+        fast = any_adapter.shortcut(kind)
+        targets = all_targets(any_adapter, inputs, kind)
+        for layer, paths in fast.layers.items() if fast else ():
+            with Recorder(any_adapter.model, dict.fromkeys([layer, *paths], False)) as recorder:
+                plain = any_adapter.forward(inputs, targets)
+            found = fast.pooled_gradient(layer, inputs, targets, recorder.outputs, rule)
+            assert close(found, pooled_gradient(any_adapter, inputs, targets, layer, rule))
+            features = fast.features(layer, recorder.outputs[layer])
+            if features is not None:
+                assert close(any_adapter.score(inputs, features, targets).detach(), plain)
 
 
 def test_one_forward_pass_for_all_methods(any_adapter, image):
@@ -124,9 +127,8 @@ def test_one_forward_pass_for_all_methods(any_adapter, image):
     counted.clear()
     explain(any_adapter, [image, noise(40, 40)], texts, methods=methods)
     # At layers without a shortcut the backward rule needs another pass, through the vision stack if they are in it.
-    assert len(counted) == (
-        1 if shortcut(any_adapter) or structure(any_adapter).axis(default_layer(any_adapter)) == "text" else 2
-    )
+    on_text = structure(any_adapter).items(default_layer(any_adapter)) == "sequence"
+    assert len(counted) == (1 if shortcut(any_adapter) or on_text else 2)
     counted.clear()
     methods = ["gradcam", "hirescam", "rollout", "relevance", "gradient_rollout", "attention"]
     explain(any_adapter, [image, noise(40, 40)], texts, methods=[name for name in methods if name in known])
@@ -135,24 +137,36 @@ def test_one_forward_pass_for_all_methods(any_adapter, image):
     assert len(counted) == 1 + any_adapter.generates
 
 
-def test_shift_gradient_equals_finite_differences(any_adapter):
+def test_pooled_gradient_equals_finite_differences(any_adapter):
     inputs, targets = prepared(any_adapter)
     layer = default_layer(any_adapter)
     width = activations(any_adapter, inputs).shape[-1]
     direction = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    step = 1e-5 * direction.repeat(len(targets), 1)
-    with torch.no_grad():
-        slope = (
-            any_adapter.score_from(layer, inputs, targets, step) - any_adapter.score_from(layer, inputs, targets, -step)
-        ) / 2e-5
-    plan = plan_methods(any_adapter, Request(["gradcam"]))
-    found = torch.cat(
-        [
-            chunk.trace.at(layer, frozenset({"shift"})).shift() @ direction
-            for chunk in run_passes(any_adapter, inputs, targets, plan)
-        ]
-    )
-    assert close(found, slope.detach(), SLOPE)
+    up, down = (scores_with_patches_moved(any_adapter, inputs, targets, layer, s * direction) for s in (1e-5, -1e-5))
+    slope = (up - down) / 2e-5
+    assert close(pooled(any_adapter, inputs, targets, layer) @ direction, slope, SLOPE)
+
+
+def scores_with_patches_moved(adapter, inputs, targets, layer, vector):
+    """Scores of all targets, each in a pass of its own, with a vector added to all patches of the layer. Where a text
+    without a token is subtracted, its sequence is not moved."""
+
+    def moved(_module, _args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        places = adapter.patch_tokens(layer, one, tuple(hidden.shape))[:1]
+        hidden = shifted(hidden, places, vector[None])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    made = []
+    for k in range(len(targets)):
+        one, own = one_image_per_target(inputs, targets.select([k]))
+        with Recorder(adapter.model):
+            handle = adapter.model.get_submodule(layer).register_forward_hook(moved)
+            try:
+                made.append(adapter.forward(one, own))
+            finally:
+                handle.remove()
+    return torch.cat(made)
 
 
 def test_list_layers_marks_live_and_dead_layers(any_adapter, image):
@@ -169,14 +183,14 @@ def test_list_layers_marks_live_and_dead_layers(any_adapter, image):
 
 def test_wrong_targets_name_what_there_is(any_adapter, image):
     kind, known = any_adapter.target_kinds[0], any_adapter.token_targets
-    with pytest.raises(TargetError, match=f"no target '{kind}s'; did you mean '{kind}'"):
-        explain(any_adapter, image, CAPTION, target=f"{kind}s")
+    with pytest.raises(TargetError, match=f"no target '{kind}z'; did you mean '{kind}'"):
+        explain(any_adapter, image, CAPTION, target=f"{kind}z")
     with pytest.raises(TargetError, match=f"it has: {', '.join(known) or 'none, each token has its own score'}"):
         explain(any_adapter, image, CAPTION, token_target="left")
 
 
 def test_text_independent_maps_are_stored_once_with_a_warning(any_adapter, image):
-    if structure(any_adapter).text_stacks:
+    if structure(any_adapter).reads_sequence:
         found = explain(any_adapter, image, CAPTION, methods=["rollout"])
         assert found.methods["rollout"].maps.shape[0] == len(found.entries)
         assert not any("does not depend on the text" in w for w in found.warnings)
@@ -199,6 +213,8 @@ def test_empty_texts_are_refused(any_adapter, image, text):
         explain(any_adapter, image, text)
 
 
-def test_a_misspelt_stack_is_refused():
-    with pytest.raises(ModelError, match="unknown stack 'vison'; did you mean 'vision'"):
-        ModelStructure({"vison": Stack(())}, "blocks.1", "mean", 0)
+def test_a_path_through_an_unknown_stack_is_refused():
+    with pytest.raises(ModelError, match=r"the path goes through a stack 'vison' \(there are: vision\)"):
+        ModelStructure({"vision": Stack(())}, "blocks.1", "mean", path=(Hop("vison"),))
+    with pytest.raises(ModelError, match=r"unknown pooling 'average' \(known: cls, mean,"):
+        ModelStructure({"vision": Stack(())}, "blocks.1", "average")

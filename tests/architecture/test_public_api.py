@@ -105,9 +105,28 @@ def test_what_an_adapter_must_define():
 
 def test_an_adapter_without_a_structure_cannot_be_made():
     names = Adapter.__abstractmethods__ - {"structure"}
-    incomplete = type("Incomplete", (Adapter,), {name: lambda self: None for name in names})
-    with pytest.raises(ModelError, match=r"does not implement structure, target_kinds: see docs/adapters\.md"):
+    incomplete = type("Incomplete", (Adapter,), {"target_kinds": ("x",)} | {n: lambda self: None for n in names})
+    with pytest.raises(ModelError, match=r"^Incomplete does not implement structure: see docs/adapters\.md"):
         incomplete()
+
+
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ({"kinds": ("similarity",), "fast_taps": {}}, r"\(kinds, fast_taps\) and does not implement target_kinds:"),
+        (
+            {"target_kinds": ("x",), "structure": property(lambda self: None)},
+            r"\(structure without a kind of target\):",
+        ),
+    ],
+)
+def test_adapters_of_the_first_contract_are_refused(members, named):
+    """Where they are made, with one line that says what is wrong: not by an error in the middle of a run."""
+    own = {name: lambda self: None for name in Adapter.__abstractmethods__}
+    former = type("Former", (Adapter,), own | members)
+    with pytest.raises(ModelError, match=f"^Former implements version 1 of the adapter contract {named}") as caught:
+        former()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

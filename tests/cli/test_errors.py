@@ -63,12 +63,7 @@ AFTER_LOADING = [
     ("ground", ["--tokens", "blue"], 2, "'blue' is not in the caption; it has 0:'man', 1:'in'"),
     ("ground", ["--phrase", "blue hat"], 2, "does not occur"),
     ("ground", ["--layer", "-1"], 2, "dead"),
-    (
-        "ground",
-        ["--target", "logit"],
-        2,
-        "no target 'logit'; did you mean 'logits'? (it has: similarity, logits, norm)",
-    ),
+    ("ground", ["--target", "logit"], 2, "'logit'; did you mean 'logits'? (it has: similarity, logits, norm)"),
     ("ground", ["--target-class", "dog"], 2, "clip has targets similarity, logits, norm and no classes, got ['dog']"),
     ("ground", ["--inspect", "--methods", "rollout"], 2, "'rollout' has no channel weights to inspect"),
     ("ground", ["--inspect", "--methods", "gradcam", "--layer", "-1"], 2, "is dead"),

@@ -1,9 +1,22 @@
 """Parts of the adapter contract for the default kind of target of an adapter."""
 
+import contextlib
+
+from grounding.core.errors import TargetError
+
 
 def structure(adapter):
     """The structure for the default kind of target."""
     return adapter.structure(adapter.target_kinds[0])
+
+
+def possible_kinds(adapter):
+    """The kinds of targets of this model: FLAVA without its heads has not all of its family."""
+    kinds = []
+    for kind in adapter.target_kinds:
+        with contextlib.suppress(TargetError):
+            kinds.append(adapter.check_target(kind)[0])
+    return kinds
 
 
 def shortcut(adapter):
