@@ -110,15 +110,17 @@ def attention_gradcam(trace: Trace, *, layer: int = -2, head: int | None = None)
 
 
 def _gradients(options: Mapping[str, Any], structure: ModelStructure) -> Mapping[str, Reading]:
-    stack = cross_hop(structure).stack
-    return {stack: Reading(one_block("gradient_x_cross_attention", options, structure, stack), gradient=True)}
+    hop = cross_hop(structure)
+    options = {"layer": hop.live if options["layer"] is None else options["layer"]}
+    return {hop.stack: Reading(one_block("gradient_x_cross_attention", options, structure, hop.stack), gradient=True)}
 
 
 @method("Gradient × cross-attention", {"attention", "attention_gradient"}, reads=_gradients)
 def gradient_x_cross_attention(
-    trace: Trace, *, layer: int = -1, head: int | None = None
+    trace: Trace, *, layer: int | None = None, head: int | None = None
 ) -> Float[Tensor, "k rows columns"]:
-    """Cross-attention times its gradient: `grad_x_attention` in one decoder block (`layer`).
+    """Cross-attention times its gradient: `grad_x_attention` in one decoder block (`layer`; default: the last in which
+    these rows have a gradient).
 
     Source: attention Grad-CAM of ALBEF (Li et al. 2021, arXiv:2107.07651), at the target's positions.
     Departures: of a target that is a mean over positions, the sum over their rows. `head` selects one head.
@@ -126,7 +128,8 @@ def gradient_x_cross_attention(
     Cost: one backward pass per target, down to that block. In the last block each position depends on its own row
     only: one backward pass serves all tokens of a text.
     """
-    return _grad_x_attention(trace, "gradient_x_cross_attention", cross_hop(trace.structure), layer, head)
+    hop = cross_hop(trace.structure)
+    return _grad_x_attention(trace, "gradient_x_cross_attention", hop, hop.live if layer is None else layer, head)
 
 
 def _grad_x_attention(

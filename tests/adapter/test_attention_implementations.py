@@ -74,7 +74,8 @@ def test_a_patched_eager_function_is_refused(monkeypatch):
 
 def test_functions_of_transformers_are_accepted(register):
     case = siglip()
-    names = [name for name in AttentionInterface._global_mapping if name != IMPLEMENTATION]
+    own = (IMPLEMENTATION, "textbook")  # the second is registered by an oracle
+    names = [name for name in AttentionInterface._global_mapping if name not in own]
     assert {"sdpa", "flash_attention_2", "flex_attention"} <= {*names}
     register("same", functools.partial(sdpa_attention_forward, is_causal=False))
     for name in (*names, "eager", "paged|eager", "paged|sdpa", "same", IMPLEMENTATION):

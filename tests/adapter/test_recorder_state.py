@@ -48,8 +48,16 @@ def break_backward(model, error):
     )
 
 
+def convolutional_blocks(model):
+    """The modules of ALIGN's image encoder."""
+    return model.vision_model.encoder.modules() if model.__class__.__name__ == "AlignModel" else ()
+
+
 def last_leaf(model):
-    """A module that runs after every recorded layer: the last linear layer of the last block or of a class head."""
+    """A module that runs after every recorded layer: the last linear layer of the last block or of a class head, in a
+    convolutional image encoder its last convolution."""
+    if convolutions := [m for m in convolutional_blocks(model) if isinstance(m, torch.nn.Conv2d)]:
+        return convolutions[-1]
     heads = ("classifier", "cls_classifier", "head")
     if head := next((h for name, h in model.named_children() if name in heads), None):
         return [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]

@@ -58,10 +58,10 @@ def test_the_plain_pass_is_made_once(monkeypatch):
 
     def counted(*args):
         plain.append(len(plain))
-        return scores(*args)
+        return score(*args)
 
-    scores = verification.scores
-    monkeypatch.setattr(verification, "scores", counted)
+    score = verification._plain_score
+    monkeypatch.setattr(verification, "_plain_score", counted)
     for _ in range(3):
         grounding.explain(adapter, noise(), "a dog", methods=["rollout", "relevance"])
     assert len(plain) == 1

@@ -162,11 +162,13 @@ def test_a_batch_of_lines_equals_one_by_one(trocr):
 
 
 def test_one_encoder_pass_and_one_backward_for_all_tokens(trocr, monkeypatch):
+    methods = ["gradient_x_cross_attention", "cross_attention", "rollout"]
+    for chosen in (methods, None):  # the first recorded pass is compared with a plain one
+        explain(trocr, noise(90, 30), None, methods=chosen, select=TOKENS)
     passes, backwards = [], []
     handle = trocr.model.encoder.embeddings.register_forward_hook(lambda *_: passes.append(1))
     plain = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or plain(*a, **k))
-    methods = ["gradient_x_cross_attention", "cross_attention", "rollout"]
     found = explain(trocr, noise(90, 30), None, methods=methods, select=TOKENS)
     assert len(found.entries) == 9
     assert (len(passes), len(backwards)) == (1, 1)
