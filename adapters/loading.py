@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from adapters.shared.tokenization import check_tokenizer
 from adapters.table import ADAPTERS, ENDINGS, MODEL_TYPES
@@ -51,7 +51,16 @@ class Checkpoint:
     def config(self) -> Any:
         """The model's configuration."""
         with _as_model_error(self.id, "configuration"):
-            return AutoConfig.from_pretrained(self.id, **self.options)
+            try:
+                return AutoConfig.from_pretrained(self.id, **self.options)
+            except ValueError:
+                # A model type that transformers does not know: the adapter's module registers it when it is imported.
+                content, _ = PreTrainedConfig.get_config_dict(self.id, **self.options)
+                known = [name for name in content.get("architectures") or () if name in ADAPTERS]
+                if not known:
+                    raise
+                _ = ADAPTERS[known[0]]
+                return AutoConfig.from_pretrained(self.id, **self.options)
 
     def model(self, model_class: Any, unused: tuple[str, ...] = ()) -> Any:
         """The model with its weights, on its device. Raises ModelError also for missing weights, unless their names

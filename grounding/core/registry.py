@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from grounding.core.errors import UnknownNameError
+from grounding.core.printable import escape
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -49,12 +51,26 @@ class Registry(Mapping[str, Any]):
     @cached_property
     def _table(self) -> dict[str, str]:
         points = () if self.group is None else entry_points(group=self.group)
-        foreign = {point.name: point.value for point in points}
+        taken = self._own.keys() | self._aliases.keys()
+        foreign = {point.name: point.value for point in points if not self._refused(point, taken)}
         return foreign | self._own
 
     def canonical(self, name: str) -> str:
         """Return the listed name that an alias stands for, any other name as it is."""
         return name if name in self._table else self._aliases.get(name, name)
+
+    def _refused(self, point: EntryPoint, taken: Collection[str]) -> bool:
+        """Whether a name is built in, with a warning of one line about the entry point that is ignored."""
+        if point.name not in taken:
+            return False
+        source = point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        message = (
+            f"entry point {point.name!r} of {source} is ignored: there is a built-in {self.what} of this name, "
+            "choose another"
+        )
+        # A location without source code: Python prints the message alone.
+        warnings.warn_explicit(escape(message), UserWarning, str(self.group), 1)
+        return True
 
     def target(self, name: str) -> str:
         """Return the "module:object" of a name without importing it. Raises UnknownNameError."""

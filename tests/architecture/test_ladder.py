@@ -13,7 +13,8 @@ PACKAGES = ("grounding", "adapters")
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 # The packages of `grounding`, lowest first. Each imports itself and those before it only.
-LADDER = ("core", "adapter", "methods", "explanation", "engine", "datasets", "batch", "evaluation", "cli")
+# `testing`, a module for users, imports any of them; nothing imports it.
+LADDER = ("core", "adapter", "methods", "explanation", "engine", "datasets", "batch", "evaluation", "cli", "testing")
 # Narrower than the ladder.
 ALLOWED = {"datasets": {"core"}, "adapters": {"core", "adapter"}}
 # The tables that name modules by string: the only ways round the ladder.
@@ -69,6 +70,7 @@ def test_packages_import_downwards():
         below = ALLOWED.get(own) or set(LADDER[: LADDER.index(own)] if own in LADDER else LADDER)
         offenders += [f"{name} -> {other}" for other in sorted(others) if package_of(other) not in below | {own}]
     assert offenders == []
+    assert not [name for name, others in GRAPH.items() if "grounding.testing" in others]
 
 
 def test_imports_have_no_circle():
@@ -90,7 +92,7 @@ def test_imports_have_no_circle():
 
 def test_packages_are_of_a_size_to_overlook():
     """A sub-package counts by itself."""
-    for name in LADDER:
+    for name in LADDER[:-1]:
         count = len([p for p in (ROOT / "grounding" / name).glob("*.py") if p.name != "__init__.py"])
         assert 5 <= count <= 16, (name, count)
 

@@ -33,6 +33,8 @@ def test_entry_points_join_but_never_replace(monkeypatch):
         sys.modules["grounding.core.registry"], "entry_points", lambda group: points if group == "g" else []
     )
     table = Registry("thing", {"good": "json:dumps"}, "g")
+    with pytest.warns(UserWarning, match="^entry point 'good' of json:loads is ignored: there is a built-in thing of"):
+        assert list(table) == ["mine", "good"]
     assert table["mine"] is __import__("json").loads
     assert table["good"] is __import__("json").dumps
 
