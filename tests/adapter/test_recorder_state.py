@@ -43,7 +43,9 @@ def break_forward(model, error):
 
 
 def break_backward(model, error):
-    return last_leaf(model).register_forward_hook(
+    # Nothing but the pooling follows the last feature map.
+    module = model.vision_model.pooler if [*convolutional_blocks(model)] else last_leaf(model)
+    return module.register_forward_hook(
         lambda module, args, out: Break.apply(out if torch.is_tensor(out) else out[0], error)
     )
 

@@ -154,8 +154,8 @@ def test_the_words_of_the_last_block_have_no_gradient(blip):
     """The matching head reads the first row of the last block: those of the words are refused there."""
     call = {"methods": ["gradient_x_cross_attention"]}
     with pytest.raises(LayerError, match=r"block -1 of the cross stack is dead: .*; use layer=-2"):
-        explain(blip, noise(50, 40), TEXT, **call)
-    found = explain(blip, noise(50, 40), TEXT, **call, options={"gradient_x_cross_attention.layer": -2})
+        explain(blip, noise(50, 40), TEXT, **call, options={"gradient_x_cross_attention.layer": -1})
+    found = explain(blip, noise(50, 40), TEXT, **call)
     general = explain(blip, noise(50, 40), TEXT, methods=["grad_x_attention"])
     [expected], [maps] = general.methods.values(), found.methods.values()
     assert np.array_equal(maps.maps, expected.maps)
