@@ -17,7 +17,7 @@ from grounding.explanation.figures.painter import Limits, clipped
 from grounding.explanation.labels import entry_title, origin_words
 
 LONGEST_NAME = 60
-SCALARS = {"log_probability": "log-probability"}
+SCALARS = {"log_probability": "log-probability", "logits": "logit"}
 
 
 def number(value: float) -> str:
@@ -145,14 +145,15 @@ def score_note(explanation: Explanation) -> str:
     # A phrase is always scored as a text of its own.
     left_out = [k for k in parts if k != "phrase"] if explanation.token_target == "leave-one-out" else []
     alone = [k for k in parts if k not in left_out] if explanation.token_target else []
+    scalar = SCALARS.get(explanation.target, explanation.target)
     notes = []
     if left_out:
         notes.append(
-            f"Score of a {' or '.join(left_out)}: how much the {explanation.target} drops without it; "
+            f"Score of a {' or '.join(left_out)}: how much the {scalar} drops without it; "
             "below zero, the caption fits better without it."
         )
     if alone:
-        notes.append(f"Score of a {' or '.join(alone)}: its {explanation.target} as a text of its own.")
+        notes.append(f"Score of a {' or '.join(alone)}: its {scalar} as a text of its own.")
     return " ".join(notes)
 
 

@@ -83,6 +83,7 @@ def test_parts_beyond_a_fixed_scale_are_noted():
 def test_scores_of_parts_are_explained_where_there_are_any():
     made = explanation()
     assert "Score of a token: how much the similarity drops without it; below zero" in text_of(figure(made))
+    assert "how much the logit drops without it" in text_of(figure(replace(made, target="logits")))
     assert "as a text of its own" in text_of(figure(replace(made, token_target="alone")))
     assert "Score of a" not in text_of(figure(replace(made, entries=made.entries[:1])))
     phrase = replace(made, entries=(made.entries[0], replace(made.entries[1], kind="phrase")))
