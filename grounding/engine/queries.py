@@ -31,10 +31,12 @@ def check_query(adapter: Adapter, value: Any, kind: str) -> Query:
 
 
 def needs_text(adapter: Adapter, target: Any) -> bool:
-    """Whether a text must be given for a target, as `explain` takes it (None: the default)."""
-    return not (
-        isinstance(adapter, Classifies | Generates) or (target or adapter.target_kinds[0]) in adapter.text_independent
-    )
+    """Whether a text must be given for a target, as `explain` takes it (None: the default). Raises TargetError for an
+    unknown kind of target."""
+    if isinstance(adapter, Classifies | Generates):
+        return False
+    kind, _ = adapter.check_target(split_target(adapter, target, None)[0])
+    return kind not in adapter.text_independent
 
 
 def split_target(adapter: Adapter, target: Any, texts: Any) -> tuple[str | None, Any]:

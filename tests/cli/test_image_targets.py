@@ -58,3 +58,10 @@ def test_phrases_are_scored_by_one_map_for_all(command):
     document = json.loads(out)
     assert document["phrases"] > 1
     assert document["methods"]["gradcam"]["caption_swap_correlation"] > 0.999
+
+
+def test_an_unknown_target_is_named_before_the_missing_caption(ground, photo):
+    code, _, err = ground("--target", "norms", "--image", photo)
+    assert code == 2
+    assert "has no target 'norms'; did you mean 'norm'?" in err
+    assert "--caption" not in err
